@@ -1,0 +1,236 @@
+"""TOML -> frozen dataclasses, and the two things every command shares: one-line errors and progress.
+
+A config file has one table per dataclass below. Unknown keys, wrong types and impossible values are errors that name
+the file and the key; nothing is silently replaced by a default. On the command line `section.key=value` overrides.
+"""
+
+import dataclasses
+import glob
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A person's mistake, told in one line: the file, the place in it, what was found and what is wanted."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    dir: str = "out/tokenizer"
+    kind: str = field(default="bpe", metadata={"choices": ("bpe", "unigram")})
+    vocab_size: int = field(default=8192, metadata={"min": 262})  # 256 bytes and 6 special tokens
+    files: tuple[str, ...] = ("data/lm/train.txt",)
+    sample_mb: float = field(default=100.0, metadata={"above": 0})  # text sampled for training, spread over all files
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    shards: str = ""  # folder of the encoded data; "" stands for out/shards/<task>
+    document: str = field(default="block", metadata={"choices": ("block", "line", "file")})
+    targets: str = field(default="response", metadata={"choices": ("response", "all")})
+    packed: bool = True
+    prompts: tuple[str, ...] = ("Hi, how are you?", "What do you like to do?", "Where are you from?")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layer: int = field(default=6, metadata={"min": 1})
+    n_head: int = field(default=4, metadata={"min": 1})
+    n_embd: int = field(default=256, metadata={"min": 1})
+    n_ctx: int = field(default=256, metadata={"min": 2})
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # embeddings, attention and residuals alike
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seed: int = field(default=0, metadata={"min": 0})
+    num_epochs: float = field(default=0.0, metadata={"min": 0})  # either this or num_steps
+    num_steps: int = field(default=0, metadata={"min": 0})
+    batch_size: int = field(default=8, metadata={"min": 1})  # rows of one micro-batch
+    accumulation: int = field(default=1, metadata={"min": 1})  # micro-batches of one step, all processes together
+    optimizer: str = field(default="adamw", metadata={"choices": ("adamw", "muon")})  # muon: for the matrices only
+    learning_rate: float = field(default=1e-3, metadata={"above": 0})
+    muon_learning_rate: float = field(default=0.02, metadata={"above": 0})
+    weight_decay: float = field(default=0.1, metadata={"min": 0})
+    beta1: float = field(default=0.9, metadata={"min": 0, "below": 1})
+    beta2: float = field(default=0.95, metadata={"min": 0, "below": 1})
+    warmup_rate: float = field(default=0.05, metadata={"min": 0, "below": 1})  # share of all steps spent warming up
+    schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear", "constant")})
+    final_rate: float = field(default=0.0, metadata={"min": 0})  # where the schedule ends, as a share of the rate
+    max_grad_norm: float = field(default=1.0, metadata={"min": 0})  # 0: no clipping
+    eval_interval: int = field(default=200, metadata={"min": 1})
+    log_interval: int = field(default=20, metadata={"min": 1})
+    patience: int = field(default=0, metadata={"min": 0})  # evaluations without progress before stopping; 0: never
+    keep_type_rows: bool = False  # ChatLM from an LM: keep the type rows instead of drawing them anew
+    precision: str = field(default="bf16", metadata={"choices": ("fp32", "bf16", "fp16")})
+    compile: bool = False
+    activation_checkpointing: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = field(default="lm", metadata={"choices": ("lm", "chatlm")})
+    run: str = "out/lm"  # everything that the run writes
+    init_from: str = ""  # a model directory to start from: one of ours or anyone's GPT-2
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def shards_dir(self) -> Path:
+        return Path(self.data.shards or f"out/shards/{self.task}")
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides. Raises UserError naming the file and the key."""
+    try:
+        values = tomli.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; wanted a TOML config such as configs/lm.toml") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    source = path
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r}: found no '='; wanted section.key=value, such as train.learning_rate=1e-3")
+        table = values
+        *sections, name = key.split(".")
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise UserError(f"{override!r}: {section} is a value, not a section")
+        table[name] = _parse_value(text)
+        source = f"{path} with {override}"
+    config = build(Config, values, source)
+    if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
+        raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
+    if config.model.n_embd % config.model.n_head:
+        raise UserError(f"{source}: [model] n_embd {config.model.n_embd} is not a multiple of n_head {config.model.n_head}")
+    return config
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none (so that a string needs no quotes)."""
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        return text
+
+
+def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") -> T:
+    """An instance of the dataclass `cls` from a parsed table; every key and type is checked."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        where = f"{source}: [{section}] {key}" if section else f"{source}: {key}"
+        if key not in fields:
+            raise UserError(f"{where}: unknown key; wanted one of {', '.join(fields)}")
+        arguments[key] = _checked(hints[key], fields[key].metadata, value, source, where, key)
+    return cls(**arguments)
+
+
+def _checked(hint: Any, rules: Any, value: Any, source: str, where: str, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: found {value!r}; wanted a section [{key}]")
+        return build(typing.cast(type, hint), value, source, key)
+    if typing.get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{where}: found {value!r}; wanted a string or a list of strings")
+        return tuple(items)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where}: found {value!r}; wanted {'a number' if hint is float else f'a value of type {hint.__name__}'}")
+    for rule, allowed, wanted in (
+        ("choices", lambda limit: value in limit, "one of"), ("min", lambda limit: value >= limit, "at least"),
+        ("above", lambda limit: value > limit, "a value above"), ("below", lambda limit: value < limit, "a value below"),
+    ):
+        if rule in rules and not allowed(rules[rule]):
+            raise UserError(f"{where}: found {value!r}; wanted {wanted} {rules[rule]}")
+    return value
+
+
+def expand(patterns: Iterable[str], what: str) -> list[Path]:
+    """The files that the glob patterns name, in order. Raises UserError for a pattern that matches none."""
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"{pattern}: no such file, named by {what}; `make corpora` writes the default ones")
+        paths += [Path(name) for name in found]
+    return paths
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Run a command's main: a UserError is one line on stderr and exit status 2; Ctrl-C is exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Progress:
+    """A bar with rate and time left on a terminal; elsewhere a plain line every `seconds`. Use as a context manager."""
+
+    def __init__(self, total: float | None, desc: str, unit: str, initial: float = 0, seconds: float = 10, scale: bool = True):
+        terminal = sys.stderr.isatty()
+        self.interval = 0.2 if terminal else seconds
+        self.desc, self.unit, self.terminal, self.last = desc, unit, terminal, time.monotonic()
+        self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, unit_scale=scale, dynamic_ncols=True,
+                        mininterval=self.interval, file=sys.stderr if terminal else _Silent())
+
+    def update(self, n: float = 1, **figures: object) -> None:
+        self.bar.n += n
+        now = time.monotonic()
+        if now - self.last >= self.interval:
+            self.last = now
+            self.show(**figures)
+
+    def show(self, **figures: object) -> None:
+        if figures:
+            self.bar.set_postfix(figures, refresh=False)
+        if self.terminal:
+            self.bar.refresh()
+        else:
+            print(str(self.bar), file=sys.stderr, flush=True)
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.terminal:
+            self.bar.clear()
+        print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+        self.show()
+        self.bar.close()
+
+
+class _Silent:
+    def write(self, text: str) -> None: ...
+    def flush(self) -> None: ...
