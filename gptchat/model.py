@@ -1,0 +1,201 @@
+"""GPT-2 with token types: causal, packed and cached attention.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): pre-LayerNorm blocks, learned positions,
+`gelu_new`, a head tied to the token embedding. Parameter names are those of Hugging Face's GPT2LMHeadModel without the
+`transformer.` prefix; our linear weights are (out, in), theirs (in, out). Shapes: B rows, T positions, C channels,
+H heads, D = C / H, V vocabulary entries, N target positions.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The keys of Hugging Face's GPT2Config that change what is computed, and `type_rows`: token type t adds the row
+    `wte[type_rows[t]]` to the embedding."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    type_rows: tuple[int, int] = (0, 1)
+
+
+class KVCache:
+    """Keys and values of `slots` sequences, `length` positions each: two tensors (layers, slots, H, length, D)."""
+
+    def __init__(self, config: GPT2Config, slots: int, length: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu"):
+        shape = (config.n_layer, slots, config.n_head, length, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def view(self, first: int, start: Tensor, n_new: int, longest: int) -> "CacheView":
+        """The slots first..first+n-1, whose next `n_new` tokens stand at `start` (n,) and after. Attention reaches over
+        the first `longest` = max(start) + n_new positions."""
+        return CacheView(self, first, start, n_new, longest)
+
+
+class CacheView:
+    """What one forward pass sees of a cache: where its tokens go, and which positions each of them may look at."""
+
+    def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, longest: int):
+        rows = slice(first, first + len(start))
+        self.k, self.v, self.longest = cache.k[:, rows], cache.v[:, rows], longest
+        self.position_ids = start[:, None] + torch.arange(n_new, device=start.device)  # (n, T)
+        self.rows = torch.arange(len(start), device=start.device)[:, None]  # (n, 1)
+        self.mask: Tensor | None = None  # (n, 1, T, longest); one row with one token sees all of it
+        if len(start) > 1 or n_new > 1:
+            seen = torch.arange(longest, device=start.device)
+            self.mask = (seen <= self.position_ids[:, :, None])[:, None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (n, H, T, D); return all that there are: (n, H, longest, D)."""
+        self.k[layer][self.rows, :, self.position_ids] = k.transpose(1, 2)
+        self.v[layer][self.rows, :, self.position_ids] = v.transpose(1, 2)
+        return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.n_head, self.layer, self.attn_pdrop = config.n_head, layer, config.attn_pdrop
+        self.scale = 1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = F.scaled_dot_product_attention(  # (B, H, T, D)
+            q, k, v, attn_mask=mask, dropout_p=self.attn_pdrop if self.training else 0.0,
+            is_causal=mask is None and cache is None, scale=self.scale)
+        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.register_buffer("type_rows", torch.tensor(config.type_rows), persistent=False)
+        self.activation_checkpointing = False
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """GPT-2's: N(0, 0.02), zero biases, the projections into the residual stream scaled by 1/sqrt(2 n_layer)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                parameter.normal_(0.0, self.config.initializer_range * scale)
+            else:
+                parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None,
+                segments: Tensor | None = None, cache: CacheView | None = None, where: Tensor | None = None,
+                targets: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of `input_ids` (B, T); with `targets` (N,), the ids wanted at the flat positions
+        `where` (N,), the sum of their cross-entropies instead (a scalar, fp32 at least).
+
+        `token_type_ids` (B, T) are 0 or 1; None adds nothing. `segments` (B, T) numbers the documents packed into a
+        row: attention stays within equal numbers. `cache` holds the earlier tokens.
+        """
+        hidden = self.hidden(input_ids, token_type_ids, position_ids, segments, cache)
+        return hidden if targets is None or where is None else self.loss(hidden.flatten(0, 1)[where], targets)
+
+    def hidden(self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None,
+               segments: Tensor | None = None, cache: CacheView | None = None) -> Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) if cache is None else cache.position_ids
+        x = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
+        if token_type_ids is not None:
+            x = x + self.wte(self.type_rows[token_type_ids])
+        x = self.dropout(x)
+        mask = cache.mask if cache is not None else None if segments is None else packed_mask(segments)
+        for block in self.h:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, mask, cache)
+        return self.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V)."""
+        return self.lm_head(hidden)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the cross-entropies of `targets` (N,) after `hidden` (N, C); zero where there are none."""
+        logits = self.logits(hidden)
+        return F.cross_entropy(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets,
+                               reduction="sum")
+
+
+def packed_mask(segments: Tensor) -> Tensor:
+    """(B, T) document numbers -> (B, 1, T, T), True where the query (row) may look at the key (column)."""
+    T = segments.shape[1]
+    earlier = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+    return ((segments[:, :, None] == segments[:, None, :]) & earlier)[:, None]
