@@ -8,7 +8,6 @@ import dataclasses
 import glob
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -102,7 +101,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     try:
         values = tomli.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; wanted a TOML config such as configs/lm.toml") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     source = path
@@ -122,7 +121,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
     if config.model.n_embd % config.model.n_head:
-        raise UserError(f"{source}: [model] n_embd {config.model.n_embd} is not a multiple of n_head {config.model.n_head}")
+        raise UserError(f"{source}: [model] n_embd {config.model.n_embd} is no multiple of n_head {config.model.n_head}")
     return config
 
 
@@ -160,10 +159,12 @@ def _checked(hint: Any, rules: Any, value: Any, source: str, where: str, key: st
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:
-        raise UserError(f"{where}: found {value!r}; wanted {'a number' if hint is float else f'a value of type {hint.__name__}'}")
+        raise UserError(f"{where}: found {value!r}; wanted a value of type {hint.__name__}")
     for rule, allowed, wanted in (
-        ("choices", lambda limit: value in limit, "one of"), ("min", lambda limit: value >= limit, "at least"),
-        ("above", lambda limit: value > limit, "a value above"), ("below", lambda limit: value < limit, "a value below"),
+        ("choices", lambda limit: value in limit, "one of"),
+        ("min", lambda limit: value >= limit, "at least"),
+        ("above", lambda limit: value > limit, "a value above"),
+        ("below", lambda limit: value < limit, "a value below"),
     ):
         if rule in rules and not allowed(rules[rule]):
             raise UserError(f"{where}: found {value!r}; wanted {wanted} {rules[rule]}")
@@ -195,11 +196,11 @@ def cli(main: Callable[[], None]) -> None:
 class Progress:
     """A bar with rate and time left on a terminal; elsewhere a plain line every `seconds`. Use as a context manager."""
 
-    def __init__(self, total: float | None, desc: str, unit: str, initial: float = 0, seconds: float = 10, scale: bool = True):
+    def __init__(self, total: float | None, desc: str, unit: str, initial: float = 0, seconds: float = 10):
         terminal = sys.stderr.isatty()
         self.interval = 0.2 if terminal else seconds
         self.desc, self.unit, self.terminal, self.last = desc, unit, terminal, time.monotonic()
-        self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, unit_scale=scale, dynamic_ncols=True,
+        self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, unit_scale=True, dynamic_ncols=True,
                         mininterval=self.interval, file=sys.stderr if terminal else _Silent())
 
     def update(self, n: float = 1, **figures: object) -> None:
@@ -226,7 +227,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.show()
         self.bar.close()
 

@@ -131,6 +131,8 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
+    type_rows: Tensor
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
@@ -169,8 +171,10 @@ class GPT2(nn.Module):
 
     def hidden(self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None,
                segments: Tensor | None = None, cache: CacheView | None = None) -> Tensor:
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) if cache is None else cache.position_ids
+        if cache is not None:
+            position_ids = cache.position_ids
+        elif position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
         if token_type_ids is not None:
             x = x + self.wte(self.type_rows[token_type_ids])
