@@ -6,10 +6,12 @@ the file and the key; nothing is silently replaced by a default. On the command 
 
 import dataclasses
 import glob
+import os
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,10 +49,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    n_layer: int = field(default=6, metadata={"min": 1})
-    n_head: int = field(default=4, metadata={"min": 1})
-    n_embd: int = field(default=256, metadata={"min": 1})
-    n_ctx: int = field(default=256, metadata={"min": 2})
+    n_layer: int = field(default=0, metadata={"min": 0})  # sizes left at 0 are those of the model that init_from names
+    n_head: int = field(default=0, metadata={"min": 0})
+    n_embd: int = field(default=0, metadata={"min": 0})
+    n_ctx: int = field(default=0, metadata={"min": 0})
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # embeddings, attention and residuals alike
 
 
@@ -120,8 +122,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     config = build(Config, values, source)
     if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
-    if config.model.n_embd % config.model.n_head:
-        raise UserError(f"{source}: [model] n_embd {config.model.n_embd} is no multiple of n_head {config.model.n_head}")
+    if config.model.n_embd % max(1, config.model.n_head):
+        raise UserError(f"{source}: [model] n_embd {config.model.n_embd} is no multiple of n_head")
+    if not config.init_from and min(config.model.n_layer, config.model.n_ctx) < 1:
+        raise UserError(f"{source}: [model] wants n_layer, n_head, n_embd and n_ctx, or init_from a model directory")
     return config
 
 
@@ -180,6 +184,31 @@ def expand(patterns: Iterable[str], what: str) -> list[Path]:
             raise UserError(f"{pattern}: no such file, named by {what}; `make corpora` writes the default ones")
         paths += [Path(name) for name in found]
     return paths
+
+
+@contextmanager
+def swapped(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there replaces `path` at the end, all of it or nothing.
+
+    File and folder are synced, so that a crash leaves the old file or the new one. Raises UserError when the disk is
+    full or the folder read-only; the old file then stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for name, flags in ((temporary, os.O_RDWR), (path.parent, os.O_RDONLY)):
+            descriptor = os.open(name, flags)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if name == temporary:
+                os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; what was there before is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cli(main: Callable[[], None]) -> None:
