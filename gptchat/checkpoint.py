@@ -3,13 +3,12 @@ step, the best loss so far and the config. Batches and dropout are functions of 
 
 import fcntl
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.optim import Optimizer
 
 from gptchat.config import UserError, swapped
@@ -24,14 +23,15 @@ FREE_KEYS = {"train.num_epochs", "train.num_steps", "train.eval_interval", "trai
 
 @dataclass
 class Progressed:
-    """How far a run has come; `log_bytes` is the length of its log when the checkpoint was written."""
+    """How far a run has come."""
 
     step: int = 0
     best_loss: float = float("inf")
-    stale_evaluations: int = 0
-    scaler: float = 65536.0
-    log_bytes: int = 0
-    finished: bool = False
+    stale_evaluations: int = 0  # evaluations since the best one
+    loss_sum: float = 0.0  # over the targets since the last log line
+    n_targets: int = 0
+    log_bytes: int = 0  # length of the loss log
+    scaler: dict[str, Any] = field(default_factory=dict)  # the fp16 loss scale
 
 
 def save(path: Path, model: GPT2, optimizers: list[Optimizer], progressed: Progressed, config: dict[str, Any]) -> None:
@@ -40,10 +40,7 @@ def save(path: Path, model: GPT2, optimizers: list[Optimizer], progressed: Progr
     tensors |= optimizer_state(optimizers)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     with swapped(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"progressed": json.dumps(vars(progressed)), "config": json.dumps(config)})
-        except SafetensorError as error:
-            raise OSError(0, str(error)) from None
+        save_file(tensors, temporary, {"progressed": json.dumps(vars(progressed)), "config": json.dumps(config)})
 
 
 def load(path: Path, model: GPT2, optimizers: list[Optimizer], config: dict[str, Any]) -> Progressed:

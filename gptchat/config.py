@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -205,8 +206,8 @@ def swapped(path: Path) -> Iterator[Path]:
                 os.close(descriptor)
             if name == temporary:
                 os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}; what was there before is kept") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}; what was there before is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 

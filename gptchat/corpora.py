@@ -90,7 +90,8 @@ def write(path: Path, parts: Iterable[str], end: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = [(part + end).encode() for part in parts]
     path.write_bytes(b"".join(data))
-    print(f"{path}: {len(data):,} {'rows' if path.suffix == '.tsv' else 'documents'}, {path.stat().st_size / 1e6:.2f} MB")
+    unit = "rows" if path.suffix == ".tsv" else "documents"
+    print(f"{path}: {len(data):,} {unit}, {path.stat().st_size / 1e6:.2f} MB")
 
 
 def build(out: Path, columns: int = 4) -> None:
