@@ -14,21 +14,20 @@ compressor would need, so models with different tokenizers may be compared by it
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from gptchat.batches import Batch
 from gptchat.config import UserError
 from gptchat.dialogue import Turn, encode_prompt
-from gptchat.engine import Engine, Request
+from gptchat.engine import Engine, Request, generate
 from gptchat.model import GPT2
 from gptchat.pretrained import never_generated, stop_id
 from gptchat.sampling import Sampling
-from gptchat.tokenizer import StreamDecoder, Tokenizer
+from gptchat.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,28 +48,26 @@ def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metr
     return Metrics(loss, perplexity, loss_sum / math.log(2) / n_bytes if n_bytes else None, n_targets, n_bytes)
 
 
-def batch_loss(model: torch.nn.Module, batch: Batch, device: torch.device | str) -> Tensor:
-    """The sum of the cross-entropies of a batch's targets, a scalar."""
-    where, targets = batch.flat_targets()
-    inputs = (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.segments)
-    moved = [tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (*inputs, where, targets)]
-    return model(*moved[:4], where=moved[4], targets=moved[5])
+def autocast(device: torch.device | str, precision: str) -> AbstractContextManager:
+    """The context in which a forward pass runs in "bf16", "fp16" or "fp32" (no autocast)."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
 
 
 @torch.no_grad()
 def sum_losses(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device | str = "cpu",
-               autocast: Callable[[], AbstractContextManager] = nullcontext) -> tuple[float, int]:
+               precision: str = "fp32") -> tuple[float, int]:
     """The sum of the cross-entropies (nats) over all targets of `batches` and their number, without dropout."""
     training, losses, n_targets = model.training, [], 0
     model.eval()
     try:
         for batch in batches:
-            with autocast():
-                losses.append(batch_loss(model, batch, device))
+            with autocast(device, precision):
+                losses.append(model(**batch.inputs(device)))
             n_targets += batch.n_targets
     finally:
         model.train(training)
-    return (math.fsum(torch.stack(losses).tolist()) if losses else 0.0), n_targets
+    return math.fsum(torch.stack(losses).tolist() if losses else []), n_targets
 
 
 def distinct(texts: Iterable[Sequence], n: int) -> float:
@@ -79,65 +76,32 @@ def distinct(texts: Iterable[Sequence], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def make_request(tokenizer: Tokenizer, task: str, turns: Sequence[Turn], sampling: Sampling, n_ctx: int,
+def make_request(tokenizer: Tokenizer, task: str, turns: Sequence[Turn], n_ctx: int, sampling: Sampling,
                  n: int = 1) -> Request:
     """The request that answers a dialogue, or for an LM goes on with its turns as one text.
 
-    Raises UserError where the last turn (the text) and `max_new_tokens` do not fit into `n_ctx`.
+    Room for `max_new_tokens` (but not more than half of `n_ctx`) is kept by dropping the oldest turns. Raises UserError
+    where the last turn, for an LM the text, leaves too little.
     """
-    stop, room = stop_id(tokenizer, task), n_ctx - sampling.max_new_tokens
+    room = n_ctx - min(sampling.max_new_tokens, n_ctx // 2)
+    stop = (stop_id(tokenizer, task),)
     if task == "chatlm":
-        ids, types = encode_prompt(list(turns), [], tokenizer.cls_id, tokenizer.sep_id, room)
-        return Request(ids, types, sampling, n, (stop,))
+        ids, types = encode_prompt(turns, [], tokenizer.cls_id, tokenizer.sep_id, room)
+        return Request(ids, types, sampling, n, stop)
     text = [id for _, turn in turns for id in turn] or [tokenizer.eos_id]
     if len(text) > room:
-        raise UserError(f"the text has {len(text)} tokens; wanted at most {room}, the context of {n_ctx} less "
-                        f"max_new_tokens {sampling.max_new_tokens}")
-    return Request(text, None, sampling, n, (stop,))
+        raise UserError(f"the text has {len(text)} tokens; wanted at most {room}, which leaves room for an answer")
+    return Request(text, None, sampling, n, stop)
 
 
-def stream(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request],
-           stop: Sequence[str] = ()) -> Iterator[tuple[int, int, str, str | None]]:
-    """(request's index, candidate, new text, finish reason or None) as they come, all requests at once.
-
-    Closing the generator cancels what is unfinished.
-    """
-    decoders, index = {}, {}
-    try:
-        for number, request in enumerate(requests):
-            id = engine.submit(request)
-            index[id] = number
-            decoders |= {(id, candidate): StreamDecoder(tokenizer, stop) for candidate in range(request.n)}
-        while decoders:
-            for output in engine.step():
-                key = output.request_id, output.candidate
-                decoder, reason = decoders.get(key), output.finish_reason
-                if decoder is None:
-                    continue
-                text = "" if output.token is None else decoder.push(output.token)
-                if decoder.stopped and not reason:
-                    engine.cancel(*key)
-                    reason = "stop"
-                if reason:
-                    text += decoder.finish()
-                    del decoders[key]
-                yield index[output.request_id], output.candidate, text, reason
-    finally:
-        for key in decoders:
-            engine.cancel(*key)
-
-
-def answers(engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request]) -> list[str]:
-    """The texts that the first candidates of many requests end with."""
-    texts = [""] * len(requests)
-    for number, candidate, text, _ in stream(engine, tokenizer, requests):
-        texts[number] += text if candidate == 0 else ""
-    return texts
+def answers(model: GPT2, tokenizer: Tokenizer, task: str, dialogues: Iterable[Sequence[Turn]], sampling: Sampling,
+            slots: int = 16) -> list[str]:
+    """What the model answers to each dialogue, or how it goes on with it."""
+    requests = [make_request(tokenizer, task, turns, model.config.n_positions, sampling) for turns in dialogues]
+    engine = Engine(model, min(slots, len(requests)), suppress=never_generated(model.config, tokenizer, task))
+    return [tokenizer.decode(candidates[0].ids) for candidates in generate(engine, requests)]
 
 
 def sample(model: GPT2, tokenizer: Tokenizer, task: str, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-    """What the model answers to each prompt, or how it goes on with it."""
-    n_ctx = model.config.n_positions
-    requests = [make_request(tokenizer, task, [(0, tokenizer.encode(prompt))], sampling, n_ctx) for prompt in prompts]
-    engine = Engine(model, len(requests), suppress=never_generated(model.config, tokenizer, task))
-    return answers(engine, tokenizer, requests)
+    """What the model answers to each prompt."""
+    return answers(model, tokenizer, task, [[(0, tokenizer.encode(prompt))] for prompt in prompts], sampling)
