@@ -229,20 +229,20 @@ class Progress:
     def __init__(self, total: float | None, desc: str, unit: str, initial: float = 0, seconds: float = 10):
         terminal = sys.stderr.isatty()
         self.interval = 0.2 if terminal else seconds
-        self.desc, self.unit, self.terminal, self.last = desc, unit, terminal, time.monotonic()
+        self.terminal, self.last = terminal, time.monotonic()
+        self.figures: dict[str, str] = {}  # told behind the rate
         self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, unit_scale=True, dynamic_ncols=True,
                         mininterval=self.interval, file=sys.stderr if terminal else _Silent())
 
-    def update(self, n: float = 1, **figures: object) -> None:
+    def update(self, n: float = 1) -> None:
         self.bar.n += n
         now = time.monotonic()
         if now - self.last >= self.interval:
             self.last = now
-            self.show(**figures)
+            self.show()
 
-    def show(self, **figures: object) -> None:
-        if figures:
-            self.bar.set_postfix(figures, refresh=False)
+    def show(self) -> None:
+        self.bar.set_postfix(self.figures, refresh=False)
         if self.terminal:
             self.bar.refresh()
         else:
