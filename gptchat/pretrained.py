@@ -75,10 +75,10 @@ def _model_config(path: Path, found: dict[str, Any]) -> GPT2Config:
             raise UserError(f"{path}: {key} is {found.get(key)!r}; wanted {' or '.join(map(str, wanted))}")
     values: dict[str, Any] = {}
     for field in dataclasses.fields(GPT2Config):
-        kind: type = int if field.name == "n_inner" else type(field.default)
-        value: Any = found.get(field.name, field.default)  # keys that are missing have transformers' defaults
+        kind: Any = int if field.name == "n_inner" else type(field.default)
+        value = found.get(field.name, field.default)  # keys that are missing have transformers' defaults
         value = float(value) if kind is float and type(value) is int else value
-        if value is not field.default and (type(value) is not kind or kind is int and int(value) < 1):
+        if value is not field.default and (type(value) is not kind or kind is int and value < 1):
             raise UserError(f"{path}: {field.name} is {value!r}; wanted {kind.__name__}, 1 or more if it is an int")
         values[field.name] = value
     values["type_rows"] = tuple(found.get("gptchat", {}).get("type_rows", NO_TYPE_ROWS))
@@ -196,7 +196,7 @@ def adapt(model: GPT2, tokenizer: Tokenizer, seed: int) -> dict[str, int]:
     if config.type_rows == NO_TYPE_ROWS:
         added |= {"type 0": end, "type 1": end + 1}
         config, end = dataclasses.replace(config, type_rows=(end, end + 1)), end + 2
-    if added:
+    if added or end > len(old):
         wte = old.new_empty(max(config.vocab_size, end), config.n_embd)
         wte[:len(old)] = old
         noise = torch.randn(end - first, config.n_embd, generator=torch.Generator().manual_seed(seed)).to(old)
@@ -218,9 +218,8 @@ def main() -> None:
     if target.is_file() or target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target}: is there already; wanted a new or an empty folder")
     model, tokenizer, task = load(arguments.source)
-    task = arguments.task or task
     added = adapt(model, tokenizer, seed=0)
-    save_static(target, model.config, tokenizer, task)
+    save_static(target, model.config, tokenizer, arguments.task or task)
     save_weights(target, model)
     rows = ", ".join(f"{name} = row {row}" for name, row in added.items()) or "nothing, all was there"
     print(f"{arguments.source}: {sum(p.numel() for p in model.parameters()):,} parameters, [EOS] is row "
