@@ -1,0 +1,289 @@
+"""The engine: each answer is that of its request alone, whoever else comes and goes, and that of transformers."""
+
+import random
+
+import pytest
+import torch
+from transformers import GPT2Config as TheirConfig
+from transformers import GPT2LMHeadModel
+
+from gptchat.engine import Engine, Request, generate
+from gptchat.model import GPT2, GPT2Config
+from gptchat.sampling import Sampling
+
+V, LENGTH = 97, 64
+CONFIG = GPT2Config(vocab_size=V, n_positions=LENGTH, n_embd=32, n_layer=3, n_head=4, type_rows=(1, 7))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny model in float32 with no tensor at its initial value, and logits that differ clearly."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    model = GPT2(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.zero_()
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.4 if parameter.dim() == 2 else 0.1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def peer(model):
+    """The same weights in transformers."""
+    c = CONFIG
+    peer = GPT2LMHeadModel(TheirConfig(vocab_size=V, n_positions=LENGTH, n_embd=c.n_embd, n_layer=c.n_layer,
+                                       n_head=c.n_head, bos_token_id=None, eos_token_id=None)).eval()
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            value = own[name.removeprefix("transformer.")]
+            linear = "attn.c_" in name or "mlp.c_" in name
+            parameter.copy_(value.T if linear and value.dim() == 2 else value)
+    return peer
+
+
+def prompt(random_, longest=LENGTH - 1):
+    return [random_.randrange(V) for _ in range(random_.randint(1, longest))]
+
+
+def some_request(random_):
+    ids = prompt(random_)
+    settings = dict(
+        temperature=random_.choice([0, 0.6, 1.0, 1.7]), top_k=random_.choice([0, 0, 1, 20]),
+        top_p=random_.choice([1.0, 0.9, 0.3]), min_p=random_.choice([0.0, 0.05]),
+        repetition_penalty=random_.choice([1.0, 1.0, 1.4]), seed=random_.randrange(5),
+        bad_words_ids=random_.choice([(), tuple((random_.randrange(V),) for _ in range(20)), ((3, 4), (5,))]),
+        max_new_tokens=random_.choice([0, 1, 5, 20, 99]), logprobs=random_.choice([None, None, 0, 3]))
+    return Request(ids, [random_.randrange(2) for _ in ids], Sampling(**settings), n=random_.choice([1, 1, 1, 2, 5]),
+                   stop_ids=random_.choice([(), (4,), (4, 50, 51, 52, 53)]), score_prompt=random_.random() < 0.3)
+
+
+def close(a, b):
+    return all(x.token == y.token and [t for t, _ in x.top] == [t for t, _ in y.top] for x, y in zip(a, b, strict=True)
+               ) and [x.logprob for x in a] == pytest.approx([y.logprob for y in b], abs=1e-4)
+
+
+class Traffic:
+    """Requests that come and go at random times through one engine."""
+
+    def __init__(self, model, number, seed, **settings):
+        self.random = random.Random(seed)
+        self.engine = Engine(model, slots=8, suppress=(0, 1), **settings)
+        self.expected = [some_request(self.random) for _ in range(number)]
+        self.requests, self.answers, self.ended, self.cancelled = {}, {}, {}, {}
+
+    def run(self):
+        coming = list(self.expected)
+        while coming or not self.engine.idle:
+            for _ in range(self.random.choice([0, 0, 0, 1, 1, 6])):
+                if coming:
+                    request = coming.pop()
+                    self.requests[self.engine.submit(request)] = request
+            if self.requests and self.random.random() < 0.1:
+                self.leave()
+            for output in self.engine.step():
+                self.take(output)
+            self.check()
+        return self
+
+    def leave(self):
+        id_ = self.random.choice(list(self.requests))
+        candidate = self.random.choice([None, *range(self.requests[id_].n)])
+        before, waiting = self.engine.live, self.engine.queued
+        own = sum(row.request_id == id_ and candidate in (None, row.candidate) for row in self.engine.running)
+        self.engine.cancel(id_, candidate)
+        assert self.engine.live <= before - own and self.engine.queued <= waiting
+        for one in range(self.requests[id_].n) if candidate is None else [candidate]:
+            if (id_, one) not in self.ended:
+                self.cancelled[id_, one] = True
+
+    def take(self, output):
+        key = output.request_id, output.candidate
+        assert key not in self.ended and key not in self.cancelled
+        if output.token is not None:
+            self.answers.setdefault(key, []).append(output)
+        if output.finish_reason:
+            self.ended[key] = output.finish_reason
+
+    def check(self):
+        engine = self.engine
+        assert engine.live <= engine.slots
+        keys = [(row.request_id, row.candidate) for row in engine.running]
+        assert len(set(keys)) == len(keys)
+        assert not any(key in self.ended or key in self.cancelled for key in keys)
+
+
+@pytest.mark.parametrize("seed, chunk", [(0, 256), (1, 7), (2, 1)])
+def test_each_of_200_requests_in_traffic_answers_as_alone(model, seed, chunk):
+    number = 200 if seed == 0 else 40
+    traffic = Traffic(model, number, seed, prefill_chunk=chunk).run()
+    assert traffic.engine.live == traffic.engine.queued == 0 and traffic.engine.idle
+    assert len(traffic.requests) == number and traffic.cancelled and set(traffic.ended.values()) == {"stop", "length"}
+    alone = Engine(model, slots=8, suppress=(0, 1))
+    compared = 0
+    for id_, request in traffic.requests.items():
+        [wanted] = generate(alone, [request])
+        for candidate, completion in enumerate(wanted):
+            key = id_, candidate
+            got = traffic.answers.get(key, [])
+            if key in traffic.cancelled:
+                assert [o.token for o in got] == completion.ids[: len(got)]
+            else:
+                assert close(got, completion.scored), (key, request)
+                assert traffic.ended[key] == completion.finish_reason
+                compared += len(got)
+    assert compared > 3 * number
+
+
+def theirs(peer, request, suppress=()):
+    """Greedy ids by transformers, which continues the last token's type too."""
+    ids, sampling = torch.tensor([request.input_ids]), request.sampling
+    types = torch.tensor(CONFIG.type_rows)[torch.tensor([request.token_type_ids])] if request.token_type_ids else None
+    drawn = peer.generate(
+        ids, attention_mask=torch.ones_like(ids), token_type_ids=types, max_new_tokens=sampling.max_new_tokens,
+        do_sample=False, pad_token_id=0, suppress_tokens=list(suppress) or None,
+        repetition_penalty=sampling.repetition_penalty,
+        bad_words_ids=[list(word) for word in sampling.bad_words_ids] or None)
+    return drawn[0, len(request.input_ids) :].tolist()
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_greedy_equals_transformers_generate(model, peer, typed):
+    random_ = random.Random(3)
+    requests = []
+    for i in range(12):
+        ids = prompt(random_, 50)
+        requests.append(Request(ids, [random_.randrange(2) for _ in ids] if typed else None, Sampling(
+            temperature=0, max_new_tokens=12, repetition_penalty=random_.choice([1.0, 1.3]),
+            bad_words_ids=((2, 3), (i,)))))
+    engine = Engine(model, slots=5, suppress=(0, 1, 2), prefill_chunk=16)
+    answers = [a.ids for [a] in generate(engine, requests)]
+    assert answers == [theirs(peer, request, (0, 1, 2)) for request in requests]
+    assert len({tuple(a) for a in answers}) > 10
+
+
+def test_greedy_equals_transformers_generate_up_to_the_full_length(model, peer):
+    ids = prompt(random.Random(8), 20)
+    request = Request(ids, sampling=Sampling(temperature=0, max_new_tokens=LENGTH - len(ids), repetition_penalty=1.2))
+    [[answer]] = generate(Engine(model), [request])
+    assert answer.ids == theirs(peer, request) and answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("chunk", [256, 5])
+@pytest.mark.parametrize("new", [0, 2])
+def test_prompt_scores_equal_transformers_log_softmax(model, peer, chunk, new):
+    ids = prompt(random.Random(4), 50)
+    with torch.no_grad():
+        wanted = peer(torch.tensor([ids])).logits[0].log_softmax(-1)
+    engine = Engine(model, prefill_chunk=chunk)
+    request = Request(ids, sampling=Sampling(max_new_tokens=new, logprobs=4, temperature=0), score_prompt=True, n=2)
+    [[first, second]] = generate(engine, [request])
+    scored = first.prompt_logprobs
+    assert [s.token for s in scored] == ids and scored[0].logprob is None and second.prompt_logprobs is None
+    of_ids = wanted[range(len(ids) - 1), ids[1:]].tolist()
+    assert [s.logprob for s in scored[1:]] == pytest.approx(of_ids, abs=1e-4)
+    for i, s in enumerate(scored[1:]):
+        assert [token for token, _ in s.top] == wanted[i].topk(4).indices.tolist()
+    assert len(first.ids) == new and first.finish_reason == second.finish_reason == "length"
+    if new:
+        assert first.scored[0].logprob == pytest.approx(wanted[-1].max().item(), abs=1e-4)
+
+
+def test_a_prompt_of_the_full_length_is_scored(model):
+    request = Request([5] * LENGTH, sampling=Sampling(max_new_tokens=0), score_prompt=True)
+    [[answer]] = generate(Engine(model), [request])
+    assert len(answer.prompt_logprobs) == LENGTH and answer.finish_reason == "length"
+
+
+def test_stop_id_ends_the_answer_and_is_not_emitted(model):
+    request = Request([5, 6], sampling=Sampling(max_new_tokens=40, seed=1))
+    [[whole]] = generate(Engine(model), [request])
+    stop = whole.ids[9]
+    [[cut]] = generate(Engine(model), [Request([5, 6], sampling=request.sampling, stop_ids=(stop,))])
+    assert cut.ids == whole.ids[: whole.ids.index(stop)] and cut.finish_reason == "stop"
+
+
+def test_candidates_differ_and_each_is_the_one_of_its_number(model):
+    sampling = Sampling(max_new_tokens=10, seed=1)
+    [five] = generate(Engine(model), [Request([5, 6], sampling=sampling, n=5)])
+    [two] = generate(Engine(model), [Request([5, 6], sampling=sampling, n=2)])
+    assert len({tuple(a.ids) for a in five}) == 5 and [a.ids for a in two] == [a.ids for a in five[:2]]
+
+
+def test_an_answer_whose_every_id_is_forbidden_stops(model):
+    sampling = Sampling(bad_words_ids=tuple((i,) for i in range(V)))
+    [[none], [some]] = generate(Engine(model), [Request([1], sampling=sampling), Request([1])])
+    assert none.ids == [] and none.finish_reason == "stop" and len(some.ids) == LENGTH - 1
+
+
+def test_a_long_prompt_does_not_stall_the_others(model):
+    engine = Engine(model, slots=3, prefill_chunk=8)
+    first = engine.submit(Request([1], sampling=Sampling(max_new_tokens=50)))
+    engine.step()
+    long = engine.submit(Request([2] * 60))
+    short = engine.submit(Request([3]))
+    speakers = [[output.request_id for output in engine.step()] for _ in range(9)]
+    assert all(first in ids for ids in speakers)
+    assert speakers[6] == [first] and speakers[7] == [first, long, short]  # first come, first served
+
+
+def test_candidates_wait_until_all_of_them_fit(model):
+    engine = Engine(model, slots=4)
+    engine.submit(Request([1], sampling=Sampling(max_new_tokens=4)))
+    engine.step()
+    engine.submit(Request([2], n=4))
+    engine.submit(Request([3]))
+    engine.step()
+    assert (engine.live, engine.queued) == (1, 2)
+    while engine.running[0].request_id == 1:
+        engine.step()
+    assert (engine.live, engine.queued) == (4, 1)
+
+
+@pytest.mark.parametrize("candidate, left", [(None, 0), (1, 2)])
+def test_cancelled_sequences_are_gone_by_the_next_step(model, candidate, left):
+    engine = Engine(model, slots=4, prefill_chunk=4)
+    for steps in range(4):  # cancelled in the queue, in its prefill, and live
+        id_ = engine.submit(Request([1] * 7, n=3))
+        for _ in range(steps):
+            engine.step()
+        engine.cancel(id_, candidate)
+        assert {o.candidate for _ in range(3) for o in engine.step()} == ({0, 2} if left else set())
+        assert engine.live == left
+        engine.cancel(id_)
+        engine.cancel(id_)
+        engine.cancel(999)
+        assert engine.idle
+
+
+@pytest.mark.parametrize("request_, reason", [
+    (Request([]), "the prompt is empty"),
+    (Request([1] * LENGTH), "the prompt has 64 tokens, at most 63 fit"),
+    (Request([1] * 65, sampling=Sampling(max_new_tokens=0)), "the prompt has 65 tokens, at most 64 fit"),
+    (Request([1, V]), f"id {V} is not in the vocabulary of {V} entries"),
+    (Request([-1]), "id -1 is not in"),
+    (Request([1], sampling=Sampling(bad_words_ids=((1, 500),))), "id 500 is not in"),
+    (Request([1, 2], [0]), "token_type_ids must be 2 numbers 0 or 1"),
+    (Request([1], [2]), "token_type_ids must be 1 numbers 0 or 1"),
+    (Request([1], n=9), "n is 9, wanted from 1 to 8"),
+    (Request([1], n=0), "n is 0, wanted from 1 to 8"),
+])
+def test_what_can_never_be_served_is_refused_with_the_reason(model, request_, reason):
+    engine = Engine(model)
+    with pytest.raises(ValueError, match=reason):
+        engine.submit(request_)
+    assert engine.idle
+
+
+def test_requests_with_and_without_types_are_not_mixed(model):
+    engine = Engine(model)
+    engine.submit(Request([1], [0]))
+    with pytest.raises(ValueError, match="cannot share an engine"):
+        engine.submit(Request([1]))
+
+
+def test_a_shorter_engine_ends_at_its_length(model):
+    [[answer]] = generate(Engine(model, length=10), [Request([1, 2, 3], sampling=Sampling(max_new_tokens=99))])
+    assert len(answer.ids) == 7 and answer.finish_reason == "length"

@@ -1,0 +1,230 @@
+"""Each setting means what it means in transformers, and what is drawn follows the distribution and nothing else."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.generation import logits_process as theirs
+
+from gptchat.sampling import Row, Sampling, draw, forbid, penalize, score, uniform, weigh
+
+V = 301
+TINY = 1e-11  # ours rounds what is less than 2**-40 of the best down to 0
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def some_logits(rows, seed=0, scale=3.0, size=V):
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def row(ids=(1, 2, 3), candidate=0, **settings):
+    return Row(Sampling(**settings), candidate, list(ids))
+
+
+def ours(logits, settings):
+    """The ids that may be drawn, and their probabilities, by our sampler."""
+    mass = weigh(logits - logits.max(-1, keepdim=True).values, settings)
+    return mass > 0, mass / mass.sum(-1, keepdim=True)
+
+
+def chain(logits, settings):
+    """The same by transformers' warpers, one row at a time."""
+    scores = []
+    for one, s in zip(logits, settings, strict=True):
+        warpers = [theirs.TemperatureLogitsWarper(s.temperature)]
+        warpers += [theirs.TopKLogitsWarper(s.top_k)] if s.top_k else []
+        warpers += [theirs.TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
+        warpers += [theirs.MinPLogitsWarper(s.min_p)] if s.min_p else []
+        one = one[None]
+        for warper in warpers:
+            one = warper(None, one)
+        scores.append(one)
+    probabilities = torch.cat(scores).softmax(-1)
+    return probabilities > 0, probabilities
+
+
+def assert_same(logits, settings):
+    (kept, probabilities), (kept_there, probabilities_there) = ours(logits, settings), chain(logits, settings)
+    assert not (kept & ~kept_there).any()
+    assert not (kept_there & ~kept & (probabilities_there > TINY)).any()
+    torch.testing.assert_close(probabilities.float(), probabilities_there, rtol=1e-4, atol=TINY)
+
+
+SETTINGS = [
+    *(Sampling(temperature=t) for t in (0.3, 0.7, 1.0, 1.9)),
+    *(Sampling(top_k=k) for k in (1, 2, 50, V, 9999)),
+    *(Sampling(top_p=p) for p in (0.0, 0.01, 0.5, 0.9, 0.999)),
+    *(Sampling(min_p=p) for p in (0.01, 0.2, 1.0)),
+    Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
+    Sampling(temperature=1.5, top_k=7, top_p=0.6),
+    Sampling(temperature=2.5, top_p=0.95, min_p=0.02),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_temperature_and_cutoffs_equal_transformers(settings):
+    assert_same(some_logits(64), [settings] * 64)
+
+
+def test_rows_of_different_settings_do_not_mix():
+    assert_same(some_logits(len(SETTINGS), seed=5), SETTINGS)
+
+
+@pytest.mark.parametrize("scale", [0.0005, 0.5, 4.0])  # nuclei of thousands, hundreds and a few ids
+def test_a_wide_nucleus_is_found_in_a_large_vocabulary(scale):
+    logits = some_logits(3, seed=1, scale=scale, size=20_000).double().float()
+    settings = [Sampling(top_p=p) for p in (0.2, 0.9, 0.97)]
+    kept = ours(logits, settings)[0].sum(-1)
+    kept_there = chain(logits.double(), settings)[0].sum(-1)  # summed in float32 theirs is off by some ids of 20,000
+    assert torch.equal(kept, kept_there)
+
+
+def test_repetition_penalty_equals_transformers():
+    logits, ids = some_logits(3), torch.tensor([[5, 9, 5, 300], [0, 1, 2, 3], [7, 7, 7, 7]])
+    for penalty in (0.5, 1.0, 1.3):
+        wanted = theirs.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+        scores = logits.clone()
+        penalize(scores, [row(i, repetition_penalty=penalty) for i in ids.tolist()])
+        torch.testing.assert_close(scores, wanted)
+
+
+def test_bad_words_and_suppressed_ids_equal_transformers():
+    logits, words = some_logits(3), [[4], [1, 2], [1, 3], [9, 1, 5], [8, 8, 8, 8]]
+    ids = torch.tensor([[0, 9, 1], [1, 1, 9], [8, 8, 8]])
+    wanted = theirs.NoBadWordsLogitsProcessor(words)(ids, logits.clone())
+    wanted = theirs.SuppressTokensLogitsProcessor([0, 300])(ids, wanted)
+    scores = logits.clone()
+    forbid(scores, [row(i, bad_words_ids=tuple(map(tuple, words))) for i in ids.tolist()], (0, 300))
+    assert torch.equal(scores, wanted)
+    assert wanted.isinf().sum() == 3 * 3 + 3 + 1  # every kind has met a row
+
+
+def test_word_filter_forbids_what_it_names():
+    class Echo:
+        def banned(self, ids):
+            return [ids[-1]]
+
+    scores = some_logits(2)
+    forbid(scores, [row((3, 7), word_filter=Echo()), row((3, 7))], ())
+    assert scores.isinf().nonzero().tolist() == [[0, 7]]
+
+
+def test_drawn_tokens_follow_the_distribution():
+    """Chi-square over 20,000 draws of each of three rows of settings, at fixed seeds."""
+    logits = some_logits(1, seed=2, scale=1.5, size=40)
+    for settings in ({}, {"temperature": 0.7, "top_k": 12}, {"temperature": 1.4, "top_p": 0.8, "min_p": 0.05}):
+        expected = chain(logits, [Sampling(**settings)])[1][0].double()
+        rows = [row(range(i % 50), i // 50, seed=11, **settings) for i in range(20_000)]
+        drawn = torch.tensor([d.token for d in draw(logits.repeat(len(rows), 1), rows)])
+        counts = drawn.bincount(minlength=40)
+        assert counts[expected == 0].sum() == 0
+        kept = expected > 0
+        expected = expected[kept] * len(rows)
+        statistic = ((counts[kept] - expected) ** 2 / expected).sum().item()
+        freedom = len(expected) - 1
+        assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom), (settings, statistic, freedom)
+
+
+def test_noise_of_neighbouring_places_is_uniform_and_uncorrelated():
+    noise = torch.tensor([[[uniform(s, c, p) for p in range(30)] for c in range(10)] for s in range(30)])
+    assert 0 <= noise.min() and noise.max() < 1
+    counts = (noise.flatten() * 20).long().bincount(minlength=20)
+    assert ((counts - 450.0) ** 2 / 450).sum() < 19 + 4 * math.sqrt(38)
+    centred = noise - 0.5
+    for axis in range(3):
+        size = noise.shape[axis]
+        product = (centred.narrow(axis, 0, size - 1) * centred.narrow(axis, 1, size - 1)).flatten() * 12
+        assert abs(product.mean()) < 4 / math.sqrt(product.numel())
+
+
+def test_a_draw_does_not_depend_on_the_other_rows():
+    logits = some_logits(len(SETTINGS), seed=3)
+    rows = [Row(s, i % 3, list(range(i))) for i, s in enumerate([*SETTINGS[:-1], Sampling(temperature=0)])]
+    together = [d.token for d in draw(logits.clone(), rows)]
+    alone = [draw(logits[i : i + 1].clone(), [rows[i]])[0].token for i in range(len(rows))]
+    assert together == alone
+
+
+def test_seed_candidate_and_position_each_change_the_draw():
+    logits = some_logits(1, scale=0.1)
+
+    def drawn(ids=10, candidate=0, seed=0):
+        return draw(logits.clone(), [row(range(ids), candidate, seed=seed)])[0].token
+
+    assert drawn() == drawn()
+    assert len({drawn(), drawn(ids=11), drawn(candidate=1), drawn(seed=1), drawn(seed=-1), drawn(seed=2**70)}) == 6
+
+
+@pytest.mark.parametrize("noise", [0.0, 1 - 2.0**-52])
+def test_an_id_without_probability_is_never_drawn(monkeypatch, noise):
+    monkeypatch.setattr("gptchat.sampling.uniform", lambda *_: noise)
+    logits = torch.full((1, 50_000), -1e9)
+    logits[0, 20_000:30_000] = some_logits(1, size=10_000, scale=0.01)[0]
+    token = draw(logits, [row()], suppress=(20_000, 29_999))[0].token
+    assert token == (20_001 if noise == 0 else 29_998)
+
+
+def test_greedy_takes_the_best_that_is_left():
+    logits = some_logits(2)
+    order = logits.argsort(-1, descending=True)
+    rows = [row(temperature=0), row(temperature=0, bad_words_ids=((order[1, 0].item(),),))]
+    assert [d.token for d in draw(logits.clone(), rows)] == [order[0, 0], order[1, 1]]
+
+
+def test_a_vanishing_temperature_is_greedy():
+    logits = some_logits(4)
+    drawn = draw(logits.clone(), [row(temperature=1e-300, seed=s) for s in range(4)])
+    assert [d.token for d in drawn] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_nothing_to_draw_is_said_and_leaves_the_neighbour_alone(temperature):
+    logits = some_logits(3, size=5)
+    logits[1] = math.nan
+    everything = tuple((i,) for i in range(5))
+    rows = [row(temperature=temperature, bad_words_ids=everything, top_p=0.9), row(temperature=temperature), row()]
+    tokens = [d.token for d in draw(logits.clone(), rows)]
+    assert tokens[:2] == [-1, -1]
+    assert tokens[2] == draw(logits[2:].clone(), [row()])[0].token
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_are_the_models_before_any_setting(dtype):
+    logits = some_logits(3).to(dtype)
+    wanted = logits.float().log_softmax(-1)
+    rows = [row(logprobs=3, temperature=0.5, repetition_penalty=2.0), row(), row(logprobs=0, temperature=0)]
+    drawn = draw(logits.clone(), rows, suppress=tuple(range(100)))
+    assert drawn[1].logprob is None and drawn[1].top == ()
+    assert [len(d.top) for d in drawn] == [3, 0, 0]
+    for i in (0, 2):
+        assert drawn[i].logprob == pytest.approx(wanted[i, drawn[i].token].item(), abs=1e-5)
+    best = wanted[0].topk(3)
+    assert [token for token, _ in drawn[0].top] == best.indices.tolist()
+    assert [p for _, p in drawn[0].top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_score_lists_at_most_the_vocabulary():
+    scored = score(some_logits(2, size=4), torch.tensor([1, 2]), k=10)
+    assert [len(s.top) for s in scored] == [4, 4] and [s.token for s in scored] == [1, 2]
+    assert sum(math.exp(p) for _, p in scored[0].top) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_p", 1.1),
+    ("top_p", math.nan), ("min_p", -1), ("repetition_penalty", 0), ("bad_words_ids", ((),)), ("max_new_tokens", -1),
+    ("logprobs", -1),
+])
+def test_a_setting_out_of_range_is_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} is .*, wanted "):
+        Sampling(**{setting: value})
+
+
+def test_rows_need_no_more_than_settings_candidate_and_ids():
+    other = SimpleNamespace(sampling=Sampling(temperature=0), candidate=0, ids=[1])
+    logits = some_logits(1)
+    assert draw(logits.clone(), [other])[0].token == logits.argmax()
