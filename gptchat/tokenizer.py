@@ -13,7 +13,6 @@ import argparse
 import codecs
 import hashlib
 import json
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -23,7 +22,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gptchat.config import Progress, TokenizerConfig, UserError, cli, expand, load
+from gptchat.config import Config, Progress, TokenizerConfig, UserError, cli, expand, load, swapped
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0..5 in a tokenizer trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
@@ -102,21 +101,28 @@ class Tokenizer:
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
         """Write the two files that transformers' AutoTokenizer loads; `tokenizer.json`, swapped in, comes last."""
-        folder, temporary = Path(directory), Path(directory) / "tokenizer.json.tmp"
+        folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings |= {"model_max_length": model_max_length} if model_max_length else {}
         settings |= {f"{name[1:4].lower()}_token": self.backend.id_to_token(id)
                      for name, id in self.special_ids.items() if id >= 0}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        self.backend.save(str(temporary))
-        os.replace(temporary, folder / "tokenizer.json")
+        with swapped(folder / "tokenizer.json") as temporary:
+            self.backend.save(str(temporary))
 
     @cached_property
     def sorted_pieces(self) -> tuple[list[bytes], list[int]]:
         """All tokens' bytes in order, and their ids."""
         ids = sorted(range(self.vocab_size), key=self.token_bytes.__getitem__)
         return [self.token_bytes[id] for id in ids], ids
+
+
+def for_config(config: Config) -> Tokenizer:
+    """The tokenizer of a run: its model's, if it starts from one, or the config's; with every special token."""
+    tokenizer = Tokenizer.load(config.init_from or config.tokenizer.dir)
+    tokenizer.add_missing_specials()
+    return tokenizer
 
 
 def _piece_bytes(piece: str) -> bytes:
