@@ -1,18 +1,17 @@
 """Logits (B, V) -> next ids, each row with its own settings and its own noise.
 
 The settings mean what they mean in transformers' `generate`, in its order: repetition penalty, bad words, suppressed
-ids; then, unless the temperature is 0 (greedy), temperature, top-k, top-p, min-p. The last three each keep what scores
-at least some bound. (So equal scores stay or go together; transformers' top-p lets its sort decide.)
+ids; then, unless greedy, temperature, top-k, top-p, min-p. Equal scores stay or go together; transformers' top-p lets
+its sort decide.
 
 The noise is one uniform number per token, a hash of (seed, candidate, position), made an id by inverting the cumulative
-distribution. That is kept in whole numbers: their sums are exact in any order on any device, and an id of no weight is
-never drawn.
+distribution in whole numbers: their sums are exact in any order on any device, and what weighs 0 is never drawn.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import inf, isfinite, log
+from math import inf, log
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,12 @@ from gptchat.tokenizer import WordFilter
 
 WEIGHT_OF_THE_BEST = 2.0**40  # times less than 2**23 ids stays within int64
 NUCLEUS = (64, 2048)  # so many best ids are sorted to find a top-p set; all of them only where it is wider still
+
+
+WEIGHT_OF_THE_BEST = 2.0**40  # times less than 2**23 ids stays within int64
+NUCLEUS = (64, 2048)  # so many best ids are sorted to find a top-p set; all of them only where it is wider still
+RANGES = {"temperature": (0, 100), "top_k": (0, inf), "top_p": (0, 1), "min_p": (0, 1), "max_new_tokens": (0, inf),
+          "repetition_penalty": (0.01, 100), "logprobs": (0, inf)}
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,12 @@ class Sampling:
     logprobs: int | None = None  # that many best ids beside the drawn one; None: no log-probabilities at all
 
     def __post_init__(self) -> None:
-        wanted = {
-            "temperature": (isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 or more"),
-            "top_p": (0 <= self.top_p <= 1, "from 0 to 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "more than 0"),
-            "bad_words_ids": (all(self.bad_words_ids), "words of at least one id"),
-            "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
-            "logprobs": ((self.logprobs or 0) >= 0, "0 or more"),
-        }
-        for name, (right, range_) in wanted.items():
-            if not right:
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted {range_}")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not (least <= value <= most if value is not None else name == "logprobs"):
+                raise ValueError(f"{name} is {value}, wanted from {least} to {most}")
+        if not all(self.bad_words_ids):
+            raise ValueError("bad_words_ids has a word without ids")
 
 
 @dataclass
@@ -77,8 +75,7 @@ def draw(logits: Tensor, rows: Sequence[Row], suppress: Sequence[int] = ()) -> l
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     untouched = logits[asked]
     scores = logits.float()
-    penalize(scores, rows)
-    forbid(scores, rows, suppress)
+    process(scores, rows, suppress)
     ids = choose(scores, rows)
     drawn = [Scored(token) for token in ids.tolist()]
     if asked:
@@ -98,43 +95,33 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
     return list(map(Scored, ids.tolist(), of_ids, tops))
 
 
-def penalize(scores: Tensor, rows: Sequence[Row]) -> None:
-    """Divide (multiply, if negative) the scores of ids already in a row by its repetition penalty, in place."""
-    for i, row in enumerate(rows):
-        if (penalty := row.sampling.repetition_penalty) != 1:
+def process(scores: Tensor, rows: Sequence[Row], suppress: Sequence[int]) -> None:
+    """In place: divide (multiply, if negative) the scores of ids already in a row by its repetition penalty; set the
+    suppressed ids, and those that would complete a bad or a filtered word, to -inf."""
+    scores[:, list(suppress)] = -inf
+    for i, (row, s) in enumerate((row, row.sampling) for row in rows):
+        if s.repetition_penalty != 1:
             seen = torch.tensor(row.ids, device=scores.device)
             old = scores[i, seen]
-            scores[i, seen] = torch.where(old < 0, old * penalty, old / penalty)
-
-
-def forbid(scores: Tensor, rows: Sequence[Row], suppress: Sequence[int]) -> None:
-    """Set suppressed ids, and those that would complete a bad or a filtered word, to -inf, in place."""
-    scores[:, list(suppress)] = -inf
-    for i, row in enumerate(rows):
-        words, filtered = row.sampling.bad_words_ids, row.sampling.word_filter
-        banned = [w[-1] for w in words if len(w) == 1 or tuple(row.ids[1 - len(w) :]) == tuple(w[:-1])]
-        banned += filtered.banned(row.ids) if filtered else []
+            scores[i, seen] = torch.where(old < 0, old * s.repetition_penalty, old / s.repetition_penalty)
+        banned = [w[-1] for w in s.bad_words_ids if len(w) == 1 or tuple(row.ids[1 - len(w) :]) == tuple(w[:-1])]
+        banned += s.word_filter.banned(row.ids) if s.word_filter else []
         if banned:
             scores[i, banned] = -inf
 
 
 def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """An id (B,) of each row: the best where the temperature is 0, else by the row's noise. `scores` is overwritten."""
-    best, ids = scores.max(-1)  # (B,)
+    best, ids = scores.max(-1, keepdim=True)  # (B, 1)
     hot = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if hot:
-        some = scores if len(hot) == len(rows) else scores[hot]
-        ids[hot] = sample(some.sub_(best[hot, None]), [rows[i] for i in hot])
-    return ids.masked_fill_(~best.isfinite(), -1)
-
-
-def sample(scores: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Ids (R,) drawn from scores (R, V), of which the best in each row is 0. `scores` is overwritten."""
-    cumulative = weigh(scores, [row.sampling for row in rows]).cumsum(-1)  # (R, V)
-    noise = column([uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows], scores, torch.float64)
-    total = cumulative[:, -1:]
-    aim = (noise * total).long().minimum(total - 1)
-    return torch.searchsorted(cumulative, aim, right=True)[:, 0]
+        some = (scores if len(hot) == len(rows) else scores[hot]).sub_(best[hot])  # (R, V)
+        cumulative = weigh(some, [rows[i].sampling for i in hot]).cumsum(-1)
+        total = cumulative[:, -1:]
+        noise = [uniform(rows[i].sampling.seed, rows[i].candidate, len(rows[i].ids)) for i in hot]
+        aim = (column(noise, scores, torch.float64) * total).long().minimum(total - 1)
+        ids[hot] = torch.searchsorted(cumulative, aim, right=True)
+    return ids.masked_fill_(~best.isfinite(), -1)[:, 0]
 
 
 def uniform(seed: int, candidate: int, position: int) -> float:
@@ -144,41 +131,32 @@ def uniform(seed: int, candidate: int, position: int) -> float:
 
 
 def weigh(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """Whole numbers (R, V) in proportion to the probabilities that the settings leave. `scores` is overwritten."""
+    """Whole numbers (R, V) in proportion to what is left of the probabilities; the best score of a row is 0."""
     scores.div_(column([max(s.temperature, 1e-30) for s in settings], scores))
-    mass = weights(scores)
-    if any(s.top_k for s in settings):
-        mass.mul_(scores >= top_k_bound(scores, [s.top_k for s in settings]))
+    mass = scores.exp().mul_(WEIGHT_OF_THE_BEST).long()
+    if most := min(max(s.top_k for s in settings), scores.shape[1]):
+        rank = column([min(s.top_k or most, most) - 1 for s in settings], scores, torch.int64)
+        bound = scores.topk(most).values.gather(1, rank)
+        mass.mul_((scores >= bound) | column([not s.top_k for s in settings], scores, torch.bool))
     if narrow := [i for i, s in enumerate(settings) if s.top_p < 1]:
         bound = column([-inf] * len(settings), scores)
-        bound[narrow] = top_p_bound(scores[narrow], mass[narrow], column([settings[i].top_p for i in narrow], scores))
+        bound[narrow] = nucleus(scores[narrow], mass[narrow], column([settings[i].top_p for i in narrow], scores))
         mass.mul_(scores >= bound)
     if any(s.min_p for s in settings):
         mass.mul_(scores >= column([log(s.min_p) if s.min_p else -inf for s in settings], scores))
     return mass
 
 
-def weights(scores: Tensor) -> Tensor:
-    return scores.exp().mul_(WEIGHT_OF_THE_BEST).long()
-
-
-def top_k_bound(scores: Tensor, top_k: list[int]) -> Tensor:
-    """The score (R, 1) of each row's k-th best id; -inf where k is 0."""
-    most = min(max(top_k), scores.shape[1])
-    rank = column([min(k or most, most) - 1 for k in top_k], scores, torch.int64)
-    return scores.topk(most).values.gather(1, rank).where(column(top_k, scores) > 0, -inf)
-
-
-def top_p_bound(scores: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
+def nucleus(scores: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
     """The least score (R, 1) of the smallest set of best ids that holds `top_p` (R, 1) of the mass (R, V)."""
     enough = top_p.double() * mass.sum(-1, keepdim=True)
     for size in (*NUCLEUS, scores.shape[1]):
-        best = scores.topk(min(size, scores.shape[1])).values
-        share = weights(best)
+        best = scores.topk(min(size, scores.shape[1]))
+        share = mass.gather(1, best.indices)
         needed = share.cumsum(-1) - share < enough  # while what stands before an id does not suffice
         if not needed[:, -1].any():
             break
-    return best.gather(1, needed.sum(-1, keepdim=True).sub_(1).clamp_min_(0))
+    return best.values.gather(1, needed.sum(-1, keepdim=True).sub_(1).clamp_min_(0))
 
 
 def column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
