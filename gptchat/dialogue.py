@@ -76,16 +76,14 @@ def encode_prompt(turns: Sequence[Turn], beginning: Sequence[int], cls_id: int, 
 
     The oldest turns go first. Raises UserError if the last turn and the beginning alone do not fit.
     """
-    first, total = len(turns), 1 + len(beginning)
-    while first and total + len(turns[first - 1][1]) + (first < len(turns)) <= room:
-        first -= 1
-        total += len(turns[first][1]) + (first + 1 < len(turns))
-    if total > room or (turns and first == len(turns)):
-        wanted = total + (len(turns[-1][1]) if turns else 0)
-        raise UserError(f"prompt: the last turn needs {wanted} tokens; wanted {room} at most")
+    turns = turns or [(0, [])]
+    first, total = len(turns), len(beginning)
+    while first and (longer := total + len(turns[first - 1][1]) + 1) <= room:
+        first, total = first - 1, longer
+    if first == len(turns):
+        raise UserError(f"prompt: the last turn takes {longer} tokens; wanted {room} at most")
     ids, types = _joined([*turns[first:], (1, beginning)], sep_id)
-    start = 1 if turns else 0
-    return ids[start:].tolist(), types[start:].tolist()
+    return ids[1:].tolist(), types[1:].tolist()
 
 
 def speaker_of(role: str) -> int:

@@ -101,14 +101,13 @@ class Tokenizer:
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
         """Write the two files that transformers' AutoTokenizer loads; `tokenizer.json`, swapped in, comes last."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings |= {"model_max_length": model_max_length} if model_max_length else {}
         settings |= {f"{name[1:4].lower()}_token": self.backend.id_to_token(id)
                      for name, id in self.special_ids.items() if id >= 0}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        with swapped(folder / "tokenizer.json") as temporary:
+        with swapped(Path(directory) / "tokenizer_config.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        with swapped(Path(directory) / "tokenizer.json") as temporary:
             self.backend.save(str(temporary))
 
     @cached_property
