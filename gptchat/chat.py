@@ -1,0 +1,260 @@
+"""Talk to a model in the terminal, streaming; or answer one prompt, or a file of them.
+
+    python -m gptchat.chat --model out/chatlm/model [--temperature 0.7] [--pick median] ...
+    python -m gptchat.chat --model DIR --prompt TEXT
+    python -m gptchat.chat --model DIR --input prompts.tsv --output answers.tsv
+
+A ChatLM keeps the turns, the oldest leaving when the context is full; an LM goes on with each text by itself. A row of
+--input is a dialogue, its last column what is to be answered; --output has the answer behind it, as training data has.
+An answer depends on its dialogue, the settings and the seed, not on the rows beside it.
+"""
+
+import argparse
+import os
+import random
+import re
+import readline  # line editing and history for input()
+import signal
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from gptchat import pretrained
+from gptchat.config import Progress, UserError, cli, swapped
+from gptchat.dialogue import escape, read_rows, rows_to_turns
+from gptchat.engine import Engine, Request
+from gptchat.evaluate import make_request
+from gptchat.sampling import Sampling
+from gptchat.tokenizer import StreamDecoder, WordFilter
+
+CANDIDATES = 5  # of which --pick median takes the one of median length
+SLOTS = 16  # rows of --input that are answered at once
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
+HELP = """/set             the settings
+/set NAME VALUE  change one, such as: /set temperature 0.7
+/reset           forget the conversation
+/quit            leave, as Ctrl-D does; Ctrl-C ends an answer"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong option in one line, like all wrong use."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def settings_parser() -> Parser:
+    """How answers are drawn: options of the command line and names of /set."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    add("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: from all (default)")
+    add("--top-p", type=float, default=0.9, help="draw from the likeliest with this share (default 0.9)")
+    add("--min-p", type=float, default=0.0, help="draw from those with this share of the likeliest's (default 0)")
+    add("--repetition-penalty", type=float, default=1.1, help="1 is none (default 1.1)")
+    add("--max-new-tokens", type=int, default=100, help="of one answer (default 100)")
+    add("--seed", type=int, default=-1, help="gives the same answer again; -1: another one each time (default)")
+    add("--forbid", action="append", default=[], metavar="WORD", help="never said; may be repeated")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer, unsaid; may be repeated")
+    add("--pick", choices=("first", "median"), default="first",
+        help=f"median: of {CANDIDATES} answers the one of median length, which does not stream")
+    return parser
+
+
+class Talk:
+    """A loaded model and its engine, which answer dialogues of texts; a turn is (speaker, text)."""
+
+    def __init__(self, directory: str | Path, slots: int, dtype: str):
+        self.model, self.tokenizer, self.task = pretrained.load(directory)
+        if self.task == "chatlm":
+            self.tokenizer.require_specials()
+        never = pretrained.never_generated(self.model.config, self.tokenizer, self.task)
+        self.engine = Engine(self.model, slots, dtype=dtype, suppress=never)
+
+    def sampling(self, settings: argparse.Namespace) -> Sampling:
+        """Raises UserError for a setting out of its range."""
+        values = {f.name: getattr(settings, f.name) for f in fields(Sampling) if hasattr(settings, f.name)}
+        values["seed"] = random.getrandbits(63) if settings.seed < 0 else settings.seed
+        words = [word for word in settings.forbid if word]
+        try:
+            return Sampling(**values, word_filter=WordFilter(self.tokenizer, words) if words else None)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def request(self, turns: Sequence[tuple[int, str]], settings: argparse.Namespace) -> Request:
+        """What is to be answered. Raises UserError for a last turn that is too long."""
+        encoded = [(speaker, self.tokenizer.encode(text.encode(errors="replace").decode())) for speaker, text in turns]
+        n = CANDIDATES if settings.pick == "median" else 1
+        return make_request(self.tokenizer, self.task, encoded, self.engine.length, self.sampling(settings), n)
+
+    def answers(self, requests: Sequence[Request], stop: Sequence[str]) -> Generator[tuple[int, str, bool]]:
+        """(request's index, next piece of its answer, whether it is the last), all requests at once. Of several
+        candidates the one of median length comes in one piece. Closing the generator cancels what is unfinished."""
+        running: dict[tuple[int, int], tuple[int, StreamDecoder]] = {}
+        texts = [[""] * request.n for request in requests]
+        left = [request.n for request in requests]
+        try:
+            for index, request in enumerate(requests):
+                id = self.engine.submit(request)
+                for candidate in range(request.n):
+                    running[id, candidate] = index, StreamDecoder(self.tokenizer, [text for text in stop if text])
+            while running:
+                for output in self.engine.step():
+                    key = output.request_id, output.candidate
+                    index, decoder = running[key]
+                    piece = "" if output.token is None else decoder.push(output.token)
+                    if output.finish_reason or decoder.stopped:
+                        piece += decoder.finish()
+                        left[index] -= 1
+                        self.engine.cancel(*key)
+                        del running[key]
+                    texts[index][output.candidate] += piece
+                    if requests[index].n == 1:
+                        yield index, piece, not left[index]
+                    elif not left[index]:
+                        yield index, sorted(texts[index], key=len)[requests[index].n // 2], True
+        finally:
+            for key in running:
+                self.engine.cancel(*key)
+
+
+class Conversation:
+    """The chat in a terminal: lines in, commands obeyed, messages answered."""
+
+    def __init__(self, talk: Talk, settings: argparse.Namespace, colour: bool):
+        self.talk, self.settings, self.turns = talk, settings, list[tuple[int, str]]()
+        paint = "\x1b[1;36m{}\x1b[0m " if colour else "{} "
+        self.label = paint.format("bot>")
+        # readline wants what takes no room between \x01 and \x02
+        self.prompt = re.sub("(\x1b.*?m)", "\x01\\1\x02", paint).format("you>") if sys.stdin.isatty() else ""
+
+    def run(self) -> None:
+        """Until Ctrl-D, /quit, or Ctrl-C twice in a row at the prompt."""
+        hinted = False
+        while True:
+            try:
+                line = input(self.prompt).strip()
+                hinted = False
+                if line == "/quit":
+                    return
+                self.obey(*line.split(maxsplit=2)) if line.startswith("/") else self.reply(line)
+            except UserError as error:
+                print(f"error: {error}")
+            except EOFError:
+                return print()
+            except KeyboardInterrupt:
+                if hinted:
+                    return print()
+                hinted = True
+                print("\n(Ctrl-C again, or Ctrl-D, leaves)")
+
+    def obey(self, command: str, name: str = "", value: str = "") -> None:
+        """Carry out a command. Raises UserError for one that there is not."""
+        if command == "/reset":
+            self.turns = []
+        elif command == "/set" and name:
+            changed = argparse.Namespace(**vars(self.settings))
+            if isinstance(getattr(changed, name, None), list):
+                setattr(changed, name, [])
+            settings_parser().parse_args([f"--{name.replace('_', '-')}={value}"], changed)
+            self.talk.sampling(changed)
+            self.settings = changed
+        elif command in ("/set", "/help"):
+            print(HELP if command == "/help" else "\n".join(f"{k} {v}" for k, v in vars(self.settings).items()))
+        else:
+            raise UserError(f"{command}: no such command; /help lists them")
+
+    def reply(self, message: str) -> None:
+        """Stream the answer; Ctrl-C ends it, and what was said by then is the turn."""
+        if not message and self.talk.task == "chatlm":
+            return
+        turns, text = [*self.turns, (0, message)], ""
+        request = self.talk.request(turns, self.settings)
+        print(self.label, end="", flush=True)
+        with ctrl_c() as pressed, closing(self.talk.answers([request], self.settings.stop)) as pieces:
+            for _, piece, _ in pieces:
+                text += piece
+                print(CONTROL.sub("\ufffd", piece), end="", flush=True)
+                if pressed:
+                    break
+        print()
+        if text and self.talk.task == "chatlm":
+            self.turns = [*turns, (1, text)]
+
+
+@contextmanager
+def ctrl_c() -> Iterator[list[int]]:
+    """Ctrl-C is noted in the list, so that no step of the engine is torn."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: str) -> None:
+    """Write each row of a file and its answer as a row of `output`. Raises UserError with file and row."""
+    rows, requests = list(read_rows(source, 1)), list[Request]()
+    for number, row in enumerate(rows, 1):
+        try:
+            requests.append(talk.request(rows_to_turns([*row, ""])[:-1], settings))
+        except UserError as error:
+            raise UserError(f"{source}: row {number}: {error}") from None
+    texts = [""] * len(rows)
+    with swapped(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
+        for index, piece, ended in talk.answers(requests, settings.stop):
+            texts[index] += piece
+            bar.update(ended)
+        lines = ["\t".join(map(escape, [*row, text])) + "\n" for row, text in zip(rows, texts, strict=True)]
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def chat(talk: Talk, settings: argparse.Namespace, directory: str, colour: bool) -> None:
+    """Talk in the terminal (or from a pipe, a line each); the lines typed are kept beside the model directory."""
+    if not sys.stdin.isatty():
+        return Conversation(talk, settings, colour=False).run()
+    history = Path(directory).resolve().parent / "chat_history"
+    with suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(1000)
+    print(f"{directory}: {talk.task}, {sum(p.numel() for p in talk.model.parameters()):,} parameters; /help, Ctrl-D")
+    try:
+        Conversation(talk, settings, colour).run()
+    finally:
+        with suppress(OSError):
+            readline.write_history_file(history)
+
+
+def main() -> None:
+    settings = settings_parser()
+    parser = Parser(prog="python -m gptchat.chat", parents=[settings], description="Talk to a model.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    parser.add_argument("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
+    parser.add_argument("--output", metavar="TSV", help="where the rows of --input and their answers go")
+    parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    parser.add_argument("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
+    args = parser.parse_args()
+    chosen = argparse.Namespace(**{name: getattr(args, name) for name in vars(settings.parse_args([]))})
+    if (args.input is None) != (args.output is None) or (args.input and args.prompt is not None):
+        raise UserError("wanted --input and --output together, and no --prompt with them")
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    talk = Talk(args.model, SLOTS if args.input else CANDIDATES, args.dtype)
+    talk.sampling(chosen)
+    if args.input:
+        answer_file(talk, chosen, args.input, args.output)
+    elif args.prompt is not None:
+        for _, piece, _ in talk.answers([talk.request([(0, args.prompt)], chosen)], chosen.stop):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        chat(talk, chosen, args.model, sys.stdout.isatty() and not args.no_color and "NO_COLOR" not in os.environ)
+
+
+if __name__ == "__main__":
+    cli(main)
