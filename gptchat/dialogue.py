@@ -103,8 +103,9 @@ def unescape(column: str) -> str:
     return re.sub(r"\\[tnr\\]", lambda match: _MEANT[match[0]], column) if "\\" in column else column
 
 
-def read_rows(path: str | Path) -> Iterator[list[str]]:
-    """The turns of every row, unescaped; empty lines are skipped. Raises UserError with file and line (or byte)."""
+def read_rows(path: str | Path, least: int = 2) -> Iterator[list[str]]:
+    """The `least` turns or more of every row, unescaped; empty lines are skipped. Raises UserError with file and line (or
+    byte)."""
     offset = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
@@ -116,8 +117,8 @@ def read_rows(path: str | Path) -> Iterator[list[str]]:
             if not line:
                 continue
             columns = line.lstrip("\t").split("\t")
-            if len(columns) < 2 or not all(columns):
-                found = "one column" if len(columns) < 2 else f"an empty column {columns.index('') + 1}"
+            if len(columns) < least or not all(columns):
+                found = "one column" if len(columns) < least else f"an empty column {columns.index('') + 1}"
                 raise UserError(f"{path}:{number}: found {found}; wanted turns divided by tabs, the response last")
             yield [unescape(column) for column in columns]
 
