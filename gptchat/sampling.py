@@ -21,10 +21,6 @@ from gptchat.tokenizer import WordFilter
 
 WEIGHT_OF_THE_BEST = 2.0**40  # times less than 2**23 ids stays within int64
 NUCLEUS = (64, 2048)  # so many best ids are sorted to find a top-p set; all of them only where it is wider still
-
-
-WEIGHT_OF_THE_BEST = 2.0**40  # times less than 2**23 ids stays within int64
-NUCLEUS = (64, 2048)  # so many best ids are sorted to find a top-p set; all of them only where it is wider still
 RANGES = {"temperature": (0, 100), "top_k": (0, inf), "top_p": (0, 1), "min_p": (0, 1), "max_new_tokens": (0, inf),
           "repetition_penalty": (0.01, 100), "logprobs": (0, inf)}
 

@@ -1,8 +1,10 @@
 """The engine: each answer is that of its request alone, whoever else comes and goes, and that of transformers."""
 
+import itertools
 import random
 
 import pytest
+import tokenizers
 import torch
 from transformers import GPT2Config as TheirConfig
 from transformers import GPT2LMHeadModel
@@ -10,6 +12,7 @@ from transformers import GPT2LMHeadModel
 from gptchat.engine import Engine, Request, generate
 from gptchat.model import GPT2, GPT2Config
 from gptchat.sampling import Sampling
+from gptchat.tokenizer import BYTE_OF, StreamDecoder, Tokenizer, WordFilter
 
 V, LENGTH = 97, 64
 CONFIG = GPT2Config(vocab_size=V, n_positions=LENGTH, n_embd=32, n_layer=3, n_head=4, type_rows=(1, 7))
@@ -287,3 +290,73 @@ def test_requests_with_and_without_types_are_not_mixed(model):
 def test_a_shorter_engine_ends_at_its_length(model):
     [[answer]] = generate(Engine(model, length=10), [Request([1, 2, 3], sampling=Sampling(max_new_tokens=99))])
     assert len(answer.ids) == 7 and answer.finish_reason == "length"
+
+
+class Script(torch.nn.Module):
+    """A model that wants to say given ids, each at its position, and next best of all the id `other`."""
+
+    def __init__(self, vocab_size, ids, other):
+        super().__init__()
+        self.config = GPT2Config(vocab_size=vocab_size, n_positions=len(ids) + 1, n_embd=1, n_layer=1, n_head=1)
+        self.wte, self.ids, self.other = torch.nn.Embedding(vocab_size, 1), ids, other
+
+    def forward(self, input_ids, token_type_ids=None, cache=None):
+        return cache.position_ids[:, :, None]
+
+    def logits(self, hidden):
+        logits = torch.zeros(len(hidden), self.config.vocab_size)
+        logits[:, self.other] = 1
+        logits[range(len(hidden)), [self.ids[position] for position in hidden[:, 0].tolist()]] = 2
+        return logits
+
+
+def spellings(text):
+    """A tokenizer whose entries are all parts of the text's bytes, and the ids of every way to cut the text."""
+    data = text.encode()
+    spell = {byte: character for character, byte in BYTE_OF.items()}
+    parts = {data[i:j] for i in range(len(data)) for j in range(i + 2, len(data) + 1)}
+    pieces = [*sorted(BYTE_OF), *("".join(spell[byte] for byte in part) for part in sorted(parts))]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(backend)
+    id_of = {part: i for i, part in enumerate(tokenizer.token_bytes)}
+    ways = []
+    for cuts in itertools.product([False, True], repeat=len(data) - 1):
+        at = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(data)]
+        ways.append([id_of[data[i:j]] for i, j in itertools.pairwise(at)])
+    return tokenizer, ways
+
+
+def ends(tokenizer, ids, word):
+    """How many of the ids it takes until the word stands in the text."""
+    return next(n for n in range(len(ids) + 1) if word in tokenizer.decode(ids[:n]))
+
+
+@pytest.mark.parametrize("text, word", [("a禁止b", "禁止"), ("x🙂🙃", "🙂🙃"), ("ab ab.", "b a"), ("ナナナ", "ナナ")])
+def test_a_forbidden_word_is_never_completed_at_any_token_boundary(text, word):
+    tokenizer, ways = spellings(text)
+    other = tokenizer.encode("~")[0]
+    for ids in ways:
+        sampling = Sampling(temperature=0, max_new_tokens=len(ids), word_filter=WordFilter(tokenizer, [word]))
+        engine = Engine(Script(tokenizer.vocab_size, ids, other), slots=1)
+        [[answer]] = generate(engine, [Request([other], sampling=sampling)])
+        n = ends(tokenizer, ids, word)
+        assert answer.ids[:n] == [*ids[: n - 1], other]
+        assert word not in tokenizer.decode(answer.ids)
+
+
+@pytest.mark.parametrize("text, stop", [("a止まれb", "止ま"), ("x🙂🙃y", "🙂🙃"), ("ab\n\nUser:", "\n\nUser"),
+                                        ("ナナナ", "ナナ")])
+def test_a_stop_string_ends_the_stream_at_any_token_boundary(text, stop):
+    tokenizer, ways = spellings(text)
+    for ids in ways:
+        engine = Engine(Script(tokenizer.vocab_size, ids, 0), slots=1)
+        request = engine.submit(Request([0], sampling=Sampling(temperature=0, max_new_tokens=len(ids))))
+        decoder, said, tokens = StreamDecoder(tokenizer, [stop]), "", 0
+        while not engine.idle:
+            for output in engine.step():
+                said, tokens = said + decoder.push(output.token), tokens + 1
+                assert "\ufffd" not in said
+                if decoder.stopped:
+                    engine.cancel(request)
+        assert said + decoder.finish() == text[: text.index(stop)] and tokens == ends(tokenizer, ids, stop)
