@@ -136,8 +136,8 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte, self.wpe = (nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False)
+                              for rows in (config.vocab_size, config.n_positions))
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -145,7 +145,8 @@ class GPT2(nn.Module):
         self.lm_head.weight = self.wte.weight
         self.register_buffer("type_rows", torch.tensor(config.type_rows), persistent=False)
         self.activation_checkpointing = False
-        self.initialize()
+        if not self.wte.weight.is_meta:  # random numbers on "meta" import torch._dynamo: 2 seconds
+            self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
