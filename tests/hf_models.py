@@ -39,8 +39,9 @@ def shake(model: torch.nn.Module, seed: int) -> None:
 
 
 def random_gpt2(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> GPT2LMHeadModel:
-    config = GPT2Config(**(SMALL | changes))
-    model = GPT2LMHeadModel(config).to(dtype).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(GPT2Config(**(SMALL | changes))).to(dtype).eval()
     shake(model, seed)
     return model
 

@@ -214,4 +214,4 @@ def test_greedy_ids_equal_those_of_generate(exact: Pair) -> None:
         assert not set(wanted[12:]) & set(suppress)
         stopped += wanted[-1] == stop
         seen |= {*wanted[12:]}
-    assert 0 < stopped < 8 and len(seen) > 8  # else the comparison says little
+    assert 0 < stopped < 8 and len(seen) > 4  # else the comparison says little
