@@ -187,6 +187,11 @@ def expand(patterns: Iterable[str], what: str) -> list[Path]:
     return paths
 
 
+def _umask() -> int:
+    os.umask(umask := os.umask(0))
+    return umask
+
+
 @contextmanager
 def swapped(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what is written there replaces `path` at the end, all of it or nothing.
@@ -198,6 +203,7 @@ def swapped(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # some writers make private files
         for name, flags in ((temporary, os.O_RDWR), (path.parent, os.O_RDONLY)):
             descriptor = os.open(name, flags)
             try:

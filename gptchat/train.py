@@ -53,8 +53,8 @@ class Run:
         self.model.to(world.device)
         self.optimizers = make_optimizers(self.model, config.train)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
-        self.resolved = dataclasses.asdict(config) | {"text": {"tokenizer": self.tokenizer.hash,
-                                                               "train_tokens": self.batches.shards.n_tokens}}
+        text = {"tokenizer": self.tokenizer.hash, "train_tokens": self.batches.shards.n_tokens}
+        self.resolved = json.loads(json.dumps(dataclasses.asdict(config) | {"text": text}))
         self.progressed = checkpoint.Progressed()
         if self.checkpoint_path.exists():
             self.progressed = checkpoint.load(self.checkpoint_path, self.model, self.optimizers, self.resolved)
@@ -104,8 +104,8 @@ class Run:
         self.progressed.n_targets += int(n_targets)
         for number, batch in enumerate(micro_batches):
             torch.manual_seed(hash((config.seed, self.progressed.step, world.rank + number * world.size)))
-            waits = world.size > 1 and number < len(micro_batches) - 1
-            with self.trained.no_sync() if waits else contextlib.nullcontext():
+            syncs = number == len(micro_batches) - 1 or not isinstance(self.trained, DistributedDataParallel)
+            with contextlib.nullcontext() if syncs else self.trained.no_sync():
                 loss_sum = self.loss(batch)
                 self.scaler.scale(loss_sum * (world.size / max(1, n_targets))).backward()
             self.loss_sum = self.loss_sum + loss_sum.detach()
@@ -194,9 +194,10 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
 def prepare(model: GPT2, config: TrainConfig, world: World) -> torch.nn.Module:
     """The model as it is trained: with activation checkpointing, compilation and DDP as the config says."""
     model.activation_checkpointing = config.activation_checkpointing
+    trained: torch.nn.Module = model
     if config.compile and has_compiler():
-        model.compile(dynamic=None)
-    return DistributedDataParallel(model) if world.size > 1 else model
+        trained = torch.compile(model)  # type: ignore[assignment]
+    return DistributedDataParallel(trained) if world.size > 1 else trained
 
 
 def has_compiler() -> bool:

