@@ -27,7 +27,7 @@ from gptchat.config import Config, Progress, TokenizerConfig, UserError, cli, ex
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0..5 in a tokenizer trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
 PIECE = 1 << 16  # bytes of text read at once for training
-PROBE = " Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "  # must come back
+PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "  # must come back
 _SAME = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that a vocabulary writes as that character
 _OTHER = sorted(set(range(256)) - set(_SAME))  # the others are written from U+0100 on, as in GPT-2's encoder.py
 BYTE_OF = {chr(byte): byte for byte in _SAME} | {chr(256 + n): byte for n, byte in enumerate(_OTHER)}

@@ -1,0 +1,347 @@
+"""Round trips, special tokens, streaming, stop strings, forbidden words, foreign vocabularies, sampling, training."""
+
+import json
+import random
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from gptchat import corpora
+from gptchat.config import Config, TokenizerConfig, UserError
+from gptchat.tokenizer import PIECE, SPECIAL, StreamDecoder, Tokenizer, WordFilter, for_config, sample, train
+
+PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
+TYPED = ("[PAD]", "[SEP]", "[CLS]", " [EOS]", "[UNK]x", "<|endoftext|>", "\u65e5\u672c\u8a9e", "\U0001f469\u200d\U0001f4bb",
+         "e\u0301", "\r\n", "  ", "hello", "\u0130", "\ufb01", "\x00", "'ll")
+TEXT = st.lists(st.sampled_from(TYPED) | st.text(max_size=8), max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "speech.txt"
+    foreign = "\n\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3001caf\u00e9 \U0001f600\n" * 50
+    path.write_text("\n\n".join(corpora.speeches()[-4:]) + foreign, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text_file: Path) -> dict[str, Tokenizer]:
+    return {kind: train(TokenizerConfig(kind=kind, vocab_size=700, files=(str(text_file),), sample_mb=0.2))
+            for kind in ("bpe", "unigram")}
+
+
+@pytest.fixture(scope="module")
+def bpe(trained: dict[str, Tokenizer]) -> Tokenizer:
+    return trained["bpe"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_special_tokens_come_first_and_every_byte_has_an_entry(trained: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = trained[kind]
+    assert tuple(map(tokenizer.backend.id_to_token, range(6))) == SPECIAL
+    assert tuple(tokenizer.special_ids.values()) == tuple(range(6))
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id) == (0, 3, 4, 5)
+    assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 700
+    assert {bytes([byte]) for byte in range(256)} <= set(tokenizer.token_bytes)
+    tokenizer.require_specials()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@PROPERTY
+@given(text=TEXT)
+def test_any_text_comes_back_without_special_tokens(trained: dict[str, Tokenizer], kind: str, text: str) -> None:
+    ids = trained[kind].encode(text)
+    assert trained[kind].decode(ids) == text
+    assert not ids or min(ids) >= len(SPECIAL)
+    assert trained[kind].backend.decode(ids, skip_special_tokens=False) == text  # the library's decoder agrees
+
+
+@PROPERTY
+@given(texts=st.lists(TEXT, max_size=5))
+def test_a_batch_is_encoded_as_its_texts_alone(bpe: Tokenizer, texts: list[str]) -> None:
+    assert bpe.encode_batch(texts) == [bpe.encode(text) for text in texts]
+
+
+@PROPERTY
+@given(ids=st.lists(st.integers(0, 699), max_size=30))
+def test_decoding_any_ids_equals_the_librarys(bpe: Tokenizer, ids: list[int]) -> None:
+    assert bpe.decode(ids) == bpe.backend.decode(ids, skip_special_tokens=True)
+
+
+def streamed(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
+    decoder = StreamDecoder(tokenizer, stop)
+    return [*(decoder.push(id) for id in ids), decoder.finish()]
+
+
+@PROPERTY
+@given(text=TEXT, single=st.booleans())
+def test_a_stream_never_holds_half_a_character(bpe: Tokenizer, text: str, single: bool) -> None:
+    ids = [bpe.token_bytes.index(bytes([byte])) for byte in text.encode()] if single else bpe.encode(text)
+    pieces, sent = streamed(bpe, ids), b""
+    assert "".join(pieces) == text
+    for id, piece in zip(ids, pieces, strict=False):  # each character leaves with its last byte, not later
+        sent += bpe.token_bytes[id]
+        text_so_far = sent.decode(errors="ignore")
+        assert text_so_far.endswith(piece)
+    assert "".join(pieces[:-1]) == text
+
+
+@PROPERTY
+@given(ids=st.lists(st.integers(0, 699) | st.integers(100, 262), max_size=30))
+def test_a_stream_of_any_ids_joins_to_the_plain_decode(bpe: Tokenizer, ids: list[int]) -> None:
+    assert "".join(streamed(bpe, ids)) == bpe.decode(ids)
+
+
+def tokenized(tokenizer: Tokenizer, text: str, seed: int) -> list[int]:
+    """One of the many tokenizations of a text: greedy pieces of random lengths, down to single bytes."""
+    generator, data, ids = random.Random(seed), text.encode(), []
+    known = {piece: id for id, piece in enumerate(tokenizer.token_bytes) if piece}
+    while data:
+        longest = generator.randint(1, 8)
+        n = next(n for n in range(min(longest, len(data)), 0, -1) if data[:n] in known)
+        ids.append(known[data[:n]])
+        data = data[n:]
+    return ids
+
+
+def cut_at_first_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    for end in range(1, len(text) + 1):
+        begins = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if begins:
+            return text[:min(begins)], True
+    return text, False
+
+
+@PROPERTY
+@given(text=st.text(st.sampled_from("ab\n\u65e5\U0001f600\u0301"), max_size=20), seed=st.integers(0, 9),
+       stops=st.lists(st.text(st.sampled_from("ab\n\u65e5\U0001f600\u0301"), min_size=1, max_size=4), max_size=3))
+def test_stop_strings_cut_the_text_whatever_the_tokens(bpe: Tokenizer, text: str, seed: int, stops: list[str]) -> None:
+    decoder = StreamDecoder(bpe, stops)
+    joined = "".join(decoder.push(id) for id in tokenized(bpe, text, seed)) + decoder.finish()
+    assert (joined, decoder.stopped) == cut_at_first_stop(text, stops)
+    assert decoder.push(bpe.encode("a")[0]) + decoder.finish() == "" or not decoder.stopped
+
+
+def test_a_stop_string_at_every_token_boundary(bpe: Tokenizer) -> None:
+    text, stop = "\u3053\u3093\u306b\u3061\u306f\U0001f600 Bob: hi", "\U0001f600 Bob:"
+    for seed in range(100):
+        pieces = streamed(bpe, tokenized(bpe, text, seed), (stop,))
+        assert "".join(pieces) == "\u3053\u3093\u306b\u3061\u306f"
+
+
+def test_only_what_may_become_a_stop_string_is_held_back(bpe: Tokenizer) -> None:
+    ids = tokenized(bpe, "one\n two\n\nthree", seed=1)
+    sent = streamed(bpe, ids, ("\n\n",))
+    for n in range(1, len(ids)):
+        plain, so_far = bpe.decode(ids[:n]), "".join(sent[:n])
+        assert so_far in (plain.split("\n\n")[0], plain[:-1])
+    assert StreamDecoder(bpe, ("stop",)).push(bpe.encode("x")[0]) == "x"
+
+
+def test_empty_stop_strings_and_words_are_refused(bpe: Tokenizer) -> None:
+    for make in (StreamDecoder, WordFilter):
+        with pytest.raises(ValueError, match="must not be empty"):
+            make(bpe, ("fine", ""))
+
+
+ALPHABET = "aeth \u65e5\u672c"
+
+
+@PROPERTY
+@given(text=st.text(st.sampled_from(ALPHABET), max_size=12), seed=st.integers(0, 9),
+       words=st.lists(st.text(st.sampled_from(ALPHABET), min_size=1, max_size=6), min_size=1, max_size=3))
+def test_banned_are_the_tokens_that_complete_a_word(bpe: Tokenizer, text: str, seed: int, words: list[str]) -> None:
+    ids = tokenized(bpe, text, seed)
+    before = text.encode()
+    completing = []
+    for id, piece in enumerate(bpe.token_bytes):
+        after = before + piece
+        if any(after[:end].endswith(word.encode()) for word in words for end in range(len(before) + 1, len(after) + 1)):
+            completing.append(id)
+    banned = WordFilter(bpe, words).banned(ids)
+    assert sorted(banned) == completing and len(set(banned)) == len(banned)
+
+
+def test_random_text_without_banned_tokens_never_holds_a_word(bpe: Tokenizer) -> None:
+    generator, words = random.Random(0), ["e", "tion", " \u65e5\u672c", "an", "\U0001f600"]
+    word_filter = WordFilter(bpe, words)
+    ids: list[int] = []
+    for _ in range(2000):
+        ids.append(generator.choice(sorted(set(range(6, 700)) - set(word_filter.banned(ids)))))
+    assert not any(word.encode() in b"".join(bpe.token_bytes[id] for id in ids) for word in words)
+
+
+def test_a_word_does_not_reach_across_special_tokens(bpe: Tokenizer) -> None:
+    word_filter = WordFilter(bpe, ["ab"])
+    b = bpe.encode("b")[0]
+    assert b in word_filter.banned(bpe.encode("a")) and b not in word_filter.banned([*bpe.encode("a"), bpe.sep_id])
+
+
+def test_only_the_end_of_a_long_text_is_looked_at(bpe: Tokenizer) -> None:
+    class Counted(list[int]):
+        reads = 0
+
+        def __getitem__(self, index):  # type: ignore[no-untyped-def]
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+        def __reversed__(self):  # type: ignore[no-untyped-def]
+            return (self[n] for n in range(len(self) - 1, -1, -1))
+
+    WordFilter(bpe, ["forbidden", "words"]).banned(Counted(bpe.encode("word") * 10_000))
+    assert 0 < Counted.reads <= 9
+
+
+@pytest.fixture
+def foreign(bpe: Tokenizer, tmp_path: Path) -> Path:
+    """GPT-2's layout: vocab.json, merges.txt, the end of text the last and only special entry."""
+    state = json.loads(bpe.backend.to_str())["model"]
+    pieces = [piece for piece in state["vocab"] if piece not in SPECIAL] + ["<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: n for n, piece in enumerate(pieces)}), encoding="utf-8")
+    merges = "".join(" ".join(pair) + "\n" for pair in state["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_foreign_vocabulary_loads_as_it_is_and_can_be_completed(foreign: Path, bpe: Tokenizer) -> None:
+    tokenizer = Tokenizer.load(foreign)
+    text = "The President, <|endoftext|> [SEP] \u65e5"
+    assert tokenizer.encode(text) == [id - 6 for id in bpe.encode(text)]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.cls_id) == (695, 694, -1)
+    with pytest.raises(UserError, match=r"found no \[PAD\], \[UNK\], \[BOS\], \[CLS\], \[SEP\]; wanted"):
+        tokenizer.require_specials()
+    assert tokenizer.add_missing_specials() == ["[PAD]", "[UNK]", "[BOS]", "[CLS]", "[SEP]"]
+    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.eos_id, tokenizer.vocab_size) == (695, 699, 694, 700)
+    assert tokenizer.add_missing_specials() == []
+    assert tokenizer.encode("[SEP]") == [id - 6 for id in bpe.encode("[SEP]")]
+    tokenizer.save(foreign / "completed")
+    again = for_config(Config(init_from=str(foreign / "completed")))
+    assert again.hash == tokenizer.hash == for_config(Config(tokenizer=TokenizerConfig(dir=str(foreign)))).hash
+    assert again.special_ids == tokenizer.special_ids and again.decode([694, 699]) == ""
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_saved_and_loaded_again_it_is_the_same(trained: dict[str, Tokenizer], kind: str, tmp_path: Path) -> None:
+    trained[kind].save(tmp_path / "new", model_max_length=99)
+    again = Tokenizer.load(tmp_path / "new")
+    assert again.hash == trained[kind].hash and again.token_bytes == trained[kind].token_bytes
+    assert again.encode("no [SEP] here") == trained[kind].encode("no [SEP] here")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_transformers_loads_it_with_the_same_ids(trained: dict[str, Tokenizer], kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = trained[kind]
+    ours.save(tmp_path, model_max_length=99)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello,  world!\n\t I'll", "\u65e5\u672c\u8a9e \U0001f600e\u0301 caf\u00e9", " x ", "don 't . stop"):
+        assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    names = ("pad", "unk", "bos", "eos", "cls", "sep")
+    assert [getattr(theirs, f"{name}_token_id") for name in names] == [getattr(ours, f"{name}_id") for name in names]
+    assert theirs.model_max_length == 99 and len(theirs) == ours.vocab_size
+
+
+def not_byte_level(kind: str, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    if kind == "sentencepiece":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    elif kind in ("lower case", "prefix space"):
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix space")
+        backend.decoder = decoders.ByteLevel()
+        backend.normalizer = normalizers.Lowercase() if kind == "lower case" else None
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["words", "sentencepiece", "lower case", "prefix space"])
+def test_a_tokenizer_that_loses_text_is_refused(bpe: Tokenizer, kind: str, tmp_path: Path) -> None:
+    alphabet = {character: n for n, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    not_byte_level(kind, alphabet).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="does not give every text back; wanted byte-level BPE"):
+        Tokenizer.load(tmp_path)
+
+
+def test_missing_and_broken_files_are_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found neither tokenizer.json nor merges.txt; `make tokenizer`"):
+        Tokenizer.load(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read as a tokenizer") as raised:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(raised.value)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "merges.txt")
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def write_lines(path: Path, n: int, line: str = "line {} of a file, \u65e5\u672c\n") -> Path:
+    path.write_text("".join(line.format(i) for i in range(n)), encoding="utf-8")
+    return path
+
+
+def test_a_sample_under_the_limit_is_all_of_the_text(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / "a", 9000), write_lines(tmp_path / "b", 3), write_lines(tmp_path / "c", 0)]
+    (tmp_path / "d").write_text("\u65e5" * 90_001, encoding="utf-8")  # one line, longer than several pieces
+    paths.append(tmp_path / "d")
+    pieces = list(sample(paths, 10**9))
+    assert "".join(text for text, _ in pieces) == "".join(path.read_text(encoding="utf-8") for path in paths)
+    assert all(used == len(text.encode()) <= PIECE for text, used in pieces)
+
+
+def test_a_larger_sample_is_whole_lines_spread_over_all_files(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / name, 60_000, name + " {}\n") for name in "abc"]
+    lines = [line for text, _ in sample(paths, 8 * PIECE) for line in text.splitlines()]
+    numbers = {name: [int(line.split()[1]) for line in lines if line[0] == name] for name in "abc"}
+    assert all(line.split()[0] in "abc" for line in lines) and len(set(lines)) == len(lines)
+    for found in numbers.values():
+        assert max(found) - min(found) > 20_000 and len(found) > 5_000
+    assert 6 * PIECE < sum(used for _, used in sample(paths, 8 * PIECE)) <= 8 * PIECE
+
+
+def test_a_sample_of_one_endless_line_holds_whole_characters(tmp_path: Path) -> None:
+    path = tmp_path / "endless"
+    path.write_text("\u65e5" * 400_000, encoding="utf-8")
+    assert set("".join(text for text, _ in sample([path], 4 * PIECE))) == {"\u65e5"}
+
+
+def test_many_small_files_stay_under_the_limit_too(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / str(n), 400) for n in range(40)]
+    used = sum(used for _, used in sample(paths, 2 * PIECE))
+    assert 0 < used <= 2 * PIECE
+
+
+def test_sampling_takes_flat_memory(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "large", 600_000)
+    tracemalloc.start()
+    total = sum(used for _, used in sample([path], 10**9))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == path.stat().st_size > 15e6 and peak < 2e6
+
+
+@pytest.mark.parametrize(("content", "byte"), [(b"fine\nnot \xff fine\n", 9), (b"x" * PIECE + b"\n\xe6\x97", PIECE + 1)])
+def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, byte: int) -> None:
+    path = tmp_path / "broken.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"broken.txt: byte {byte}: found invalid UTF-8"):
+        train(TokenizerConfig(files=(str(path),)))
+
+
+def test_training_gives_the_same_bpe_in_another_process(text_file: Path, bpe: Tokenizer, tmp_path: Path) -> None:
+    config = tmp_path / "lm.toml"
+    config.write_text(f'[tokenizer]\nfiles = "{text_file}"\nvocab_size = 700\nsample_mb = 0.2\ndir = "{tmp_path}/out"\n'
+                      "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n")
+    command = [sys.executable, "-m", "gptchat.tokenizer", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert Tokenizer.load(tmp_path / "out").hash == bpe.hash and "bpe, 700 entries" in done.stdout
+    wrong = subprocess.run([*command, "tokenizer.files=nowhere.txt"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "nowhere.txt" in wrong.stderr
