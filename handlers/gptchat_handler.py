@@ -72,6 +72,7 @@ class GptchatHandler:
             log.exception("a request could not be read")
             error = Refusal("internal error", 500)
         self.count("refused", error.status)
+        log.info("%s %s refused %d", id, self.served.name, error.status)
         return refused(error)
 
     def read(self, id: str, data: dict[str, Any], headers: dict[str, Any]) -> Reply | None:
@@ -92,7 +93,7 @@ class GptchatHandler:
             raise Refusal(f"the queue is full: {len(self.live)} requests are being answered; try again later", 503)
         job = jobs.parse(path, body, self.served)
         tickets = [Ticket(id, place, Request(
-            prompt.input_ids, prompt.token_type_ids, job.sampling, job.n, self.served.stop_ids,
+            prompt.input_ids, prompt.token_type_ids, job.sampling, job.n, [pretrained.stop_id(self.served.tokenizer, self.served.task)],
             score_prompt=job.echo and job.sampling.logprobs is not None), job.stream) for place, prompt in enumerate(job.prompts)]
         self.live[id] = answers.Answer(self.served, job, id), tickets
         for ticket in tickets:
@@ -111,10 +112,16 @@ class GptchatHandler:
         answer, _ = self.live.get(ticket.owner, (None, ()))
         if answer is None:
             return
-        if isinstance(event, ValueError):
-            answer.error = Refusal(str(event))
-        elif answer.take(ticket.place, event):
-            self.loop.cancel(ticket, event.candidate)
+        try:
+            if isinstance(event, ValueError):
+                raise Refusal(str(event))
+            if answer.take(ticket.place, event):
+                self.loop.cancel(ticket, event.candidate)
+        except Refusal as refusal:
+            answer.error = refusal
+        except Exception:
+            log.exception("an output could not be taken")
+            answer.error = Refusal("internal error", 500)
 
     def drain(self, i: int, id: str, context: Any) -> Reply:
         """What a live request is sent now."""
@@ -149,7 +156,8 @@ class GptchatHandler:
         self.metric("gptchat_generated_tokens", new)
         if first:
             self.metric("gptchat_first_token_seconds", first - answer.began, kind=MetricTypes.HISTOGRAM)
-            self.metric("gptchat_token_seconds", (now - first) / new, kind=MetricTypes.HISTOGRAM)
+            longest = max(choice.tokens for choice in answer.choices)
+            self.metric("gptchat_token_seconds", (now - first) / longest, kind=MetricTypes.HISTOGRAM)
         self.gauge()
         log.info("%s %s %s %s: %d + %d tokens, first after %.3f s, all after %.3f s", id, self.served.name, answer.job.kind, result,
                  usage["prompt_tokens"], new, (first or now) - answer.began, now - answer.began)

@@ -45,10 +45,6 @@ class Served:
         """In bytes: no text of more than n_ctx times as many characters fits."""
         return max(map(len, self.tokenizer.token_bytes))
 
-    @property
-    def stop_ids(self) -> list[int]:
-        return [id for id in (self.tokenizer.cls_id, self.tokenizer.eos_id) if id >= 0]
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -184,8 +180,8 @@ def encode(served: Served, text: str) -> list[int]:
 
 
 def dialogue_prompt(served: Served, turns: list[tuple[int, str]], beginning: str, new: int) -> Prompt:
-    """Turns that do not fit beside `new` tokens go, the oldest first (and are not even encoded)."""
-    begun, room = encode(served, beginning), served.n_ctx - new
+    """Turns that do not fit beside `new` tokens (or half the context) go, the oldest first, not even encoded."""
+    begun, room = encode(served, beginning), served.n_ctx - min(new, served.n_ctx // 2)
     encoded: list[tuple[int, list[int]]] = []
     for speaker, text in reversed(turns):
         encoded.insert(0, (speaker, encode(served, text)))
@@ -220,7 +216,7 @@ def read_original(body: Body, served: Served) -> Job:
         raise Refusal('found no context; wanted {"context": "some text"}', param="context")
     if served.task == "chatlm":
         turns = [*enumerate(reversed([context] if isinstance(context, str) else context))][::-1]  # the last: the client's
-        sampling = read_sampling(body, served, served.n_ctx - 1, min(default, served.n_ctx // 2))
+        sampling = read_sampling(body, served, served.n_ctx, min(default, served.n_ctx // 2))
         prompts = [dialogue_prompt(served, [(i % 2, text) for i, text in turns], beginning, sampling.max_new_tokens)]
     elif not isinstance(context, str) or beginning:
         raise Refusal(f"{served.name} continues a text: wanted a string as context, and no response", param="context")
@@ -248,7 +244,7 @@ def read_chat(body: Body, served: Served) -> Job:
     messages = body.take("messages", lambda x: isinstance(x, list) and 0 < len(x) <= 1000, "1 to 1000 messages", [{}])
     turns = [read_message(message) for message in messages]
     top = body.integer("top_logprobs", 0, served.limits.max_logprobs, 0)
-    sampling = read_sampling(body, served, served.n_ctx - 1, min(served.limits.default_new_tokens, served.n_ctx // 2),
+    sampling = read_sampling(body, served, served.n_ctx, min(served.limits.default_new_tokens, served.n_ctx // 2),
                              top if body.flag("logprobs") else None)
     prompt = dialogue_prompt(served, turns, "", sampling.max_new_tokens)
     return Job("chat", [prompt], sampling, *read_common(body, served), usage=read_usage(body))

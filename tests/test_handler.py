@@ -1,0 +1,308 @@
+"""The handler's parts without TorchServe: what bodies mean, what is answered, and the decode thread."""
+
+import json
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from serving import ROOT, tiny_model
+from ts.context import Context, RequestProcessor
+
+from gptchat import pretrained
+from gptchat.engine import Engine, Request, generate
+from gptchat.sampling import Sampling
+from handlers import jobs
+from handlers.gptchat_handler import GptchatHandler
+from handlers.jobs import Refusal
+
+torch.set_num_threads(1)
+LIMITS = yaml.safe_load((ROOT / "configs/serve/model-config.yaml").read_text())["gptchat"]
+
+
+class Metrics:
+    """Stands in for TorchServe's cache of metrics: remembers what was recorded."""
+
+    def __init__(self):
+        self.seen = []
+
+    def get_metric(self, name, kind):
+        return SimpleNamespace(add_or_update=lambda value, labels: self.seen.append((name, value, labels)))
+
+
+class Client:
+    """TorchServe's half of continuous batching: rounds over all live requests, bodies in the first one only."""
+
+    def __init__(self, folder, task, **limits):
+        (folder / "handlers").mkdir(parents=True)
+        (folder / "handlers" / "page.html").write_text("<p>page")
+        self.model = tiny_model(folder / "model", task)
+        self.context = Context(task, str(folder), None, 64, None, "0.12", metrics=Metrics(),
+                               model_yaml_config={"gptchat": LIMITS | limits})
+        self.handler = GptchatHandler()
+        self.handler.initialize(self.context)
+        self.live, self.new, self.got = {}, {}, {}
+
+    def send(self, id, body, path="", **headers):
+        self.new[id] = body
+        self.live[id] = {"url_path": path, "content-type": "application/json"} | headers
+        self.got[id] = SimpleNamespace(text="", chunks=0, status=None, kind=None, done=False)
+
+    def round(self):
+        ids = list(self.live)
+        self.context.request_ids = dict(enumerate(ids))
+        self.context.request_processor = [RequestProcessor(dict(self.live[id])) for id in ids]
+        results = self.handler.handle([{"body": self.new.pop(id, bytearray())} for id in ids], self.context)
+        assert len(results) == len(ids)
+        for i, (id, text) in enumerate(zip(ids, results, strict=True)):
+            got = self.got[id]
+            if got.status is None:
+                got.status, got.kind = self.context.get_response_status(i)[0], self.context.get_response_content_type(i)
+            got.text, got.chunks = got.text + text, got.chunks + bool(text)
+            if self.context.stopping_criteria[i](text) in (True, None):
+                got.done = True
+                del self.live[id]
+
+    def finish(self, *ids, seconds=20):
+        deadline = time.monotonic() + seconds
+        while any(id in self.live for id in (ids or tuple(self.live))):
+            assert time.monotonic() < deadline
+            self.round()
+
+    def ask(self, body, path="", **headers):
+        id = f"ask {len(self.got)}"
+        self.send(id, body, path, **headers)
+        self.finish(id)
+        got = self.got[id]
+        return got.status, json.loads(got.text) if got.kind == "application/json" else got.text
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return Client(tmp_path_factory.mktemp("chat"), "chatlm")
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return Client(tmp_path_factory.mktemp("lm"), "lm")
+
+
+def alone(client, input_ids, types, new):
+    """Greedy ids of the engine by itself."""
+    model, tokenizer, task = pretrained.load(client.model)
+    engine = Engine(model, 1, suppress=pretrained.never_generated(model.config, tokenizer, task))
+    request = Request(input_ids, types, Sampling(temperature=0, max_new_tokens=new), stop_ids=[pretrained.stop_id(tokenizer, task)])
+    return tokenizer.decode(generate(engine, [request])[0][0].ids)
+
+
+@pytest.mark.parametrize("body, path, reason", [
+    ([1], "", "JSON object"), ({}, "", "context"), ({"context": 3}, "", "context"), ({"context": ["a", 3]}, "", "context"),
+    ({"context": "a", "temprature": 1}, "", "temprature"), ({"context": "a", "temperature": -1}, "", "temperature"),
+    ({"context": "a", "temperature": float("nan")}, "", "temperature"), ({"context": "a", "top_k": 1.5}, "", "top_k"),
+    ({"context": "a", "top_k": True}, "", "top_k"), ({"context": "a", "seed": 10**30}, "", "seed"),
+    ({"context": "a", "n": 17}, "", "n is 17"), ({"context": "a", "n": 2, "stream": True}, "", "n is 2"),
+    ({"context": "a", "max_new_tokens": 129}, "", "from 0 to 128"), ({"context": "a", "repetition_penalty": 0}, "", "repetition"),
+    ({"context": "\ud800"}, "", "context"), ({"context": "a", "stop": [""]}, "", "stop"), ({"context": "a", "bad_words": [1]}, "", "bad"),
+    ({"context": "x" * 10**6}, "", "cannot fit"), ({"context": "x " * 80}, "", "last turn"),
+    ({"messages": []}, "v1/chat/completions", "messages"), ({}, "v1/chat/completions", "message"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "v1/chat/completions", "role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "v1/chat/completions", "images"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "v1/chat/completions", "call tools"),
+    ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}, "v1/chat/completions", "format"),
+    ({"prompt": [0, 10**6]}, "v1/completions", "prompt"), ({"prompt": "a", "logprobs": 99}, "v1/completions", "logprobs"),
+    ({"prompt": ["a"] * 65}, "v1/completions", "prompt"), ({"prompt": ["a"] * 64, "n": 2}, "v1/completions", "128 answers"),
+    ({"prompt": [7] * 129}, "v1/completions", "129 tokens"), ({"prompt": [7] * 100, "max_tokens": 29}, "v1/completions", "room for 28"),
+    ({"prompt": "a", "stream_options": {"x": 1}}, "v1/completions", "stream_options"),
+])
+def test_wrong_request_is_a_400_that_says_why(chat, body, path, reason):
+    status, answer = chat.ask(body, path)
+    assert status == 400 and reason in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error" and "\n" not in answer["error"]["message"]
+
+
+def test_other_refusals_have_their_own_status(chat, lm):
+    assert chat.ask({}, "v1/nothing")[0] == 404
+    assert chat.ask({"model": "gpt-5", "prompt": "a"}, "v1/completions")[1]["error"]["code"] == "model_not_found"
+    assert chat.ask(bytearray(b"context=a"), **{"content-type": "application/x-www-form-urlencoded"})[0] == 415
+    assert chat.ask(bytearray(b"{bad"))[0] == 400
+    assert chat.ask(bytearray(b"[" * 100_000))[0] == 400
+    assert chat.ask(bytearray(b"\xff{}"))[0] == 400
+    assert lm.ask({"messages": [{"role": "user", "content": "a"}]}, "v1/chat/completions")[0] == 400
+    assert lm.ask({"context": ["a", "b"]})[0] == 400
+    assert lm.ask(bytearray())[0] == 400
+
+
+def test_get_gives_the_page_and_the_models(chat):
+    assert chat.ask(bytearray()) == (200, "<p>page")
+    assert chat.ask(bytearray(), "v1/models")[1]["data"][0]["id"] == "chatlm"
+    assert chat.ask(bytearray(), "v1/models/chatlm")[1]["id"] == "chatlm"
+    assert chat.ask(bytearray(), "v1/models/other")[0] == 404
+
+
+def test_header_names_and_parameters_of_the_content_type_are_free(chat):
+    chat.send("x", bytearray(b'{"context": "a", "max_tokens": 1}'))
+    chat.live["x"] = {"url_path": "", "CONTENT-TYPE": "Application/JSON; charset=utf-8"}
+    chat.finish("x")
+    assert chat.got["x"].status == 200
+
+
+def test_original_answer_has_five_candidates_and_the_median_length(chat):
+    status, answer = chat.ask({"context": "good morning", "seed": 3})
+    output = answer["model_info"]["output"]
+    assert status == 200 and len(output) == 5 and answer["request"] == {"context": "good morning"}
+    assert answer["response"] == sorted(output, key=len)[2]
+    assert answer["model_info"]["prompt_tokens"] > 2 and len(answer["model_info"]["finish_reason"]) == 5
+    assert chat.ask({"context": "good morning", "seed": 3})[1]["model_info"]["output"] == output
+
+
+def test_greedy_answer_equals_the_engine_alone(chat, lm):
+    tokenizer, new = chat.handler.served.tokenizer, 12
+    context = tokenizer.encode("good morning")
+    ids, types = [*context, tokenizer.sep_id], [0] * len(context) + [1]
+    expected = alone(chat, ids, types, new)
+    settings = {"temperature": 0, "max_tokens": new}
+    assert chat.ask({"context": "good morning", "n": 1} | settings)[1]["response"] == expected
+    message = {"messages": [{"role": "user", "content": "good morning"}]} | settings
+    assert chat.ask(message, "v1/chat/completions")[1]["choices"][0]["message"]["content"] == expected
+    expected = alone(lm, context, None, new)
+    assert lm.ask({"context": "good morning", "n": 1} | settings)[1]["response"] == expected
+    assert lm.ask({"prompt": context} | settings, "v1/completions")[1]["choices"][0]["text"] == expected
+
+
+def test_turns_and_beginning_reach_the_prompt(chat):
+    served = chat.handler.served
+    t = served.tokenizer
+    job = jobs.parse("", {"context": ["a", "b", "c"], "response": "I "}, served)
+    a, b, c, i = (t.encode(text) for text in ("a", "b", "c", "I "))
+    assert job.prompts[0].input_ids == [*a, *([t.sep_id] + b), *([t.sep_id] + c), t.sep_id, *i]
+    assert job.prompts[0].token_type_ids == [0] * len(a) + [1] * (1 + len(b)) + [0] * (1 + len(c)) + [1] * (1 + len(i))
+    status, answer = chat.ask({"context": "a", "response": "I ", "n": 1, "max_tokens": 3})
+    assert answer["response"].startswith("I ")
+
+
+def test_stream_is_the_whole_answer_in_pieces(chat):
+    for path, body in (("", {"context": "hello"}), ("v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+                       ("v1/completions", {"prompt": "hello", "logprobs": 1, "echo": True})):
+        body |= {"seed": 5, "max_tokens": 20, "n": 1}
+        whole = chat.ask(body, path)[1]
+        streamed = chat.ask(body | {"stream": True}, path)[1]
+        events = [json.loads(line[6:]) for line in streamed.split("\n\n") if line and line != "data: [DONE]"]
+        assert streamed.endswith("data: [DONE]\n\n")
+        if not path:
+            assert "".join(event.get("token", "") for event in events) == whole["response"] == events[-1]["response"]
+        elif "chat" in path:
+            assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == \
+                whole["choices"][0]["message"]["content"]
+            assert events[0]["choices"][0]["delta"]["role"] == "assistant" and events[-1]["choices"][0]["finish_reason"]
+        else:
+            choice = whole["choices"][0]
+            assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
+            tokens = [token for event in events for token in event["choices"][0]["logprobs"]["tokens"]]
+            assert tokens == choice["logprobs"]["tokens"]
+
+
+def test_stop_strings_end_and_are_left_out(chat):
+    body = {"context": "hello", "temperature": 0, "max_tokens": 30, "n": 1}
+    text = chat.ask(body)[1]["response"]
+    stop = re.findall("[a-z]{3}", text)[1]
+    for stream in (False, True):
+        answer = chat.ask(body | {"stop": stop, "stream": stream})[1]
+        answer = json.loads(answer.split("\n\n")[-3][6:]) if stream else answer
+        assert answer["response"] == text[: text.index(stop)] and answer["model_info"]["finish_reason"] == ["stop"]
+    while not chat.handler.loop.engine.idle:
+        time.sleep(0.01)
+
+
+def test_forbidden_words_do_not_come(chat):
+    body = {"context": "hello", "temperature": 0, "max_tokens": 30, "n": 1}
+    text = chat.ask(body)[1]["response"]
+    word = re.findall("[a-z]{2}", text)[0]
+    assert word not in chat.ask(body | {"bad_words": [word]})[1]["response"]
+
+
+def test_echo_with_logprobs_scores_as_the_model_does(lm):
+    model, tokenizer, _ = pretrained.load(lm.model)
+    prompts = [tokenizer.encode("good morning 😀 you"), tokenizer.encode("where")]
+    status, answer = lm.ask({"prompt": prompts, "echo": True, "logprobs": 2, "max_tokens": 0}, "v1/completions")
+    for ids, choice in zip(prompts, answer["choices"], strict=True):
+        scores = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+        expected = scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        got = choice["logprobs"]
+        assert got["token_logprobs"][0] is None and got["top_logprobs"][0] is None
+        torch.testing.assert_close(torch.tensor(got["token_logprobs"][1:]), expected, atol=1e-4, rtol=1e-4)
+        best = [max(top.values()) for top in got["top_logprobs"][1:]]
+        torch.testing.assert_close(torch.tensor(best), scores[:-1].max(-1).values, atol=1e-4, rtol=1e-4)
+        assert choice["text"] == tokenizer.decode(ids) and len(got["tokens"]) == len(ids)
+
+
+def test_leaver_is_dropped_and_its_slot_is_free_by_the_second_step(chat):
+    loop, engine = chat.handler.loop, chat.handler.loop.engine
+    chat.send("leaver", {"context": "hello", "stream": True, "max_tokens": 128, "temperature": 2})
+    chat.send("stayer", {"context": "hello", "stream": True, "max_tokens": 100, "temperature": 2, "top_k": 0})
+    for _ in range(3):
+        chat.round()
+    del chat.live["leaver"]
+    chat.round()
+    before = loop._ahead
+    deadline = time.monotonic() + 5
+    while engine.live > 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert engine.live <= 1 and before <= 2
+    chat.finish("stayer")
+    assert ("gptchat_requests", 1, ["chatlm", "original", "left"]) in chat.context.metrics.seen
+
+
+def test_thread_waits_for_its_clients(chat):
+    chat.send("slow", {"context": "hello", "stream": True, "max_tokens": 128, "temperature": 2})
+    chat.round()
+    time.sleep(0.3)
+    row = chat.handler.loop.engine.running[0]
+    assert len(row.ids) < 30
+    del chat.live["slow"]
+    chat.send("next", {"context": "a", "max_tokens": 1})
+    chat.finish("next")
+    while chat.handler.loop.engine.live:
+        time.sleep(0.01)
+
+
+def test_full_queue_is_a_503(tmp_path):
+    client = Client(tmp_path, "chatlm", max_requests=3, slots=2)
+    for i in range(5):
+        client.send(f"r{i}", {"context": "hello", "max_tokens": 5, "n": 1})
+    client.finish()
+    assert sorted(client.got[f"r{i}"].status for i in range(5)) == [200, 200, 200, 503, 503]
+    (tmp_path / "draining").touch()
+    assert client.ask({"context": "a"})[0] == 503
+
+
+def test_dead_decode_thread_answers_everyone_and_ends_the_process(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr("handlers.gptchat_handler.os._exit", ended.append)
+    client = Client(tmp_path, "chatlm")
+    client.send("stream", {"context": "hello", "stream": True, "max_tokens": 100})
+    client.send("whole", {"context": "hello", "max_tokens": 100})
+    client.round()
+    monkeypatch.setattr(client.handler.loop.engine, "step", lambda: 1 / 0)
+    client.finish("stream", "whole", seconds=5)
+    assert json.loads(client.got["stream"].text.split("\n\n")[-3][6:])["error"]["type"] == "server_error"
+    assert json.loads(client.got["whole"].text)["error"]["type"] == "server_error"
+    assert client.ask({"context": "a"})[0] == 503
+    time.sleep(0.7)
+    assert ended and ended[0] == 1
+
+
+def test_bug_in_one_answer_disturbs_no_other(chat, monkeypatch):
+    chat.send("bad", {"context": "hello", "stream": True, "max_tokens": 50})
+    chat.send("good", {"context": "hello", "temperature": 0, "max_tokens": 50, "n": 1})
+    chat.round()
+    answer, _ = chat.handler.live["bad"]
+    monkeypatch.setattr(answer, "take", lambda *_: 1 / 0)
+    chat.finish("bad", "good")
+    assert "internal error" in chat.got["bad"].text and json.loads(chat.got["good"].text)["response"]
+
+
+def test_refusals_are_one_line(chat):
+    with pytest.raises(Refusal, match="unknown setting"):
+        jobs.parse("", {"context": "a", "x\ny": 1}, chat.handler.served)
