@@ -19,8 +19,8 @@ from gptchat.config import Config, TokenizerConfig, UserError
 from gptchat.tokenizer import PIECE, SPECIAL, StreamDecoder, Tokenizer, WordFilter, for_config, sample, train
 
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
-TYPED = ("[PAD]", "[SEP]", "[CLS]", " [EOS]", "[UNK]x", "<|endoftext|>", "\u65e5\u672c\u8a9e", "\U0001f469\u200d\U0001f4bb",
-         "e\u0301", "\r\n", "  ", "hello", "\u0130", "\ufb01", "\x00", "'ll")
+TYPED = ("[PAD]", "[SEP]", "[CLS]", " [EOS]", "[UNK]x", "<|endoftext|>", "\u65e5\u672c\u8a9e",
+         "\U0001f469\u200d\U0001f4bb", "e\u0301", "\r\n", "  ", "hello", "\u0130", "\ufb01", "\x00", "'ll")
 TEXT = st.lists(st.sampled_from(TYPED) | st.text(max_size=8), max_size=8).map("".join)
 
 
@@ -130,6 +130,13 @@ def test_stop_strings_cut_the_text_whatever_the_tokens(bpe: Tokenizer, text: str
     assert decoder.push(bpe.encode("a")[0]) + decoder.finish() == "" or not decoder.stopped
 
 
+def test_of_several_stop_strings_in_one_token_the_first_cuts(bpe: Tokenizer) -> None:
+    token = max(bpe.token_bytes, key=len)
+    text = token.decode()
+    for stops, end in (((text[3:], text[2:4]), 2), ((text[2:4], text[3:]), 2), ((text[3:5], text[1:5]), 1)):
+        assert streamed(bpe, [bpe.token_bytes.index(token)], stops) == [text[:end], ""]
+
+
 def test_a_stop_string_at_every_token_boundary(bpe: Tokenizer) -> None:
     text, stop = "\u3053\u3093\u306b\u3061\u306f\U0001f600 Bob: hi", "\U0001f600 Bob:"
     for seed in range(100):
@@ -234,6 +241,9 @@ def test_saved_and_loaded_again_it_is_the_same(trained: dict[str, Tokenizer], ki
     trained[kind].save(tmp_path / "new", model_max_length=99)
     again = Tokenizer.load(tmp_path / "new")
     assert again.hash == trained[kind].hash and again.token_bytes == trained[kind].token_bytes
+    if kind == "unigram":  # longer numbers are read back with another last digit now and then
+        scores = [score for _, score in json.loads(again.backend.to_str())["model"]["vocab"]]
+        assert scores == [round(score, 6) for score in scores]
     assert again.encode("no [SEP] here") == trained[kind].encode("no [SEP] here")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
@@ -328,7 +338,7 @@ def test_sampling_takes_flat_memory(tmp_path: Path) -> None:
     assert total == path.stat().st_size > 15e6 and peak < 2e6
 
 
-@pytest.mark.parametrize(("content", "byte"), [(b"fine\nnot \xff fine\n", 9), (b"x" * PIECE + b"\n\xe6\x97", PIECE + 1)])
+@pytest.mark.parametrize(("content", "byte"), [(b"fine\nnot \xff!\n", 9), (b"x" * PIECE + b"\n\xe6\x97", PIECE + 1)])
 def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, byte: int) -> None:
     path = tmp_path / "broken.txt"
     path.write_bytes(content)
