@@ -51,6 +51,7 @@ CACHED_WORDS, CACHED_LENGTH = 200_000, 40
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of GPT-2's pattern, not Python's
 WORDS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
 SEPARATOR = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}
+BLANK_START = re.compile(r"\A(?:\s*\n|\s+\Z)")
 
 
 class Encoded(NamedTuple):
@@ -73,7 +74,7 @@ def in_order(executor: Executor, function: Callable[[A], B], items: Iterable[A],
         yield pending.popleft().result()
 
 
-def read_documents(path: Path, document: str, size: int = BLOCK) -> Iterator[tuple[str, bool]]:
+def read_documents(path: Path, document: str, size: int) -> Iterator[tuple[str, bool]]:
     """(text, whether the document ends with it) for all that hold more than white space. One longer than `size` comes
     in pieces, cut where white space begins, which no byte-level token spans; anywhere if there is none.
 
@@ -90,14 +91,16 @@ def read_documents(path: Path, document: str, size: int = BLOCK) -> Iterator[tup
                 at = file.tell() - len(error.object) + error.start
                 raise UserError(f"{path}: byte {at}: found invalid UTF-8 ({error.reason})") from None
             for text in texts if data else [*texts, rest.rstrip("\n")]:
-                if inside or text.strip():
-                    yield text if inside else re.sub(r"\A\s*\n", "", text), True
+                if inside or (text := BLANK_START.sub("", text)):
+                    yield text, True
                 inside = False
-            if data and len(rest) >= size:
+            if len(rest) >= size:
+                rest = rest if inside else BLANK_START.sub("", rest)
                 cut = re.match(r"(?s:.*)\S(?=\s)", rest)
                 piece = rest[:cut.end() if cut else None]
-                yield piece, False
-                rest, inside = rest[len(piece):], True
+                if data and piece:
+                    yield piece, False
+                    rest, inside = rest[len(piece):], True
 
 
 def in_blocks(items: Iterable[A], length: Callable[[A], int]) -> Iterator[list[A]]:
@@ -139,6 +142,8 @@ class Encoder:
             return self._encode_each(texts)
         split = [WORDS.findall(text) for text in texts]
         missing = list(set().union(*split) - self.words.keys())
+        if 2 * len(missing) > sum(map(len, split)) > 10_000:  # hardly a word twice: numbers, say
+            return self._encode_each(texts)
         self.words.update(zip(missing, self._encode_each(missing), strict=True))
         encoded = [b"".join(map(self.words.__getitem__, words)) for words in split]
         for word in missing:
@@ -286,7 +291,7 @@ def write(config: Config) -> dict[str, Any]:
 def _blocks(paths: Iterable[Path], config: Config) -> Iterator[list[Any]]:
     if config.task == "chatlm":
         return in_blocks((row for path in paths for row in read_rows(path)), lambda row: sum(map(len, row)))
-    pieces = (piece for path in paths for piece in read_documents(path, config.data.document))
+    pieces = (piece for path in paths for piece in read_documents(path, config.data.document, BLOCK))
     return in_blocks(pieces, lambda piece: len(piece[0]))
 
 
