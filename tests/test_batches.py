@@ -1,0 +1,260 @@
+"""Batches: pure functions of their number, everything once an epoch, nothing cropped, no way across dialogues."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptchat import batches as module
+from gptchat.batches import Batches, pack, permute, prefetch
+from gptchat.config import Config, DataConfig, TokenizerConfig
+from gptchat.dialogue import encode_example
+from gptchat.shards import open_shards, write
+from gptchat.tokenizer import Tokenizer, train
+
+quick = settings(derandomize=True, deadline=None, max_examples=100)
+N_CTX, ROWS = 32, 4
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """(LM shards, chat shards, tokenizer): 37 documents; 151 dialogues of 2 to 5 turns, some longer than a row."""
+    folder, rng = tmp_path_factory.mktemp("batches"), random.Random(1)
+    words = "the a cat dog sat ran on mat fast and then home".split()
+
+    def text(most):
+        return " ".join(rng.choices(words, k=rng.randint(1, most)))
+
+    (folder / "lm.txt").write_text("\n\n".join(text(60) for _ in range(37)))
+    (folder / "chat.tsv").write_text("".join("\t".join(text(rng.choice((3, 8, 40))) for _ in range(rng.randint(2, 5)))
+                                             + "\n" for _ in range(151)))
+    tokenizer = TokenizerConfig(dir=str(folder / "tok"), vocab_size=300, files=(str(folder / "lm.txt"),))
+    train(tokenizer).save(folder / "tok")
+    found = []
+    for task, name in (("lm", "lm.txt"), ("chatlm", "chat.tsv")):
+        data = DataConfig(train=(str(folder / name),), shards=str(folder / task))
+        config = Config(task=task, tokenizer=tokenizer, data=data)
+        write(config)
+        found.append(open_shards(config, "train", Tokenizer.load(folder / "tok")))
+    return *found, Tokenizer.load(folder / "tok")
+
+
+@pytest.fixture
+def lm(shards):
+    return Batches(shards[0], shards[2], N_CTX, ROWS, seed=7)
+
+
+@pytest.fixture
+def chat(shards, monkeypatch):
+    monkeypatch.setattr(module, "POOL", 20)  # several pools, the last one not full
+    return Batches(shards[1], shards[2], N_CTX, ROWS, seed=7)
+
+
+def equal(one, other):
+    """Whether two batches are the same in every tensor and number."""
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+               for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+
+
+def rows_of(batches, first, n):
+    """Rows first..first+n-1 of the endless sequence, as (field -> (T,)) dictionaries."""
+    rows = []
+    for number in range(first // ROWS, -(-(first + n) // ROWS)):
+        batch = batches.micro_batch(number)
+        fields = {key: value for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        rows += [{key: value[i] for key, value in fields.items()} for i in range(ROWS)]
+    return rows[first % ROWS:first % ROWS + n]
+
+
+def examples_in(row):
+    """(input ids, types, positions, targets) of each dialogue in a packed row."""
+    found = []
+    for number in range(int(row["segments"].max()) + 1):
+        inside = row["segments"] == number
+        found.append(tuple(tuple(row[key][inside].tolist())
+                           for key in ("input_ids", "token_type_ids", "position_ids", "targets")))
+    return found
+
+
+def expected_examples(batches):
+    """The same, of every dialogue by itself, counted."""
+    shards, tokenizer = batches.shards, batches.tokenizer
+    examples = [encode_example(shards.dialogue(i), tokenizer.cls_id, tokenizer.sep_id, N_CTX)
+                for i in range(shards.documents)]
+    return Counter((tuple(e.input_ids.tolist()), tuple(e.token_type_ids.tolist()), tuple(range(len(e.targets))),
+                    tuple(e.targets.tolist())) for e in examples)
+
+
+@quick
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(n, key):
+    assert sorted(permute(np.arange(n), n, key)) == list(range(n))
+
+
+def test_permute_works_far_beyond_memory_and_differs_by_key():
+    n = 10**15 + 3
+    near = permute(np.arange(1000), n, 1)
+    assert len(set(near.tolist())) == 1000 and 0.4 * n < np.mean(near) < 0.6 * n and near.max() < n
+    assert permute(np.array([500]), n, 1)[0] == near[500] != permute(np.array([500]), n, 2)[0]
+
+
+@quick
+@given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 60), st.randoms(use_true_random=False))
+def test_pack_takes_each_once_and_overfills_nothing(lengths, room, rng):
+    rows = pack(lengths, room)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in row) <= room for row in rows)
+    shuffled = rng.sample(lengths, len(lengths))
+    assert len(pack(shuffled, room)) == len(rows)  # rows are counted once, then dialogues change places
+
+
+def test_pack_fills_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4, 0.7, 1024).astype(int), 2, 256)
+    assert lengths.sum() / (256 * len(pack(lengths.tolist(), 256))) > 0.98
+
+
+def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
+    stream = lm.shards.tokens(0, lm.shards.n_tokens)
+    n = lm.rows_per_epoch
+    assert n == -(-len(stream) // N_CTX)
+    for epoch in range(3):
+        starts = [lm._window_start(epoch, row) for row in range(n)]
+        counts = Counter(int(token) % len(stream) for start in starts for token in range(start, start + N_CTX))
+        assert set(counts) == set(range(len(stream))) and max(counts.values()) <= 2
+        for row, start in zip(rows_of(lm, epoch * n, n), starts, strict=True):
+            around = stream[np.arange(start - 1, start + N_CTX) % len(stream)].tolist()
+            assert row["input_ids"].tolist() == around[:-1] and row["targets"].tolist() == around[1:]
+    assert len({lm._window_start(epoch, 0) % N_CTX for epoch in range(9)}) > 4  # cut elsewhere in each epoch
+
+
+def test_lm_text_shorter_than_a_window_is_repeated(lm, shards, monkeypatch):
+    batches = Batches(shards[0], shards[2], lm.shards.n_tokens * 2 + 5, 1)
+    assert batches.rows_per_epoch == 1 and batches.micro_batch(0).n_targets == lm.shards.n_tokens * 2 + 5
+    (batch,) = batches.evaluation()
+    assert batch.n_targets == lm.shards.n_tokens
+
+
+def test_lm_evaluation_is_the_stream_in_order_behind_an_eos(lm):
+    found = list(lm.evaluation())
+    stream = lm.shards.tokens(0, lm.shards.n_tokens).tolist()
+    targets = torch.cat([batch.targets.flatten() for batch in found])
+    inputs = torch.cat([batch.input_ids.flatten() for batch in found])
+    assert targets[targets != -100].tolist() == stream
+    assert inputs[:len(stream)].tolist() == [lm.tokenizer.eos_id, *stream[:-1]]
+    assert sum(batch.n_targets for batch in found) == len(stream) and lm.n_bytes == lm.shards.n_bytes
+
+
+def test_every_dialogue_is_whole_and_once_in_an_epoch(chat):
+    n = chat.rows_per_epoch
+    expected, orders = expected_examples(chat), []
+    for epoch in range(3):
+        rows = rows_of(chat, epoch * n, n)
+        found = [example for row in rows for example in examples_in(row)]
+        assert Counter(found) == expected
+        orders.append(found)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_padding_is_no_dialogue_and_no_target(chat):
+    for row in rows_of(chat, 0, chat.rows_per_epoch):
+        padding = row["segments"] == -1
+        assert (row["targets"][padding] == -100).all() and (row["input_ids"][~padding] > 0).all()
+        assert row["segments"].dtype == torch.int32 and row["input_ids"].shape == (N_CTX,)
+
+
+def test_pools_and_their_dialogues_differ_by_epoch_and_seed(chat, shards):
+    other = Batches(shards[1], shards[2], N_CTX, ROWS, seed=8)
+    assert not equal(chat.micro_batch(0), other.micro_batch(0))
+    assert other.rows_per_epoch != 0 and chat._pool_order(0)[0].tolist() != chat._pool_order(1)[0].tolist()
+
+
+def test_chat_evaluation_is_everything_once_in_order(chat):
+    found = list(chat.evaluation())
+    rows = [{key: value[i] for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+            for batch in found for i in range(len(batch.targets))]
+    assert Counter(example for row in rows for example in examples_in(row)) == expected_examples(chat)
+    assert all(equal(a, b) for a, b in zip(found, chat.evaluation(), strict=True))
+    targets = [id for batch in found for id in batch.targets[batch.targets != -100].tolist()]
+    assert chat.n_bytes == len(b"".join(chat.tokenizer.token_bytes[id] for id in targets)) > 0
+
+
+def test_padded_rows_hold_the_same_dialogues(chat, shards):
+    padded = Batches(shards[1], shards[2], N_CTX, ROWS, seed=7, packed=False)
+    assert padded.rows_per_epoch == shards[1].documents
+    expected = Counter((inputs, types, targets) for inputs, types, _, targets in expected_examples(chat).elements())
+    found = Counter()
+    for number in range(-(-shards[1].documents // ROWS)):
+        batch = padded.micro_batch(number)
+        assert batch.segments is None and batch.position_ids is None
+        lengths = []
+        for row in range(min(ROWS, shards[1].documents - number * ROWS)):
+            lengths.append(int((batch.targets[row] != -100).nonzero().max()) + 1)  # a response reaches to the end
+            found[tuple(tuple(tensor[row, :lengths[-1]].tolist()) for tensor in
+                        (batch.input_ids, batch.token_type_ids, batch.targets))] += 1
+        assert number == shards[1].documents // ROWS or batch.input_ids.shape == (ROWS, max(lengths))
+    assert found == expected
+
+
+@pytest.mark.parametrize("task", ["lm", "chat"])
+def test_a_batch_depends_on_seed_and_number_only(request, shards, task):
+    first = request.getfixturevalue(task)
+    order = random.Random(0).sample(range(60), 60)
+    found = {number: first.micro_batch(number) for number in order}
+    again = Batches(first.shards, first.tokenizer, N_CTX, ROWS, seed=7)
+    assert all(equal(again.micro_batch(number), found[number]) for number in range(60))
+
+
+@pytest.mark.parametrize("task", ["lm", "chat"])
+def test_order_is_the_same_for_any_number_of_processes_and_any_start(request, task):
+    batches = request.getfixturevalue(task)
+
+    def steps(first, last, per_step, world):
+        found = {}
+        for rank in range(world):
+            with prefetch(batches, first, last, per_step, range(rank, per_step, world)) as made:
+                for step, own in zip(range(first, last), made, strict=True):
+                    found |= {step * per_step + rank + i * world: batch for i, batch in enumerate(own)}
+        return found
+
+    whole = steps(0, 6, 4, 1)
+    assert sorted(whole) == list(range(24))
+    for other in (steps(0, 6, 4, 2), steps(0, 6, 4, 4), steps(0, 3, 8, 3), steps(3, 6, 4, 2)):
+        assert all(equal(batch, whole[number]) for number, batch in other.items())
+
+
+def test_steps_per_epoch_counts_the_last_one(chat):
+    for per_step in (1, 3):
+        steps = chat.steps_per_epoch(per_step)
+        assert (steps - 1) * per_step * ROWS < chat.rows_per_epoch <= steps * per_step * ROWS
+
+
+def test_prefetch_gives_empty_micro_batches_beyond_the_step_and_hands_on_errors(lm, monkeypatch):
+    with prefetch(lm, 0, 2, 3, range(1, 4, 2)) as steps:
+        (full, empty), _ = steps
+    assert full.n_targets == ROWS * N_CTX and empty.n_targets == empty.n_tokens == 0
+    assert empty.inputs("cpu")["targets"].shape == (0,)
+    monkeypatch.setattr(lm, "micro_batch", lambda number: 1 / 0)
+    with pytest.raises(ZeroDivisionError), prefetch(lm, 0, 2, 1, [0]) as steps:
+        next(steps)
+
+
+def test_prefetch_makes_few_steps_ahead(lm, monkeypatch):
+    made, make = [], lm.micro_batch
+    monkeypatch.setattr(lm, "micro_batch", lambda number: made.append(number) or make(number))
+    with prefetch(lm, 0, 10**9, 1, [0]) as steps:
+        for _ in range(3):
+            next(steps)
+    assert made in ([0, 1, 2], [0, 1, 2, 3])
+
+
+def test_inputs_name_the_positions_that_have_targets(chat):
+    batch = chat.micro_batch(0)
+    inputs = batch.inputs("cpu")
+    assert batch.n_targets == len(inputs["where"]) == int((batch.targets != -100).sum())
+    assert torch.equal(batch.targets.flatten()[inputs["where"]], inputs["targets"])
+    assert batch.n_tokens == int((batch.segments >= 0).sum())
