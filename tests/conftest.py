@@ -1,0 +1,69 @@
+"""Shared by the tests: the real corpora, cut small, encoded with a small vocabulary, and configs that train on them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+torch.set_num_threads(2)
+
+HEAD = {"lm/train.txt": 60_000, "lm/valid.txt": 8_000, "lm/test.txt": 8_000,
+        "chatlm/train.tsv": 60_000, "chatlm/valid.tsv": 6_000, "chatlm/test.tsv": 6_000}
+CONFIG = """
+task = "{task}"
+run = "{folder}/out/{task}"
+[tokenizer]
+dir = "{folder}/tokenizer"
+vocab_size = 400
+files = ["{folder}/data/lm/train.txt"]
+[data]
+train = ["{folder}/data/{task}/train.{ending}"]
+valid = ["{folder}/data/{task}/valid.{ending}"]
+test = ["{folder}/data/{task}/test.{ending}"]
+shards = "{folder}/shards/{task}"
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+n_ctx = 64
+dropout = 0.1
+[train]
+num_steps = 40
+batch_size = 4
+learning_rate = 3e-3
+eval_interval = 20
+log_interval = 5
+precision = "fp32"
+"""
+
+
+def command(module: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"gptchat.{module}", *map(str, arguments)]
+
+
+def run(module: str, *arguments: object, status: int = 0) -> str:
+    """Run a module of the package; its output, both streams. The exit status must be `status`."""
+    done = subprocess.run(command(module, *arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, tokenizer, shards, `lm.toml` and `chatlm.toml`."""
+    folder = tmp_path_factory.mktemp("small")
+    run("corpora", "--out", folder / "whole")
+    for name, size in HEAD.items():
+        text = (folder / "whole" / name).read_bytes()[:size].rpartition(b"\n")[0] + b"\n"
+        (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "data" / name).write_bytes(text)
+    for task, ending in (("lm", "txt"), ("chatlm", "tsv")):
+        (folder / f"{task}.toml").write_text(CONFIG.format(task=task, ending=ending, folder=folder))
+    run("tokenizer", "--config", folder / "lm.toml")
+    for task in ("lm", "chatlm"):
+        run("shards", "--config", folder / f"{task}.toml")
+    return folder

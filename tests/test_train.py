@@ -1,0 +1,353 @@
+"""The loop: the loss is weighed exactly, a resumed run is the same run, many processes are one, nothing is lost."""
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, run
+from safetensors.torch import load_file
+
+from gptchat import checkpoint, pretrained
+from gptchat.batches import Batches
+from gptchat.config import Config, UserError, load
+from gptchat.model import GPT2, GPT2Config
+from gptchat.optim import lr_scale, make_optimizers
+from gptchat.runlog import step_flops
+from gptchat.shards import open_shards
+from gptchat.tokenizer import Tokenizer, for_config
+from gptchat.train import Run
+from gptchat.world import World
+
+TASKS = ("lm", "chatlm")
+
+
+def config_of(small: Path, task: str, folder: Path, *overrides: str) -> Config:
+    return load(str(small / f"{task}.toml"), [f"run={folder}", *overrides])
+
+
+def start(small: Path, task: str, folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen:
+    arguments = command("train", "--config", small / f"{task}.toml", f"run={folder}", *overrides)
+    if processes > 1:
+        arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                     *arguments[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def small_model(vocab_size: int = 50, **changes: object) -> GPT2:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=vocab_size, n_positions=256, n_embd=32, n_layer=2, n_head=2, embd_pdrop=0.0,
+                        attn_pdrop=0.0, resid_pdrop=0.0)
+    model = GPT2(dataclasses.replace(config, **changes)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() <= bound * max(1e-3, tensor.abs().max()), name
+
+
+# --- the loss
+
+
+def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small: Path) -> None:
+    config = load(str(small / "chatlm.toml"))
+    tokenizer = for_config(config)
+    shards = open_shards(config, "train", tokenizer)
+    model = small_model(tokenizer.vocab_size)
+    packed, single = (Batches(shards, tokenizer, 256, size, packed=packed) for size, packed in ((4, True), (1, False)))
+    dialogues = {i for row in range(4) for i in packed._row(0, row)}
+    loss = model(**packed.micro_batch(0).inputs("cpu"))
+    loss.backward()
+    whole, total = gradients(model), 0.0
+    for i in sorted(dialogues):
+        one = model(**single._dialogues([[i]]).inputs("cpu"))
+        one.backward()
+        total += float(one.detach())
+    assert len(dialogues) > 4
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-12)
+    assert_close(gradients(model), whole, 1e-9)
+
+
+def test_a_micro_batch_without_targets_gives_zero(small: Path) -> None:
+    model = small_model()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    loss = model(torch.zeros(2, 8, dtype=torch.int64), where=nothing, targets=nothing)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(float(gradient.abs().max()) == 0 for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole(small: Path, tmp_path: Path, task: str) -> None:
+    """Targets are spread unevenly over the micro-batches of chat; each must weigh the same."""
+    found = []
+    for number, (rows, accumulation) in enumerate(((12, 1), (4, 3), (1, 12))):
+        folder = tmp_path / str(number)
+        trained = Run(config_of(small, task, folder, f"train.batch_size={rows}", f"train.accumulation={accumulation}",
+                                "model.dropout=0"), World("cpu"))
+        micro_batches = [trained.batches.micro_batch(i) for i in range(accumulation)]
+        for optimizer in trained.optimizers:
+            optimizer.zero_grad = lambda: None
+        trained.model.double()
+        trained.step(micro_batches)
+        found.append((gradients(trained.model), trained.mean_loss()))
+    for other, loss in found[1:]:
+        assert loss == pytest.approx(found[0][1], rel=1e-9)
+        assert_close(other, found[0][0], 1e-9)
+
+
+# --- resuming
+
+
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, torch.Tensor]]:
+    return (load_file(folder / "checkpoint.safetensors"), (folder / "log.jsonl").read_text(),
+            load_file(folder / "model" / "model.safetensors"))
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    (ours, log, best), (theirs, their_log, their_best) = outcome(folder), outcome(other)
+    assert log == their_log
+    for left, right in ((ours, theirs), (best, their_best)):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_killed_ten_times_equals_an_uninterrupted_one(small: Path, tmp_path: Path, task: str) -> None:
+    settings = ["train.num_steps=600", "train.eval_interval=10", "data.valid=" + str(small / f"data/{task}/test.*")]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(small, task, whole, *settings))
+    moments, kills = random.Random(task), 0
+    while kills < 10:
+        process = start(small, task, killed, *settings)
+        grown = (killed / "log.jsonl").stat().st_size if (killed / "log.jsonl").exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if (killed / "log.jsonl").exists() and (killed / "log.jsonl").stat().st_size != grown:
+                break
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run ended before its tenth kill"
+        kills += 1
+    finish(start(small, task, killed, *settings))
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(small: Path, tmp_path: Path, number: int) -> None:
+    settings = ["train.num_steps=300", "train.eval_interval=1000"]
+    finish(start(small, "chatlm", tmp_path / "whole", *settings))
+    process = start(small, "chatlm", tmp_path / "stopped", *settings)
+    while not (tmp_path / "stopped/log.jsonl").exists() or not (tmp_path / "stopped/log.jsonl").stat().st_size:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert "goes on from here" in finish(process, 130)
+    finish(start(small, "chatlm", tmp_path / "stopped", *settings))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(small: Path, tmp_path: Path) -> None:
+    finish(start(small, "lm", tmp_path))
+    before = outcome(tmp_path)
+    assert "finished at step 40 of 40" in finish(start(small, "lm", tmp_path))
+    refused = finish(start(small, "lm", tmp_path, "train.learning_rate=0.1", "model.n_embd=64"), 2)
+    assert "model.n_embd was 32, is 64; train.learning_rate was 0.003, is 0.1" in refused
+    assert refused.count("\n") == 1
+    assert before[1] == (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(small: Path, tmp_path: Path) -> None:
+    held = checkpoint.lock(tmp_path)
+    assert "another run is training here" in finish(start(small, "lm", tmp_path), 2)
+    held.close()
+    finish(start(small, "lm", tmp_path, "train.num_steps=5"))
+
+
+def test_early_stopping_keeps_the_best_model(small: Path, tmp_path: Path) -> None:
+    settings = ["train.num_steps=2000", "train.eval_interval=10", "train.patience=2", "train.learning_rate=0.03",
+                "train.schedule=constant", "train.precision=bf16", "train.optimizer=muon"]
+    finish(start(small, "chatlm", tmp_path, *settings))
+    held_out = [line["loss"] for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+                if line["kind"] == "valid"]
+    best = held_out.index(min(held_out))
+    assert len(held_out) == best + 3 < 200
+    assert "finished" in finish(start(small, "chatlm", tmp_path, *settings))
+
+
+# --- many processes
+
+
+def test_two_processes_equal_one(small: Path, tmp_path: Path) -> None:
+    settings = ["model.dropout=0", "train.accumulation=3", "train.num_steps=20", "train.eval_interval=10"]
+    for processes in (1, 2):
+        finish(start(small, "chatlm", tmp_path / str(processes), *settings, processes=processes))
+    (one, log, _), (two, their_log, _) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
+    for ours, theirs in zip(log.splitlines(), their_log.splitlines(), strict=True):
+        assert json.loads(ours)["loss"] == pytest.approx(json.loads(theirs)["loss"], rel=1e-4)
+    weights = {name: value for name, value in one.items() if name.startswith("model.")}
+    assert_close({name: two[name] for name in weights}, weights, 1e-2)
+
+
+def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_path: Path) -> None:
+    settings = ["model.dropout=0", "train.accumulation=2", "train.num_steps=40", "train.eval_interval=20"]
+    finish(start(small, "lm", tmp_path / "one", *settings))
+    process = start(small, "lm", tmp_path / "two", *settings, "train.log_interval=1")
+    while not (tmp_path / "two/log.jsonl").exists() or not (tmp_path / "two/log.jsonl").stat().st_size:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 130)
+    finish(start(small, "lm", tmp_path / "two", *settings, "train.log_interval=5", processes=2))
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+# --- what cannot be written
+
+
+def unwritable(kind: str, folder: Path) -> None:
+    """Make this process fail to write there as the operating system does; root needs another user for it."""
+    if kind == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    else:
+        folder.chmod(0o555)
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(small: Path, tmp_path: Path, kind: str) -> None:
+    config = config_of(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=5")
+    finish(start(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=5"))
+    before = outcome(tmp_path)
+    for folder in (*tmp_path.parents, tmp_path):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    trained = Run(config, World("cpu"))
+    limit, user = resource.getrlimit(resource.RLIMIT_FSIZE), os.geteuid()
+    if kind == "read-only" and user != 0:
+        pytest.skip("needs root, to write as another user")
+    with trained.logging() as log:
+        unwritable(kind, tmp_path)
+        try:
+            with pytest.raises(UserError, match="cannot be written") as told:
+                trained.save(log)
+            with pytest.raises(UserError, match="cannot be written"):
+                pretrained.save_weights(tmp_path / "model" if kind == "full" else tmp_path, trained.model)
+        finally:
+            os.seteuid(user)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            tmp_path.chmod(0o755)
+    assert "\n" not in str(told.value)
+    assert not list(tmp_path.rglob("*.tmp"))
+    after = outcome(tmp_path)
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+    assert trained.lock is not None
+    trained.lock.close()
+    assert Run(config, World("cpu")).progressed.step == 10
+    pretrained.load(tmp_path / "model")
+
+
+# --- the start
+
+
+def test_chatlm_starts_from_the_lm_with_type_rows_drawn_anew(small: Path, tmp_path: Path) -> None:
+    finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
+    lm, _, _ = pretrained.load(tmp_path / "lm/model")
+    settings = [f"init_from={tmp_path / 'lm/model'}", "model.n_layer=0", "model.n_head=0", "model.n_embd=0"]
+    config = config_of(small, "chatlm", tmp_path / "chat", *settings)
+    for keep in (False, True):
+        kept = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_type_rows=keep))
+        rows = Run(kept, World("cpu")).model.wte.weight
+        assert torch.equal(rows[2:], lm.wte.weight[2:])
+        assert torch.equal(rows[:2], lm.wte.weight[:2]) == keep
+    with pytest.raises(UserError, match="n_layer is 3"):
+        Run(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=3)), World("cpu"))
+
+
+def test_decay_is_on_matrices_only_and_muon_takes_those_of_the_blocks(small: Path) -> None:
+    model = small_model()
+    for kind in ("adamw", "muon"):
+        config = load(str(small / "lm.toml"), [f"train.optimizer={kind}"]).train
+        optimizers = make_optimizers(model, config)
+        decayed, plain = optimizers[0].param_groups
+        assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() == 1 for p in plain["params"])
+        assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+        count = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+        assert count == len(list(model.parameters()))
+        if kind == "muon":
+            assert len(optimizers[1].param_groups[0]["params"]) == 8
+
+
+def test_the_learning_rate_warms_up_and_follows_its_schedule(small: Path) -> None:
+    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+        config = load(str(small / "lm.toml"), ["train.warmup_rate=0.1", f"train.schedule={schedule}"]).train
+        assert [lr_scale(step, 100, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+        assert lr_scale(55, 100, config) == pytest.approx(middle)
+        assert lr_scale(100, 100, config) == pytest.approx(1.0 if schedule == "constant" else 0.0)
+
+
+def test_the_count_of_operations_is_that_of_the_matrices() -> None:
+    """The meter against PyTorch's own counter, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small_model().float()
+    x = torch.zeros(2, 64, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(x, where=torch.arange(128), targets=x.flatten()).backward()
+    assert step_flops(model.config, 128, 128, 64) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+# --- wrong use
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["train.learning_rat=1"], "unknown key"),
+    (["train.learning_rate=fast"], "wanted a value of type float"),
+    (["train.precision=fp8"], "wanted one of"),
+    (["model.n_head=3"], "no multiple of n_head"),
+    (["train.num_epochs=1"], "exactly one of num_epochs and num_steps"),
+    (["tokenizer.dir=nowhere"], "nowhere"),
+    (["data.shards=nowhere"], "nowhere"),
+    (["init_from=nowhere"], "nowhere"),
+    (["train.device=abacus"], "train.device"),
+])
+def test_wrong_use_is_one_line_and_exit_status_2(small: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
+    output = run("train", "--config", small / "lm.toml", f"run={tmp_path}", *arguments, status=2)
+    assert told in output and output.startswith("error: ") and output.count("\n") == 1, output
+
+
+def test_shards_of_another_tokenizer_are_refused(small: Path, tmp_path: Path) -> None:
+    Tokenizer.load(small / "tokenizer").save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    run("tokenizer", "--config", small / "lm.toml", f"tokenizer.dir={tmp_path}", "tokenizer.vocab_size=390")
+    assert text != (tmp_path / "tokenizer.json").read_text()
+    output = run("train", "--config", small / "lm.toml", f"run={tmp_path}/run", f"tokenizer.dir={tmp_path}", status=2)
+    assert "another tokenizer" in output and output.count("\n") == 1, output
