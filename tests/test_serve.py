@@ -1,0 +1,294 @@
+"""The server whole: the launcher, a real TorchServe, real clients."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import openai
+import psutil
+import pytest
+import torch
+import yaml
+from serving import ROOT, Server, configs, tiny_model
+
+from gptchat import pretrained
+from gptchat.engine import Engine, Request, generate
+from handlers import jobs
+
+torch.set_num_threads(1)
+LIMITS = yaml.safe_load((ROOT / "configs/serve/model-config.yaml").read_text())["gptchat"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {"chatlm": tiny_model(folder / "chatlm", "chatlm", n_embd=128, n_layer=4),
+            "lm": tiny_model(folder / "lm", "lm", n_embd=128, n_layer=4, seed=1)}
+
+
+@pytest.fixture(scope="module")
+def server(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    server = Server(folder / "run", models, "--configs", str(configs(folder / "configs", slots=16)))
+    yield server.wait_until_ready()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(models):
+    """name -> function that answers a body by the engine alone."""
+    def build(name):
+        model, tokenizer, task = pretrained.load(models[name])
+        engine = Engine(model, 16, suppress=pretrained.never_generated(model.config, tokenizer, task))
+        served = jobs.Served(name, task, tokenizer, engine.length, SimpleNamespace(**LIMITS), 0)
+
+        def answer(path, body):
+            job = jobs.parse(path, body, served)
+            requests = [Request(p.input_ids, p.token_type_ids, job.sampling, job.n, [pretrained.stop_id(tokenizer, task)])
+                        for p in job.prompts]
+            return [tokenizer.decode(c.ids) for candidates in generate(engine, requests) for c in candidates]
+        return answer
+    return {name: build(name) for name in models}
+
+
+def client_of(server, name="chatlm"):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/predictions/{name}/1.0/v1", api_key="-", max_retries=0)
+
+
+def gauge(server, name):
+    return sum(float(value) for value in re.findall(rf"^gptchat_{name}{{.*}} (\S+)$", server.metrics(), re.M))
+
+
+def eventually(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_original_requests_and_answers(server, reference):
+    for name, context in (("chatlm", ["hi", "good morning", "where do you live?"]), ("lm", "where do you")):
+        body = {"context": context, "temperature": 0, "max_new_tokens": 12}
+        status, answer = server.post(name, body)
+        assert status == 200 and set(answer) == {"response", "request", "model_info"}
+        assert answer["request"] == {"context": context}
+        assert answer["model_info"]["output"] == reference[name]("", body)
+        assert len(answer["model_info"]["output"]) == 5
+    status, answer = server.post("chatlm", {"context": "hi", "response": "I am", "max_new_tokens": 4})
+    assert answer["response"].startswith("I am") and answer["request"]["response"] == "I am"
+
+
+def test_stream_arrives_token_by_token(server):
+    events = server.events("chatlm", {"context": "hello", "stream": True, "max_new_tokens": 100, "temperature": 1.5})
+    times = [at for at, event in events if "token" in event]
+    assert len(times) > 40 and times[0] < 0.5 * times[-1]
+    assert "".join(event.get("token", "") for _, event in events) == events[-1][1]["response"]
+
+
+def test_openai_client_completes_a_chat(server, reference):
+    client = client_of(server)
+    assert [model.id for model in client.models.list()] == ["chatlm"]
+    assert client.models.retrieve("chatlm").id == "chatlm"
+    arguments = {"model": "chatlm", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}],
+                 "max_tokens": 10, "temperature": 0}
+    expected = reference["chatlm"]("v1/chat/completions", dict(arguments))[0]
+    answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
+    assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content)
+    assert all(len(token.top_logprobs) == 2 for token in answer.choices[0].logprobs.content)
+    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+    assert chunks[-1].usage == answer.usage and chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason
+    two = client.chat.completions.create(**arguments | {"temperature": 1}, n=2, seed=1, stop=["e"])
+    assert [choice.index for choice in two.choices] == [0, 1] and not any("e" in c.message.content for c in two.choices)
+
+
+def test_openai_client_completes_texts(server, reference):
+    client = client_of(server, "lm")
+    arguments = {"model": "lm", "prompt": ["where do", "good"], "max_tokens": 8, "temperature": 0}
+    expected = reference["lm"]("v1/completions", dict(arguments))
+    assert [choice.text for choice in client.completions.create(**arguments).choices] == expected
+    texts = ["", ""]
+    for chunk in client.completions.create(**arguments, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == expected
+
+
+def test_openai_client_gets_its_errors(server):
+    client = client_of(server)
+    with pytest.raises(openai.BadRequestError, match="temperature") as error:
+        client.chat.completions.create(model="chatlm", messages=[{"role": "user", "content": "a"}], temperature=-1)
+    assert error.value.param == "temperature" and error.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match="call tools"):
+        client.chat.completions.create(model="chatlm", messages=[{"role": "user", "content": "a"}], tools=[
+            {"type": "function", "function": {"name": "f", "parameters": {}}}])
+    with pytest.raises(openai.NotFoundError, match="this is chatlm"):
+        client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "a"}])
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="chatlm", input="a")
+
+
+def test_refused_bodies(server):
+    assert server.post("chatlm", b"context=hi", headers={"content-type": "application/x-www-form-urlencoded"})[0] == 415
+    assert server.post("chatlm", b'{"context": "hi"}', headers={"content-type": "text/plain"})[0] == 415
+    assert server.post("chatlm", b"{bad")[0] == 400
+    status, answer = server.post("chatlm", {"context": "x" * 2_000_000})
+    assert status == 413
+    _, response = server.open("chatlm", method="GET")
+    assert response.headers["content-type"].startswith("text/html") and b"<!doctype html>" in response.read()
+    assert "access-control-allow-origin" not in {name.lower() for name in response.headers}
+
+
+def test_lm_eval_scores_as_through_transformers(server, models, tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    questions = [("where do you live?", [" in a small town", " thank you", " 😀"], 0), ("good morning, how are", [" you", " we"], 0)]
+    (tmp_path / "task.jsonl").write_text("\n".join(json.dumps({"q": q, "c": c, "a": a}) for q, c, a in questions * 2))
+    task = {"task": "small_talk", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "task.jsonl")}},
+            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
+            "doc_to_target": "a", "target_delimiter": "", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    common = {"tasks": [task], "log_samples": True, "bootstrap_iters": 0}
+    ours = lm_eval.simple_evaluate("local-completions", model_args={
+        "model": "lm", "base_url": f"http://127.0.0.1:{server.port}/predictions/lm/1.0/v1/completions", "max_length": 128,
+        "tokenizer_backend": "huggingface", "tokenizer": str(models["lm"]), "num_concurrent": 4, "batch_size": 2}, **common)
+    theirs = lm_eval.simple_evaluate("hf", model_args={"pretrained": str(models["lm"]), "device": "cpu", "batch_size": 1}, **common)
+    assert ours["results"]["small_talk"] == theirs["results"]["small_talk"]
+    for mine, other in zip(ours["samples"]["small_talk"], theirs["samples"]["small_talk"], strict=True):
+        for (a, greedy), (b, also) in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
+            assert float(a) == pytest.approx(float(b), abs=1e-3) and greedy == also
+
+
+def ragged(server, reference, number):
+    """One client of the crowd, its kind by its number; what went wrong, or None."""
+    name = ("chatlm", "lm")[number % 2]
+    text = "good morning how are you today in town"[: 3 + number * 7 % 36]
+    settings = {"temperature": 0, "n": 1, "max_tokens": 3 + number * 5 % 40}
+    kind = number % 6
+    if kind == 0:
+        status, answer = server.post(name, {"context": text, "temperature": "hot"})
+        return None if status == 400 and "temperature" in answer["error"]["message"] else answer
+    if kind == 1:
+        connection, response = server.open(name, {"context": text, "stream": True, "max_tokens": 80, "temperature": 2})
+        response.read1(10)
+        response.close()
+        connection.close()
+        return None
+    body = {"context": text} | settings
+    if kind == 2:
+        expected = reference[name]("", body)[0]
+        events = server.events(name, body | {"stream": True})
+        return None if events[-1][1]["response"] == expected else events
+    if kind == 3:
+        path, body = "v1/completions", {"prompt": text} | settings
+        status, answer = server.post(f"{name}/1.0/{path}", body)
+        return None if answer["choices"][0]["text"] == reference[name](path, body)[0] else answer
+    if kind == 4 and name == "chatlm":
+        path, body = "v1/chat/completions", {"messages": [{"role": "user", "content": text}]} | settings
+        events = server.events(f"{name}/1.0/{path}", body | {"stream": True})
+        got = "".join(event["choices"][0]["delta"].get("content", "") for _, event in events)
+        return None if got == reference[name](path, body)[0] else events
+    status, answer = server.post(name, body)
+    return None if answer.get("response") == reference[name]("", body)[0] else answer
+
+
+def test_64_ragged_clients_at_once(server, reference):
+    memo, lock = {}, threading.Lock()
+
+    def known(name):
+        def answer(path, body):
+            with lock:  # the reference engine is for one thread
+                key = name, path, json.dumps(body)
+                memo[key] = memo.get(key) or reference[name](path, dict(body))
+                return memo[key]
+        return answer
+    with ThreadPoolExecutor(64) as pool:
+        wrong = list(pool.map(lambda number: ragged(server, {name: known(name) for name in reference}, number), range(128)))
+    assert [item for item in wrong if item] == []
+    eventually(lambda: gauge(server, "live_requests") == 0 or server.post("chatlm", {"context": "a", "max_tokens": 1}) and
+               server.post("lm", {"context": "a", "max_tokens": 1}) is None)
+    assert gauge(server, "live_slots") == gauge(server, "queued") == 0
+
+
+def test_metrics_and_log_tell_figures_and_no_text(server):
+    server.post("chatlm", {"context": "Zanzibar", "max_new_tokens": 3})
+    eventually(lambda: "chatlm original 200" in server.log.read_text())
+    assert "Zanzibar" not in server.log.read_text()
+    text = server.metrics()
+    assert re.search(r'gptchat_requests\{ModelName="chatlm",Kind="original",Result="200",Hostname=".*",?\} [1-9]', text)
+    for name in ("prompt_tokens", "generated_tokens", "first_token_seconds_count", "token_seconds_count", "queued"):
+        assert f"gptchat_{name}{{" in text
+
+
+def test_killed_worker_hangs_nobody_and_comes_back(server):
+    results = []
+
+    def client(number):
+        try:
+            body = {"context": "hello", "temperature": 2, "n": 1, "max_tokens": 120, "stream": number % 2 == 0}
+            _, response = server.open("chatlm", body, timeout=30)
+            results.append((response.status, len(response.read())))
+        except OSError as error:
+            results.append(type(error).__name__)
+        except Exception as error:
+            results.append(repr(error))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    for worker in server.workers():
+        worker.kill()
+    begin = time.monotonic()
+    for thread in threads:
+        thread.join(35)
+    assert len(results) == len(threads) and "TimeoutError" not in results, results
+
+    def answers():
+        try:
+            return server.post("chatlm", {"context": "hello", "max_tokens": 2}, timeout=5)[0] == 200
+        except OSError:
+            return False
+    eventually(answers, 40)
+    print(f"back after {time.monotonic() - begin:.1f} s: {results}")
+
+
+def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
+    server = Server(tmp_path / "run", {"chatlm": models["chatlm"]}, "--auth").wait_until_ready()
+    family = server.family()
+    keys = json.loads((server.run / "key_file.json").read_text())
+    assert (server.run / "key_file.json").stat().st_mode & 0o777 == 0o600
+    assert server.post("chatlm", {"context": "hi"})[0] == 400
+    key = {"authorization": f"Bearer {keys['inference']['key']}"}
+    connection, response = server.open("chatlm", {"context": "hi", "stream": True, "max_new_tokens": 120, "temperature": 2,
+                                                  "repetition_penalty": 5}, headers=key)
+    assert response.status == 200 and response.read1(20)
+    rest = []
+    reader = threading.Thread(target=lambda: rest.append(response.read()))
+    reader.start()
+    seconds = server.stop(signal.SIGTERM, 15)
+    reader.join(5)
+    assert rest and rest[0].endswith(b"data: [DONE]\n\n")
+    assert server.process.returncode == 0 and not psutil.wait_procs(family, 0)[1]
+    assert not (server.run / "key_file.json").exists()
+    print(f"gone after {seconds:.1f} s")
+
+
+def test_launcher_ends_with_the_reason_when_a_model_cannot_start(models, tmp_path):
+    (tmp_path / "bad").mkdir()
+    for file in models["lm"].iterdir():
+        (tmp_path / "bad" / file.name).write_bytes(file.read_bytes()[:-100] if file.suffix == ".safetensors" else file.read_bytes())
+    server = Server(tmp_path / "run", {"lm": tmp_path / "bad"})
+    assert server.process.wait(60) == 2
+    last = server.log.read_text().splitlines()[-1]
+    assert last.startswith("error:") and "not a whole file of weights" in last
+    server = Server(tmp_path / "run", {"lm": tmp_path / "nothing"})
+    assert server.process.wait(30) == 2 and "no such file" in server.log.read_text()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()]
