@@ -127,9 +127,8 @@ class Conversation:
     def __init__(self, talk: Talk, settings: argparse.Namespace, colour: bool):
         self.talk, self.settings, self.turns = talk, settings, list[tuple[int, str]]()
         paint = "\x1b[1;36m{}\x1b[0m " if colour else "{} "
-        self.label = paint.format("bot>")
-        # readline wants what takes no room between \x01 and \x02
-        self.prompt = re.sub("(\x1b.*?m)", "\x01\\1\x02", paint).format("you>") if sys.stdin.isatty() else ""
+        self.label, self.prompt = (paint.format("bot>"), paint.format("you>")) if sys.stdin.isatty() else ("", "")
+        self.prompt = re.sub("(\x1b.*?m)", "\x01\\1\x02", self.prompt)  # so readline knows that it takes no room
 
     def run(self) -> None:
         """Until Ctrl-D, /quit, or Ctrl-C twice in a row at the prompt."""
@@ -177,12 +176,17 @@ class Conversation:
         with ctrl_c() as pressed, closing(self.talk.answers([request], self.settings.stop)) as pieces:
             for _, piece, _ in pieces:
                 text += piece
-                print(CONTROL.sub("\ufffd", piece), end="", flush=True)
+                say(piece)
                 if pressed:
                     break
         print()
         if text and self.talk.task == "chatlm":
             self.turns = [*turns, (1, text)]
+
+
+def say(piece: str) -> None:
+    """Print it at once; on a terminal without what that would obey."""
+    print(CONTROL.sub("\ufffd", piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
 @contextmanager
@@ -198,6 +202,8 @@ def ctrl_c() -> Iterator[list[int]]:
 
 def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: str) -> None:
     """Write each row of a file and its answer as a row of `output`. Raises UserError with file and row."""
+    if not Path(source).is_file():
+        raise UserError(f"{source}: found no such file; wanted dialogues, a row each, their turns divided by tabs")
     rows, requests = list(read_rows(source, 1)), list[Request]()
     for number, row in enumerate(rows, 1):
         try:
@@ -215,13 +221,14 @@ def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: s
 
 def chat(talk: Talk, settings: argparse.Namespace, directory: str, colour: bool) -> None:
     """Talk in the terminal (or from a pipe, a line each); the lines typed are kept beside the model directory."""
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not sys.stdin.isatty():
         return Conversation(talk, settings, colour=False).run()
     history = Path(directory).resolve().parent / "chat_history"
     with suppress(OSError):
         readline.read_history_file(history)
     readline.set_history_length(1000)
-    print(f"{directory}: {talk.task}, {sum(p.numel() for p in talk.model.parameters()):,} parameters; /help, Ctrl-D")
+    print(f"{directory}: {talk.task}, {sum(p.numel() for p in talk.model.parameters()):,} parameters. /help lists commands.")
     try:
         Conversation(talk, settings, colour).run()
     finally:
@@ -242,15 +249,14 @@ def main() -> None:
     chosen = argparse.Namespace(**{name: getattr(args, name) for name in vars(settings.parse_args([]))})
     if (args.input is None) != (args.output is None) or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     talk = Talk(args.model, SLOTS if args.input else CANDIDATES, args.dtype)
     talk.sampling(chosen)
     if args.input:
         answer_file(talk, chosen, args.input, args.output)
     elif args.prompt is not None:
         for _, piece, _ in talk.answers([talk.request([(0, args.prompt)], chosen)], chosen.stop):
-            print(piece, end="", flush=True)
+            say(piece)
         print()
     else:
         chat(talk, chosen, args.model, sys.stdout.isatty() and not args.no_color and "NO_COLOR" not in os.environ)
