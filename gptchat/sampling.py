@@ -113,9 +113,8 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     if hot:
         some = (scores if len(hot) == len(rows) else scores[hot]).sub_(best[hot])  # (R, V)
         cumulative = weigh(some, [rows[i].sampling for i in hot]).cumsum(-1)
-        total = cumulative[:, -1:]
         noise = [uniform(rows[i].sampling.seed, rows[i].candidate, len(rows[i].ids)) for i in hot]
-        aim = (column(noise, scores, torch.float64) * total).long().minimum(total - 1)
+        aim = (column(noise, scores, torch.float64) * cumulative[:, -1:]).long()  # less than the total, rounded too
         ids[hot] = torch.searchsorted(cumulative, aim, right=True)
     return ids.masked_fill_(~best.isfinite(), -1)[:, 0]
 

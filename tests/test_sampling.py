@@ -1,5 +1,6 @@
 """Each setting means what it means in transformers, and what is drawn follows the distribution and nothing else."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -162,11 +163,13 @@ def test_seed_candidate_and_position_each_change_the_draw():
 
 @pytest.mark.parametrize("noise", [0.0, 1 - 2.0**-52])
 def test_an_id_without_probability_is_never_drawn(monkeypatch, noise):
+    """At both ends of the noise, with totals that float64 rounds up and down."""
     monkeypatch.setattr("gptchat.sampling.uniform", lambda *_: noise)
-    logits = torch.full((1, 50_000), -1e9)
-    logits[0, 20_000:30_000] = some_logits(1, size=10_000, scale=0.01)[0]
-    token = draw(logits, [row()], suppress=(20_000, 29_999))[0].token
-    assert token == (20_001 if noise == 0 else 29_998)
+    for seed, size in itertools.product(range(5), (3, 2_000, 10_000, 29_000)):
+        logits = torch.full((1, 50_000), -1e9)
+        logits[0, 20_000 : 20_000 + size] = some_logits(1, seed, size=size, scale=0.01)[0]
+        token = draw(logits, [row()], suppress=(20_000, 19_999 + size))[0].token
+        assert token == (20_001 if noise == 0 else 19_998 + size)
 
 
 def test_greedy_takes_the_best_that_is_left():
