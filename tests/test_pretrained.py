@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -193,10 +194,19 @@ def cut_bin(directory: Path) -> None:
     cut("pytorch_model.bin")(directory)
 
 
+class Code:
+    """Pickled, it makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.folder,)
+
+
 def code_in_bin(directory: Path) -> None:
-    """A pickle that would run code when it is loaded."""
     (directory / "model.safetensors").unlink()
-    torch.save({"wte.weight": Path("x")}, directory / "pytorch_model.bin")
+    torch.save({"wte.weight": Code(directory / "ran")}, directory / "pytorch_model.bin")
 
 
 def shard_lost(directory: Path) -> None:
@@ -245,6 +255,7 @@ def test_what_cannot_be_represented_is_refused_in_one_line(
     with pytest.raises(UserError) as raised:
         load(tmp_path / "model")
     message = str(raised.value)
+    assert not (tmp_path / "model" / "ran").exists()
     assert "\n" not in message and all(part in message for part in [str(tmp_path / "model"), *told]), message
 
 
