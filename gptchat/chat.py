@@ -26,13 +26,16 @@ from gptchat import pretrained
 from gptchat.config import Progress, UserError, cli, swapped
 from gptchat.dialogue import escape, read_rows, rows_to_turns
 from gptchat.engine import Engine, Request
-from gptchat.evaluate import make_request
+from gptchat.evaluate import CHAT, make_request
 from gptchat.sampling import Sampling
 from gptchat.tokenizer import StreamDecoder, WordFilter
 
 CANDIDATES = 5  # of which --pick median takes the one of median length
 SLOTS = 16  # rows of --input that are answered at once
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
+SETTINGS = {"temperature": "0 takes the likeliest token", "top_k": "draw from so many likeliest tokens; 0: from all",
+            "top_p": "draw from the likeliest that have this share", "min_p": "of the likeliest's probability",
+            "repetition_penalty": "1 is none", "max_new_tokens": "of one answer"}
 HELP = """/set             the settings
 /set NAME VALUE  change one, such as: /set temperature 0.7
 /reset           forget the conversation
@@ -50,12 +53,9 @@ def settings_parser() -> Parser:
     """How answers are drawn: options of the command line and names of /set."""
     parser = Parser(add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    add("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: from all (default)")
-    add("--top-p", type=float, default=0.9, help="draw from the likeliest with this share (default 0.9)")
-    add("--min-p", type=float, default=0.0, help="draw from those with this share of the likeliest's (default 0)")
-    add("--repetition-penalty", type=float, default=1.1, help="1 is none (default 1.1)")
-    add("--max-new-tokens", type=int, default=100, help="of one answer (default 100)")
+    for name, told in SETTINGS.items():
+        default = getattr(CHAT, name)
+        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{told} (default %(default)s)")
     add("--seed", type=int, default=-1, help="gives the same answer again; -1: another one each time (default)")
     add("--forbid", action="append", default=[], metavar="WORD", help="never said; may be repeated")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer, unsaid; may be repeated")
@@ -156,7 +156,7 @@ class Conversation:
             self.turns = []
         elif command == "/set" and name:
             changed = argparse.Namespace(**vars(self.settings))
-            if isinstance(getattr(changed, name, None), list):
+            if name in ("forbid", "stop"):
                 setattr(changed, name, [])
             settings_parser().parse_args([f"--{name.replace('_', '-')}={value}"], changed)
             self.talk.sampling(changed)
@@ -224,11 +224,11 @@ def chat(talk: Talk, settings: argparse.Namespace, directory: str, colour: bool)
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not sys.stdin.isatty():
         return Conversation(talk, settings, colour=False).run()
-    history = Path(directory).resolve().parent / "chat_history"
+    history, size = Path(directory).resolve().parent / "chat_history", sum(p.numel() for p in talk.model.parameters())
     with suppress(OSError):
         readline.read_history_file(history)
     readline.set_history_length(1000)
-    print(f"{directory}: {talk.task}, {sum(p.numel() for p in talk.model.parameters()):,} parameters. /help lists commands.")
+    print(f"{directory}: {talk.task}, {size:,} parameters. /help lists the commands.")
     try:
         Conversation(talk, settings, colour).run()
     finally:
@@ -239,12 +239,13 @@ def chat(talk: Talk, settings: argparse.Namespace, directory: str, colour: bool)
 def main() -> None:
     settings = settings_parser()
     parser = Parser(prog="python -m gptchat.chat", parents=[settings], description="Talk to a model.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
-    parser.add_argument("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
-    parser.add_argument("--output", metavar="TSV", help="where the rows of --input and their answers go")
-    parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
-    parser.add_argument("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
+    add("--prompt", metavar="TEXT", help="answer this and leave")
+    add("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
+    add("--output", metavar="TSV", help="where the rows of --input and their answers go")
+    add("--dtype", default="float32", help="float32 (default) or bfloat16")
+    add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
     args = parser.parse_args()
     chosen = argparse.Namespace(**{name: getattr(args, name) for name in vars(settings.parse_args([]))})
     if (args.input is None) != (args.output is None) or (args.input and args.prompt is not None):
@@ -259,7 +260,8 @@ def main() -> None:
             say(piece)
         print()
     else:
-        chat(talk, chosen, args.model, sys.stdout.isatty() and not args.no_color and "NO_COLOR" not in os.environ)
+        colour = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
+        chat(talk, chosen, args.model, colour)
 
 
 if __name__ == "__main__":
