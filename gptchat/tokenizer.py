@@ -13,9 +13,11 @@ import argparse
 import codecs
 import hashlib
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ class Tokenizer:
         names = [name for name, id in self.special_ids.items() if id < 0]
         self.backend.add_special_tokens(names)
         self._read_vocabulary()
-        self.__dict__.pop("sorted_pieces", None)
+        self.__dict__.pop("pieces", None)
         return names
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
@@ -111,10 +113,11 @@ class Tokenizer:
             self.backend.save(str(temporary))
 
     @cached_property
-    def sorted_pieces(self) -> tuple[list[bytes], list[int]]:
-        """All tokens' bytes in order, and their ids."""
+    def pieces(self) -> tuple[list[bytes], list[int], bytes, list[int]]:
+        """All tokens' bytes, sorted; their ids; them joined by 0xff, which is in no UTF-8 text; where each ends there."""
         ids = sorted(range(self.vocab_size), key=self.token_bytes.__getitem__)
-        return [self.token_bytes[id] for id in ids], ids
+        pieces = [self.token_bytes[id] for id in ids]
+        return pieces, ids, b"\xff".join(pieces), list(accumulate(len(piece) + 1 for piece in pieces))
 
 
 def for_config(config: Config) -> Tokenizer:
@@ -191,10 +194,11 @@ class WordFilter:
         if "" in words:
             raise ValueError("a forbidden word must not be empty")
         self._token_bytes = tokenizer.token_bytes
-        pieces, ids = tokenizer.sorted_pieces
+        pieces, ids, joined, after = tokenizer.pieces
         after_all = b"\xff" * (max(map(len, pieces)) + 1)
         targets = [word.encode() for word in dict.fromkeys(words)]
-        self._always = {id for word in targets for piece, id in zip(pieces, ids, strict=True) if word in piece}
+        self._always = {ids[bisect_right(after, match.start())]
+                        for word in targets for match in re.finditer(re.escape(word), joined)}
         ends = {word[n:] for word in targets for n in range(1, len(word))}
         beginning = {end: ids[bisect_left(pieces, end):bisect_right(pieces, end + after_all)] for end in ends}
         self._after: dict[bytes, list[list[int]]] = {}  # the end of the text -> lists of ids
