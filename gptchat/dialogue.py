@@ -104,7 +104,7 @@ def unescape(column: str) -> str:
 
 
 def read_rows(path: str | Path, least: int = 2) -> Iterator[list[str]]:
-    """The turns of every row, `least` or more, unescaped; no empty lines. Raises UserError with file and line or byte."""
+    """The turns of every row, `least` or more, unescaped; no empty lines. UserErrors name the line or byte."""
     offset = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):

@@ -114,7 +114,7 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> tuple[list[bytes], list[int], bytes, list[int]]:
-        """All tokens' bytes, sorted; their ids; them joined by 0xff, which is in no UTF-8 text; where each ends there."""
+        """All tokens' bytes, sorted; their ids; them joined by 0xff, which UTF-8 never has; where each ends there."""
         ids = sorted(range(self.vocab_size), key=self.token_bytes.__getitem__)
         pieces = [self.token_bytes[id] for id in ids]
         return pieces, ids, b"\xff".join(pieces), list(accumulate(len(piece) + 1 for piece in pieces))
