@@ -1,8 +1,7 @@
 """Logits (B, V) -> next ids, each row with its own settings and its own noise.
 
 The settings mean what they mean in transformers' `generate`, in its order: repetition penalty, bad words, suppressed
-ids; then, unless greedy, temperature, top-k, top-p, min-p. Equal scores stay or go together; transformers' top-p lets
-its sort decide.
+ids; then, unless greedy, temperature, top-k, top-p, min-p. (Of equal scores at the edge top-k keeps k, top-p all.)
 
 The noise is one uniform number per token, a hash of (seed, candidate, position), made an id by inverting the cumulative
 distribution in whole numbers: their sums are exact in any order on any device, and what weighs 0 is never drawn.
@@ -14,13 +13,13 @@ from hashlib import blake2b
 from math import inf, log
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gptchat.tokenizer import WordFilter
 
 WEIGHT_OF_THE_BEST = 2.0**40  # times less than 2**23 ids stays within int64
-NUCLEUS = (64, 2048)  # so many best ids are sorted to find a top-p set; all of them only where it is wider still
 RANGES = {"temperature": (0, 100), "top_k": (0, inf), "top_p": (0, 1), "min_p": (0, 1), "max_new_tokens": (0, inf),
           "repetition_penalty": (0.01, 100), "logprobs": (0, inf)}
 
@@ -83,12 +82,10 @@ def draw(logits: Tensor, rows: Sequence[Row], suppress: Sequence[int] = ()) -> l
 
 def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
     """The log-probability of ids (N,) under logits (N, V), and the k best of each row."""
-    logits = logits.float()
-    total = logits.logsumexp(-1, keepdim=True)  # (N, 1)
-    of_ids = (logits.gather(1, ids[:, None]) - total)[:, 0].tolist()
-    best, best_ids = logits.topk(min(k, logits.shape[1]))  # (N, k)
-    tops = [list(zip(*pair, strict=True)) for pair in zip(best_ids.tolist(), (best - total).tolist(), strict=True)]
-    return list(map(Scored, ids.tolist(), of_ids, tops))
+    logprobs = logits.float().log_softmax(-1)
+    best, best_ids = logprobs.topk(min(k, logits.shape[1]))  # (N, k)
+    tops = [list(zip(*pair, strict=True)) for pair in zip(best_ids.tolist(), best.tolist(), strict=True)]
+    return list(map(Scored, ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist(), tops))
 
 
 def process(scores: Tensor, rows: Sequence[Row], suppress: Sequence[int]) -> None:
@@ -108,15 +105,26 @@ def process(scores: Tensor, rows: Sequence[Row], suppress: Sequence[int]) -> Non
 
 def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """An id (B,) of each row: the best where the temperature is 0, else by the row's noise. `scores` is overwritten."""
-    best, ids = scores.max(-1, keepdim=True)  # (B, 1)
-    hot = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    if hot:
-        some = (scores if len(hot) == len(rows) else scores[hot]).sub_(best[hot])  # (R, V)
-        cumulative = weigh(some, [rows[i].sampling for i in hot]).cumsum(-1)
-        noise = [uniform(rows[i].sampling.seed, rows[i].candidate, len(rows[i].ids)) for i in hot]
-        aim = (column(noise, scores, torch.float64) * cumulative[:, -1:]).long()  # less than the total, rounded too
-        ids[hot] = torch.searchsorted(cumulative, aim, right=True)
-    return ids.masked_fill_(~best.isfinite(), -1)[:, 0]
+    ids = torch.full((len(rows), 1), -1, device=scores.device)
+    none_left = ~scores.amax(-1, keepdim=True).isfinite()  # (B, 1)
+    alike: dict[int, list[int]] = {}  # top_k, or -1 for greedy -> rows
+    for i, row in enumerate(rows):
+        alike.setdefault(row.sampling.top_k if row.sampling.temperature else -1, []).append(i)
+    for top_k, places in alike.items():
+        some = scores if len(places) == len(rows) else scores[places]  # (R, V)
+        ids[places] = some.argmax(-1, True) if top_k < 0 else sample(some, top_k, [rows[i] for i in places])
+    return ids.masked_fill_(none_left, -1)[:, 0]
+
+
+def sample(scores: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
+    """An id (R, 1) drawn from each row's `top_k` best, 0 for all. `scores` (R, V) is overwritten."""
+    if top_k:
+        scores, ids = scores.topk(min(top_k, scores.shape[1]))
+    cumulative = weigh(scores, [row.sampling for row in rows]).cumsum(-1)  # (R, K)
+    noise = column([uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows], scores, torch.float64)
+    aim = (noise * cumulative[:, -1:]).long()  # less than the sum, rounded too
+    place = torch.searchsorted(cumulative, aim, right=True).clamp_max_(scores.shape[1] - 1)  # clamped where all is NaN
+    return ids.gather(1, place) if top_k else place
 
 
 def uniform(seed: int, candidate: int, position: int) -> float:
@@ -126,32 +134,27 @@ def uniform(seed: int, candidate: int, position: int) -> float:
 
 
 def weigh(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """Whole numbers (R, V) in proportion to what is left of the probabilities; the best score of a row is 0."""
-    scores.div_(column([max(s.temperature, 1e-30) for s in settings], scores))
-    mass = scores.exp().mul_(WEIGHT_OF_THE_BEST).long()
-    if most := min(max(s.top_k for s in settings), scores.shape[1]):
-        rank = column([min(s.top_k or most, most) - 1 for s in settings], scores, torch.int64)
-        bound = scores.topk(most).values.gather(1, rank)
-        mass.mul_((scores >= bound) | column([not s.top_k for s in settings], scores, torch.bool))
+    """Whole numbers (R, K) in proportion to the probabilities, 0 outside top-p and min-p. `scores` is overwritten."""
+    scores.sub_(scores.amax(-1, keepdim=True)).div_(column([max(s.temperature, 1e-30) for s in settings], scores))
+    mass = weights(scores)
+    bound = column([log(s.min_p) if s.min_p else -inf for s in settings], scores)
     if narrow := [i for i, s in enumerate(settings) if s.top_p < 1]:
-        bound = column([-inf] * len(settings), scores)
-        bound[narrow] = nucleus(scores[narrow], mass[narrow], column([settings[i].top_p for i in narrow], scores))
-        mass.mul_(scores >= bound)
-    if any(s.min_p for s in settings):
-        mass.mul_(scores >= column([log(s.min_p) if s.min_p else -inf for s in settings], scores))
-    return mass
+        top_p = column([settings[i].top_p for i in narrow], scores, torch.float64)
+        bound[narrow] = nucleus(scores[narrow], top_p).maximum(bound[narrow])
+    return mass.mul_(scores >= bound) if narrow or any(s.min_p for s in settings) else mass
 
 
-def nucleus(scores: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
-    """The least score (R, 1) of the smallest set of best ids that holds `top_p` (R, 1) of the mass (R, V)."""
-    enough = top_p.double() * mass.sum(-1, keepdim=True)
-    for size in (*NUCLEUS, scores.shape[1]):
-        best = scores.topk(min(size, scores.shape[1]))
-        share = mass.gather(1, best.indices)
-        needed = share.cumsum(-1) - share < enough  # while what stands before an id does not suffice
-        if not needed[:, -1].any():
-            break
-    return best.values.gather(1, needed.sum(-1, keepdim=True).sub_(1).clamp_min_(0))
+def weights(scores: Tensor) -> Tensor:
+    return scores.exp().mul_(WEIGHT_OF_THE_BEST).long()
+
+
+def nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
+    """The least score (R, 1) of the smallest set of best ids that holds `top_p` (R, 1) of the probability."""
+    # numpy takes 0.1 ms for a row of 50,257, torch on a CPU 3.5 ms
+    ordered = torch.from_numpy(np.sort(scores.numpy())) if scores.is_cpu else scores.sort().values
+    cumulative = weights(ordered).cumsum(-1)  # the least probable first
+    place = torch.searchsorted(cumulative, ((1 - top_p) * cumulative[:, -1:]).long(), right=True)
+    return ordered.gather(1, place.clamp_max_(scores.shape[1] - 1))
 
 
 def column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

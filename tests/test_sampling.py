@@ -29,8 +29,13 @@ def row(ids=(1, 2, 3), candidate=0, **settings):
 
 def ours(logits, settings):
     """The ids that may be drawn, and their probabilities, by our sampler."""
-    mass = weigh(logits - logits.max(-1, keepdim=True).values, settings)
-    return mass > 0, mass / mass.sum(-1, keepdim=True)
+    all_mass = torch.zeros(logits.shape, dtype=torch.int64)
+    for i, s in enumerate(settings):
+        best = logits[i : i + 1].topk(min(s.top_k or logits.shape[1], logits.shape[1]))
+        all_mass[i, best.indices[0]] = weigh(best.values, [s])[0]
+    if not any(s.top_k for s in settings):
+        assert torch.equal(weigh(logits.clone(), settings), all_mass)
+    return all_mass > 0, all_mass / all_mass.sum(-1, keepdim=True)
 
 
 def chain(logits, settings):
