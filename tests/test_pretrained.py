@@ -421,21 +421,51 @@ def test_gpt2_of_124_million_in_each_format_comes_back_with_equal_logits(canonic
     assert sum(p.numel() for p in theirs.parameters()) == 124_439_808
     ids = torch.randint(0, 50257, (1, 24), generator=generator)
     wanted = their_logits(theirs, ids)
+    shutil.copytree(canonical, tmp_path / "written")
+    theirs.save_pretrained(tmp_path / "written")
     for name, form in zip(NAMES, FORMATS, strict=True):
-        if name not in ("safetensors", "sharded", "bin", "sharded bin"):
-            continue
         directory = tmp_path / name
-        shutil.copytree(canonical, directory)
-        theirs.save_pretrained(directory)
+        shutil.copytree(tmp_path / "written", directory, copy_function=os.link)
         as_sharded(directory, theirs, "200MB") if form is as_sharded else form(directory, theirs)
         ours, tokenizer, _ = load(directory)
         assert close(our_logits(ours, ids), wanted, 1e-5), name
-        adapt(ours, tokenizer, 0)
+        for (key, loaded), (_, written) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            assert torch.equal(loaded.T if ".c_" in key and loaded.dim() == 2 else loaded, written), (name, key)
         shutil.rmtree(directory)
-        save_static(directory, ours.config, tokenizer, "chatlm")
-        save_weights(directory, ours)
-        del ours
-        back = GPT2LMHeadModel.from_pretrained(directory)
-        assert back.config.vocab_size == 50264
-        assert close(their_logits(back, ids)[..., :50257], wanted, 1e-6), name
-        shutil.rmtree(directory)
+    adapt(ours, tokenizer, 0)  # the last of them, for all: what they loaded is the same
+    save_static(directory, ours.config, tokenizer, "chatlm")
+    save_weights(directory, ours)
+    del ours
+    back = GPT2LMHeadModel.from_pretrained(directory)
+    assert back.config.vocab_size == 50264
+    assert close(their_logits(back, ids)[..., :50257], wanted, 1e-6)
+
+
+
+def test_foreign_directory_starts_a_chatlm_run_by_naming_it(canonical: Path, tmp_path: Path) -> None:
+    lines = [f"How is number {n}?\tIt is [SEP] {n * n}, caf\u00e9.\tThanks!" for n in range(40)]
+    (tmp_path / "chat.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "run.toml").write_text(f"""
+task = "chatlm"
+run = "{tmp_path}/run"
+init_from = "{canonical}"
+[data]
+train = ["{tmp_path}/chat.tsv"]
+valid = ["{tmp_path}/chat.tsv"]
+test = ["{tmp_path}/chat.tsv"]
+shards = "{tmp_path}/shards"
+[model]
+n_ctx = 32
+[train]
+num_steps = 2
+batch_size = 2
+""", encoding="utf-8")
+    for command in ("shards", "train"):
+        done = subprocess.run([sys.executable, "-m", f"gptchat.{command}", "--config", str(tmp_path / "run.toml")],
+                              capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    model, tokenizer, task = load(tmp_path / "run" / "model")
+    assert task == "chatlm" and model.config.type_rows == (50262, 50263) and tokenizer.cls_id == 50260
+    back = GPT2LMHeadModel.from_pretrained(tmp_path / "run" / "model")
+    assert close(their_logits(back), our_logits(model), 1e-5)
+    assert not torch.equal(model.wpe.weight, load(canonical)[0].wpe.weight)
