@@ -135,6 +135,16 @@ def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text)
     assert half != sums[0][0] and half == pytest.approx(sums[0][0], rel=0.01)
 
 
+def test_answers_are_the_same_each_time_and_each_has_its_own_noise():
+    vocabulary = byte_tokenizer()
+    model = GPT2(GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)).train()
+    dialogues = [[(0, vocabulary.encode("Hi, how are you?"))]] * 20
+    for task in ("chatlm", "lm"):
+        found = evaluate.answers(model, vocabulary, task, dialogues)
+        assert found == evaluate.answers(model, vocabulary, task, dialogues) and len(set(found)) == 20
+    assert model.training and evaluate.answers(model, vocabulary, "lm", []) == []
+
+
 def test_distinct_counts_ngrams_over_all_texts():
     texts = [["a", "b", "a"], ["a", "b"], []]
     assert evaluate.distinct(texts, 1) == 2 / 5
