@@ -1,12 +1,10 @@
-# `make` lists the targets. Settings: PYTHON, VENV, LM, CHATLM, TOKENIZER (config files), HOST, AUTH=1, ARGS.
+# `make` lists the targets. Settings: PYTHON, VENV, HOST, AUTH=1, ARGS='--temperature 0.7'.
 PYTHON    ?= python3.11
 VENV      ?= .venv
-LM        ?= configs/lm.toml
-CHATLM    ?= configs/chatlm.toml
-TOKENIZER ?= $(LM)
 HOST      ?= 127.0.0.1
 RUN       := $(VENV)/bin/python -m
 CORPORA   := data/lm/train.txt
+GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
 .DELETE_ON_ERROR:
 .PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench test soak tensorboard clean
@@ -42,20 +40,25 @@ $(CORPORA): | $(VENV)/.base
 	$(RUN) gptchat.corpora
 
 tokenizer: out/tokenizer/tokenizer.json  ## the vocabulary, in out/tokenizer/
-out/tokenizer/tokenizer.json: $(TOKENIZER) $(CORPORA)
-	$(RUN) gptchat.tokenizer --config $(TOKENIZER)
+out/tokenizer/tokenizer.json: configs/lm.toml $(CORPORA)
+	$(RUN) gptchat.tokenizer --config configs/lm.toml
 
-lm: out/lm/test.json  ## pre-train the LM, in out/lm/; goes on where it was stopped
-out/lm/test.json: $(LM) out/tokenizer/tokenizer.json $(CORPORA)
-	$(RUN) gptchat.shards --config $(LM)
-	$(RUN) gptchat.train --config $(LM)
-	$(RUN) gptchat.evaluate --config $(LM) --json $@
+lm: out/lm/test.txt  ## pre-train the LM, in out/lm/; goes on where it was stopped
+out/lm/test.txt: configs/lm.toml out/tokenizer/tokenizer.json $(CORPORA)
+	$(RUN) gptchat.shards --config configs/lm.toml
+	$(RUN) gptchat.train --config configs/lm.toml
+	$(RUN) gptchat.evaluate --config configs/lm.toml > $@
+	@cat $@
 
-chatlm: out/chatlm/test.json  ## fine-tune the LM to answer, in out/chatlm/
-out/chatlm/test.json: $(CHATLM) out/lm/test.json
-	$(RUN) gptchat.shards --config $(CHATLM)
-	$(RUN) gptchat.train --config $(CHATLM)
-	$(RUN) gptchat.evaluate --config $(CHATLM) --json $@
+chatlm: out/chatlm/test.txt  ## fine-tune the LM to answer, in out/chatlm/
+out/chatlm/test.txt: configs/chatlm.toml out/lm/test.txt
+	$(RUN) gptchat.shards --config configs/chatlm.toml
+	$(RUN) gptchat.train --config configs/chatlm.toml
+	@printf '%b' $(GREETINGS) > out/chatlm/greetings.tsv
+	$(RUN) gptchat.chat --model out/chatlm/model --seed 1 --input out/chatlm/greetings.tsv --output out/chatlm/answers.tsv
+	$(RUN) gptchat.evaluate --config configs/chatlm.toml > $@
+	@cat out/lm/test.txt $@
+	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$1, $$2}' out/chatlm/answers.tsv
 
 # --- using it
 
@@ -63,8 +66,8 @@ chat: | $(VENV)/.base  ## talk to the ChatLM in the terminal
 	$(RUN) gptchat.chat --model out/chatlm/model $(ARGS)
 
 evaluate: | $(VENV)/.base  ## test figures of both models
-	$(RUN) gptchat.evaluate --config $(LM)
-	$(RUN) gptchat.evaluate --config $(CHATLM)
+	$(RUN) gptchat.evaluate --config configs/lm.toml
+	$(RUN) gptchat.evaluate --config configs/chatlm.toml
 
 mar: | $(VENV)/.serve  ## TorchServe archives of what was trained, in out/serve/
 	$(RUN) gptchat.serve --archive-only $(ARGS)

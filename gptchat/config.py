@@ -45,7 +45,6 @@ class DataConfig:
     document: str = field(default="block", metadata={"choices": ("block", "line", "file")})
     targets: str = field(default="response", metadata={"choices": ("response", "all")})
     packed: bool = True
-    prompts: tuple[str, ...] = ("Hi, how are you?", "What do you like to do?", "Where are you from?")
 
 
 @dataclass(frozen=True)

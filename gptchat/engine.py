@@ -11,11 +11,13 @@ the slot after them. An engine is for one thread.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gptchat.linear import prepare
 from gptchat.model import GPT2, KVCache
 from gptchat.sampling import Row, Sampling, Scored, draw, score
 
@@ -38,8 +40,7 @@ class Request:
 class Output:
     """What a step has to say about a candidate: a token, or the reason why there is no further one, or both.
 
-    `prompt_logprobs`, if asked for, comes once, with the request's first output: an entry per prompt token, that of the
-    first token without a log-probability.
+    `prompt_logprobs` comes with a request's first output: an entry per token, the first one's without a log-probability.
     """
 
     request_id: int
@@ -72,18 +73,19 @@ class Live(Row):
 
 
 class Engine:
-    """Generates with `model`, which it puts into evaluation mode, in `slots` slots of `length` positions.
-
-    `suppress` are ids that are never drawn. A step prefills at most `prefill_chunk` prompt tokens, so that long prompts
-    do not stall the live sequences.
+    """Generates with `model` as it is now, packed for `dtype` (the model itself stays fit for training), in `slots` slots
+    of `length` positions. `suppress` are ids that are never drawn. A step prefills at most `prefill_chunk` prompt tokens,
+    so that long prompts do not stall the live sequences.
     """
 
     def __init__(self, model: GPT2, slots: int = 8, length: int | None = None, dtype: str = "float32",
                  suppress: Sequence[int] = (), prefill_chunk: int = 256):
-        self.model, self.slots, self.suppress, self.prefill_chunk = model.eval(), slots, tuple(suppress), prefill_chunk
+        self.model = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()  # shared
+        prepare(self.model, dtype)
+        self.slots, self.suppress, self.prefill_chunk = slots, tuple(suppress), prefill_chunk
         self.length = min(length or model.config.n_positions, model.config.n_positions)
-        self.device = model.wte.weight.device
-        self.cache = KVCache(model.config, slots, self.length, getattr(torch, dtype), self.device)
+        self.device = self.model.wte.weight.device
+        self.cache = KVCache(model.config, slots, self.length, self.model.wte.weight.dtype, self.device)
         self.waiting: deque[Job] = deque()
         self.prefilling: Job | None = None
         self.running: list[Live] = []  # in the order of their slots
@@ -107,10 +109,9 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queue a request; its id. Raises ValueError with the reason if it could never be served."""
         check(request, self.slots, self.length, self.model.config.vocab_size)
-        typed = request.token_type_ids is not None
-        if self.typed not in (None, typed):
+        if self.typed not in (None, request.token_type_ids is not None):
             raise ValueError("requests with and without token types cannot share an engine")
-        self.typed = typed
+        self.typed = request.token_type_ids is not None
         self.submitted += 1
         self.waiting.append(Job(self.submitted, request, list(range(request.n))))
         return self.submitted
@@ -180,8 +181,7 @@ class Engine:
         return scored
 
     def _begin(self, job: Job, hidden: Tensor) -> list[Output]:
-        """The job, whose prompt is complete and ends in `hidden` (1, C), becomes live sequences that draw their first
-        token."""
+        """The job, whose prompt is complete and ends in `hidden` (1, C), becomes sequences with their first token."""
         self.prefilling = None
         first, prompt, sampling = len(self.running), job.request.input_ids, job.request.sampling
         if sampling.max_new_tokens:

@@ -165,10 +165,12 @@ class Encoder:
         return Encoded(b"".join(ids), ends, ends[:0], b"", _utf8_bytes(texts))
 
     def rows(self, block: list[list[str]]) -> Encoded:
-        """The turns of dialogues."""
+        """The turns of dialogues. Rows that tell a longer and longer history repeat turns: each is encoded once."""
         dialogues = [rows_to_turns(row) for row in block]
         speakers, texts = zip(*(turn for dialogue in dialogues for turn in dialogue), strict=True)
-        ids = self.encode(texts)
+        distinct = list(dict.fromkeys(texts))
+        encoded = dict(zip(distinct, self.encode(distinct), strict=True))
+        ids = [encoded[text] for text in texts]
         return Encoded(b"".join(ids), np.cumsum([len(dialogue) for dialogue in dialogues]), self._ends(ids),
                        bytes(speakers), _utf8_bytes(texts))
 

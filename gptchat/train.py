@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gptchat import checkpoint, pretrained
 from gptchat.batches import Batch, Batches, prefetch
 from gptchat.config import Config, TrainConfig, UserError, cli, load, swapped
-from gptchat.evaluate import autocast, metrics, sum_losses
+from gptchat.dialogue import Turn
+from gptchat.evaluate import answers, autocast, metrics, sum_losses
 from gptchat.model import GPT2, GPT2Config
 from gptchat.optim import clip_gradients, lr_scale, make_optimizers, set_learning_rate
 from gptchat.runlog import RunLog
@@ -145,9 +146,19 @@ class Run:
                 pretrained.save_weights(self.model_dir, self.model)
         log.evaluation(metrics(loss_sum, int(n_targets), self.valid.n_bytes), best, self.samples())
 
-    def samples(self) -> list[str]:
-        """Texts that the model continues from held-out prompts."""
-        return []
+    def samples(self, n: int = 3, prompt: int = 16) -> list[str]:
+        """What the model answers in `n` held-out dialogues, or how it goes on with the beginning of held-out texts."""
+        if self.world.rank > 0:
+            return []
+        shards, task = self.valid.shards, self.config.task
+        prompts: list[list[Turn]] = []
+        for number in range(0, shards.documents, -(-shards.documents // n)):
+            start = int(shards.starts[number])
+            prompts.append(shards.dialogue(number)[:-1] if task == "chatlm" else
+                           [(0, shards.tokens(start, min(start + prompt, shards.n_tokens)).tolist())])
+        told = [" / ".join(self.tokenizer.decode(ids) for _, ids in turns) for turns in prompts]
+        texts = answers(self.model, self.tokenizer, task, prompts)
+        return [f"{asked} -> {text}" for asked, text in zip(told, texts, strict=True)]
 
     def logging(self) -> RunLog:
         """Write down what the run is, and begin to tell of it."""

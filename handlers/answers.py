@@ -1,4 +1,4 @@
-"""What the engine says of a job -> what its client reads: one JSON object at the end, or server-sent events on the way."""
+"""What the engine says of a job -> what its client reads: one JSON object at the end, or events on the way."""
 
 import json
 import time
@@ -9,6 +9,7 @@ from gptchat.sampling import Scored
 from gptchat.tokenizer import StreamDecoder, Tokenizer
 from handlers.jobs import Job, Refusal, Served
 
+JSON, EVENTS = "application/json", "text/event-stream"
 NAMES = {"completions": ("cmpl", "text_completion", "text_completion"),  # prefix of the id; object, whole and streamed
          "chat": ("chatcmpl", "chat.completion", "chat.completion.chunk")}
 
@@ -17,10 +18,9 @@ class Choice:
     """One candidate on its way: its text and log-probabilities, and how much of both has been sent."""
 
     def __init__(self, served: Served, job: Job, index: int):
-        prompt = job.prompts[index // job.n]
         self.index, self.decoder = index, StreamDecoder(served.tokenizer, job.stop)
-        self.text = served.tokenizer.decode(prompt.input_ids) if job.echo else ""
-        self.text += "".join(self.decoder.push(id) for id in prompt.beginning)
+        self.text = served.tokenizer.decode(job.prompts[index // job.n][0]) if job.echo else ""
+        self.text += "".join(self.decoder.push(id) for id in job.beginning)
         self.scored: list[tuple[int, Scored]] = []  # each token's place in the text
         self.tokens, self.sent, self.scored_sent, self.reason = 0, 0, 0, ""
 
@@ -37,22 +37,21 @@ class Choice:
             self.reason = "stop" if self.decoder.stopped else str(output.finish_reason)
         return self.decoder.stopped and not output.finish_reason
 
-    def piece(self) -> tuple[str, list[tuple[int, Scored]]]:
-        """The text and scored tokens since the last piece."""
-        text, scored = self.text[self.sent :], self.scored[self.scored_sent :]
-        self.sent, self.scored_sent = len(self.text) + bool(self.reason), len(self.scored)  # past the end: all is said
-        return text, scored
-
 
 class Answer:
-    """One HTTP request between its first chunk and its last."""
+    """One HTTP request from its arrival to its last chunk. `page` is a whole answer (content type, text) to a GET."""
 
-    def __init__(self, served: Served, job: Job, id: str):
-        self.served, self.job, self.id = served, job, id
-        self.created, self.began, self.first_token, self.opened = int(time.time()), time.monotonic(), 0.0, False
-        self.seen = False  # by a round to the client
-        self.choices = [Choice(served, job, index) for index in range(len(job.prompts) * job.n)]
+    def __init__(self, served: Served, id: str):
+        self.served, self.id, self.created, self.began = served, id, int(time.time()), time.monotonic()
+        self.job: Job = None  # type: ignore[assignment]  # until `begin`
+        self.page: tuple[str, str] | None = None
         self.error: Refusal | None = None
+        self.choices: list[Choice] = []
+        self.first_token, self.seen, self.status, self.content_type = 0.0, False, 200, JSON
+
+    def begin(self, job: Job) -> None:
+        self.job = job
+        self.choices = [Choice(self.served, job, index) for index in range(len(job.prompts) * job.n)]
 
     @property
     def done(self) -> bool:
@@ -60,60 +59,53 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        prompt = sum(len(prompt.input_ids) for prompt in self.job.prompts)
+        prompt = sum(len(ids) for ids, _ in self.job.prompts) if self.job else 0
         new = sum(choice.tokens for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def take(self, place: int, output: Output) -> bool:
         """Add an output for the prompt at `place`; true as `Choice.take`."""
         choices = self.choices[place * self.job.n : (place + 1) * self.job.n]
-        if output.prompt_logprobs:
-            decoder, at = StreamDecoder(self.served.tokenizer), 0
-            for scored in output.prompt_logprobs:
-                for choice in choices:
-                    choice.scored.append((at, scored))
-                at += len(decoder.push(scored.token))
+        decoder, at = StreamDecoder(self.served.tokenizer), 0
+        for scored in output.prompt_logprobs or ():
+            for choice in choices:
+                choice.scored.append((at, scored))
+            at += len(decoder.push(scored.token))
         if output.token is not None and not self.first_token:
             self.first_token = time.monotonic()
         return choices[output.candidate].take(output)
 
     def drain(self) -> str:
-        """What is to be sent now; "" for nothing. Of a whole answer nothing is sent before its end."""
-        if not self.job.stream:
-            return json.dumps(error_body(self.error) if self.error else self.whole()) if self.done else ""
-        events = self.opening() + [self.chunk(choice) for choice in self.choices if choice.sent < len(choice.text) + bool(choice.reason)]
+        """What is to be sent now, "" for nothing; the first time it settles status and content type."""
+        first, self.seen = not self.seen, True
+        if first:
+            self.status = self.error.status if self.error else 200
+            self.content_type = self.page[0] if self.page else EVENTS if self.job and self.job.stream else JSON
+        if first and self.error:
+            self.content_type = JSON
+        elif self.job and self.job.stream:
+            return "".join(f"data: {json.dumps(event)}\n\n" for event in self.events()) + "data: [DONE]\n\n" * self.done
+        if self.page or not self.done:
+            return self.page[1] if self.page else ""
+        return json.dumps(error_body(self.error) if self.error else self.whole())
+
+    def events(self) -> list[Any]:
         if self.error:
-            events = [error_body(self.error)]
-        elif self.done:
-            events += self.closing()
-        return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n" * self.done
-
-    def opening(self) -> list[Any]:
-        if self.opened or self.job.kind != "chat":
-            return []
-        self.opened = True
-        return [self.frame([self.message(choice, {"role": "assistant", "content": ""}, []) for choice in self.choices], True)]
-
-    def chunk(self, choice: Choice) -> Any:
-        text, scored = choice.piece()
-        if self.job.kind == "original":
-            return {"token": text}
-        return self.frame([self.message(choice, {"content": text} if text else {}, scored, True)], True)
-
-    def closing(self) -> list[Any]:
-        if self.job.kind == "original":
-            return [self.whole()]
-        return [self.frame([], True) | {"usage": self.usage}] if self.job.usage else []
+            return [error_body(self.error)]
+        events, original = [], self.job.kind == "original"
+        for choice in self.choices:
+            text, scored = choice.text[choice.sent :], choice.scored[choice.scored_sent :]
+            if text or choice.reason and choice.sent <= len(choice.text):
+                events.append({"token": text} if original else self.frame([self.shape(choice, text, scored, "delta")]))
+                choice.sent, choice.scored_sent = len(choice.text) + bool(choice.reason), len(choice.scored)
+        if self.done and (original or self.job.usage):
+            events.append(self.whole() if original else self.frame([]) | {"usage": self.usage})
+        return events
 
     def whole(self) -> Any:
-        if self.job.kind == "original":
-            return self.original()
-        choices = [self.message(choice, {"role": "assistant", "content": choice.text, "refusal": None}, choice.scored, False)
-                   for choice in self.choices]
-        return self.frame(choices, False) | {"usage": self.usage}
-
-    def original(self) -> Any:
-        """The original's answer; its rule for the response is the candidate of median length."""
+        if self.job.kind != "original":
+            choices = [self.shape(choice, choice.text, choice.scored, "message") for choice in self.choices]
+            return self.frame(choices, streamed=False) | {"usage": self.usage}
         texts, now = [choice.text for choice in self.choices], time.monotonic()
         return {"response": sorted(texts, key=len)[len(texts) // 2], "request": self.job.request, "model_info": {
             "model": self.served.name, "output": texts, "finish_reason": [choice.reason for choice in self.choices],
@@ -121,41 +113,37 @@ class Answer:
             "seed": self.job.sampling.seed, "first_token_seconds": round((self.first_token or now) - self.began, 4),
             "seconds": round(now - self.began, 4)}}
 
-    def frame(self, choices: list[Any], streamed: bool) -> dict[str, Any]:
+    def frame(self, choices: list[Any], streamed: bool = True) -> dict[str, Any]:
         prefix, *objects = NAMES[self.job.kind]
-        return {"id": f"{prefix}-{self.id}", "object": objects[streamed], "created": self.created, "model": self.served.name,
-                "choices": choices} | ({"usage": None} if streamed and self.job.usage else {})
+        frame = {"id": f"{prefix}-{self.id}", "object": objects[streamed], "created": self.created}
+        return frame | {"model": self.served.name, "choices": choices} | ({"usage": None} if self.job.usage else {})
 
-    def message(self, choice: Choice, content: dict[str, Any], scored: list[tuple[int, Scored]], streamed: bool = True) -> Any:
-        """A choice in the shape of its API."""
-        text = {"delta" if streamed else "message": content} if self.job.kind == "chat" else {"text": content.get("content", "")}
-        return {"index": choice.index, **text, "finish_reason": choice.reason or None, "logprobs": self.logprobs(scored)}
+    def shape(self, choice: Choice, text: str, scored: list[tuple[int, Scored]], key: str) -> dict[str, Any]:
+        """A choice as its API has it; `key` is delta or message."""
+        role = {"role": "assistant"} if not choice.sent else {}
+        said = {key: role | {"content": text}} if self.job.kind == "chat" else {"text": text}
+        logprobs = None if self.job.sampling.logprobs is None else self.logprobs(scored)
+        return {"index": choice.index, **said, "finish_reason": choice.reason or None, "logprobs": logprobs}
 
-    def logprobs(self, entries: list[tuple[int, Scored]]) -> Any:
-        if self.job.sampling.logprobs is None:
-            return None
+    def logprobs(self, entries: list[tuple[int, Scored]]) -> dict[str, Any]:
         if self.job.kind == "chat":
             return {"content": [self.token(scored.token, scored.logprob) | {
-                "top_logprobs": [self.token(*best) for best in scored.top]} for _, scored in entries], "refusal": None}
-        name = self.served.tokenizer
-        return {"tokens": [token_name(name, scored.token) for _, scored in entries],
+                "top_logprobs": [self.token(*best) for best in scored.top]} for _, scored in entries]}
+        tops = [(*scored.top, (scored.token, scored.logprob)) for _, scored in entries]  # the drawn one is in the list too
+        return {"tokens": [self.name(scored.token) for _, scored in entries], "text_offset": [at for at, _ in entries],
                 "token_logprobs": [scored.logprob for _, scored in entries],
-                "top_logprobs": [scored.logprob and {token_name(name, id): logprob for id, logprob in (
-                    *scored.top, (scored.token, scored.logprob))} for _, scored in entries],
-                "text_offset": [at for at, _ in entries]}
+                "top_logprobs": [top[-1][1] and {self.name(id): logprob for id, logprob in top} for top in tops]}
 
     def token(self, id: int, logprob: float | None) -> dict[str, Any]:
-        tokenizer = self.served.tokenizer
-        return {"token": token_name(tokenizer, id), "logprob": logprob, "bytes": list(tokenizer.token_bytes[id])}
+        return {"token": self.name(id), "logprob": logprob, "bytes": list(self.served.tokenizer.token_bytes[id])}
 
-
-def token_name(tokenizer: Tokenizer, id: int) -> str:
-    """Different for each token: its text, `bytes:\\xe3` for a part of a character, `[SEP]` or such for a special one."""
-    raw = tokenizer.token_bytes[id]
-    try:
-        return raw.decode() or str(tokenizer.backend.id_to_token(id))
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    def name(self, id: int) -> str:
+        """Different for each token: text, `bytes:\\xe3` for a part of a character, `[SEP]` or such for a special one."""
+        raw = self.served.tokenizer.token_bytes[id]
+        try:
+            return raw.decode() or str(self.served.tokenizer.backend.id_to_token(id))
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def error_body(refusal: Refusal) -> dict[str, Any]:

@@ -2,24 +2,12 @@
 
 import logging
 import threading
-from collections import deque
-from dataclasses import dataclass
 
 from gptchat.engine import Engine, Output, Request
 
 AHEAD = 4  # steps decoded while nobody collects: without a bound the thread would decode for clients that have left
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request in the engine's hands: its HTTP request and its place there."""
-
-    owner: str
-    place: int
-    request: Request
-    urgent: bool  # each token is worth a round to the client, not only the last one
-    number: int = 0  # the engine's
-    unfinished: int = 0  # candidates
+Key = tuple[str, int]  # the HTTP request, and which of its prompts
+Event = tuple[Key, Output | ValueError]
 
 
 class DecodeLoop(threading.Thread):
@@ -27,84 +15,70 @@ class DecodeLoop(threading.Thread):
 
     def __init__(self, engine: Engine):
         super().__init__(name="decode", daemon=True)
-        self.engine = engine
+        self.engine, self.changed = engine, threading.Condition()
         self.failure: BaseException | None = None
-        self._changed = threading.Condition()
-        self._orders: deque[tuple[Ticket, int | None]] = deque()  # a candidate to cancel, -1 for all; None submits
-        self._events: list[tuple[Ticket, Output | ValueError]] = []
-        self._tickets: dict[int, Ticket] = {}
-        self._urgent = self._collecting = False
-        self._ahead = 0
+        self.orders: list[tuple[Key, Request | int | None]] = []
+        self.events: list[Event] = []
+        self.numbers: dict[Key, int] = {}  # the engine's
+        self.keys: dict[int, Key] = {}
+        self.hurried: set[Key] = set()  # each token is worth a round to the client, not only the last one
+        self.urgent = self.collecting = False
+        self.ahead = 0
 
-    def submit(self, ticket: Ticket) -> None:
-        self._order(ticket, None)
+    def order(self, key: Key, what: Request | int | None, hurried: bool = False) -> None:
+        """Submit a request, cancel one of its candidates (a number), or forget it (None, due to each in the end)."""
+        with self.changed:
+            self.orders.append((key, what))
+            if hurried:
+                self.hurried.add(key)
+            self.changed.notify_all()
 
-    def cancel(self, ticket: Ticket, candidate: int = -1) -> None:
-        """Free a request's slots, or a candidate's; outputs of it that were decoded already may still come."""
-        self._order(ticket, candidate)
-
-    def collect(self, patience: float) -> list[tuple[Ticket, Output | ValueError]]:
+    def collect(self, patience: float) -> list[Event]:
         """What has happened since the last call; waits up to `patience` seconds for something urgent."""
-        with self._changed:
-            self._ahead, self._collecting = 0, True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._urgent or self.failure, patience)
-            self._collecting = self._urgent = False
-            events, self._events = self._events, []
+        with self.changed:
+            self.ahead, self.collecting = 0, True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.urgent or self.failure, patience)
+            self.collecting = self.urgent = False
+            events, self.events = self.events, []
         return events
 
     def run(self) -> None:
         try:
             while True:
-                self._round()
+                self.round()
         except BaseException as error:
             logging.exception("the decode thread ended")
-            with self._changed:
+            with self.changed:
                 self.failure = error
-                self._changed.notify_all()
+                self.changed.notify_all()
 
-    def _order(self, ticket: Ticket, candidate: int | None) -> None:
-        with self._changed:
-            self._orders.append((ticket, candidate))
-            self._changed.notify_all()
+    def may_go(self) -> bool:
+        return bool(self.orders) or (not self.engine.idle and (self.collecting or self.ahead < AHEAD))
 
-    def _may_go(self) -> bool:
-        return bool(self._orders) or (not self.engine.idle and (self._collecting or self._ahead < AHEAD))
-
-    def _round(self) -> None:
-        with self._changed:
-            self._changed.wait_for(self._may_go)
-            orders = [self._orders.popleft() for _ in range(len(self._orders))]
-        refused = [(ticket, error) for ticket, candidate in orders if (error := self._follow(ticket, candidate))]
+    def round(self) -> None:
+        with self.changed:
+            self.changed.wait_for(self.may_go)
+            orders, self.orders = self.orders, []
+        events = [(key, error) for key, what in orders if (error := self.follow(key, what))]
         outputs = [] if self.engine.idle else self.engine.step()
-        with self._changed:
-            self._ahead += 1
-            self._events += refused
-            self._urgent |= bool(refused)
-            for output in outputs:
-                self._deliver(output)
-            if self._urgent:
-                self._changed.notify_all()
+        events += [(self.keys[output.request_id], output) for output in outputs if output.request_id in self.keys]
+        with self.changed:
+            self.ahead += 1
+            self.events += events
+            self.urgent |= any(key in self.hurried or getattr(event, "finish_reason", "refused") for key, event in events)
+            self.changed.notify_all()
 
-    def _follow(self, ticket: Ticket, candidate: int | None) -> ValueError | None:
-        if candidate is not None:
-            self.engine.cancel(ticket.number, None if candidate < 0 else candidate)
-            ticket.unfinished -= 1 if candidate >= 0 else ticket.unfinished
-        else:
+    def follow(self, key: Key, what: Request | int | None) -> ValueError | None:
+        if isinstance(what, Request):
             try:
-                ticket.number = self.engine.submit(ticket.request)
-            except ValueError as error:
+                self.numbers[key] = number = self.engine.submit(what)
+                self.keys[number] = key
+            except ValueError as error:  # it can never fit
                 return error
-            ticket.unfinished = ticket.request.n
-            self._tickets[ticket.number] = ticket
-        if ticket.unfinished <= 0:
-            self._tickets.pop(ticket.number, None)
+        elif key in self.numbers:
+            self.engine.cancel(self.numbers[key], what)
+            if what is None:
+                self.hurried.discard(key)
+                del self.keys[self.numbers.pop(key)]
         return None
-
-    def _deliver(self, output: Output) -> None:
-        if ticket := self._tickets.get(output.request_id):
-            ticket.unfinished -= output.finish_reason is not None
-            if ticket.unfinished <= 0:
-                del self._tickets[ticket.number]
-            self._events.append((ticket, output))
-            self._urgent |= ticket.urgent or output.finish_reason is not None

@@ -137,7 +137,7 @@ def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text)
 
 def test_answers_are_the_same_each_time_and_each_has_its_own_noise():
     vocabulary = byte_tokenizer()
-    model = GPT2(GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)).train()
+    model = GPT2(GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=2)).train()
     dialogues = [[(0, vocabulary.encode("Hi, how are you?"))]] * 20
     for task in ("chatlm", "lm"):
         found = evaluate.answers(model, vocabulary, task, dialogues)

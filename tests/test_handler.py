@@ -109,7 +109,7 @@ def alone(client, input_ids, types, new):
     ({"messages": []}, "v1/chat/completions", "messages"), ({}, "v1/chat/completions", "message"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "v1/chat/completions", "role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "v1/chat/completions", "images"),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "v1/chat/completions", "call tools"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "v1/chat/completions", "tools"),
     ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}, "v1/chat/completions", "format"),
     ({"prompt": [0, 10**6]}, "v1/completions", "prompt"), ({"prompt": "a", "logprobs": 99}, "v1/completions", "logprobs"),
     ({"prompt": ["a"] * 65}, "v1/completions", "prompt"), ({"prompt": ["a"] * 64, "n": 2}, "v1/completions", "128 answers"),
@@ -174,10 +174,10 @@ def test_greedy_answer_equals_the_engine_alone(chat, lm):
 def test_turns_and_beginning_reach_the_prompt(chat):
     served = chat.handler.served
     t = served.tokenizer
-    job = jobs.parse("", {"context": ["a", "b", "c"], "response": "I "}, served)
+    job = jobs.Reader({"context": ["a", "b", "c"], "response": "I "}, served).read("")
     a, b, c, i = (t.encode(text) for text in ("a", "b", "c", "I "))
-    assert job.prompts[0].input_ids == [*a, *([t.sep_id] + b), *([t.sep_id] + c), t.sep_id, *i]
-    assert job.prompts[0].token_type_ids == [0] * len(a) + [1] * (1 + len(b)) + [0] * (1 + len(c)) + [1] * (1 + len(i))
+    assert job.prompts[0][0] == [*a, *([t.sep_id] + b), *([t.sep_id] + c), t.sep_id, *i]
+    assert job.prompts[0][1] == [0] * len(a) + [1] * (1 + len(b)) + [0] * (1 + len(c)) + [1] * (1 + len(i))
     status, answer = chat.ask({"context": "a", "response": "I ", "n": 1, "max_tokens": 3})
     assert answer["response"].startswith("I ")
 
@@ -297,12 +297,11 @@ def test_bug_in_one_answer_disturbs_no_other(chat, monkeypatch):
     chat.send("bad", {"context": "hello", "stream": True, "max_tokens": 50})
     chat.send("good", {"context": "hello", "temperature": 0, "max_tokens": 50, "n": 1})
     chat.round()
-    answer, _ = chat.handler.live["bad"]
-    monkeypatch.setattr(answer, "take", lambda *_: 1 / 0)
+    monkeypatch.setattr(chat.handler.live["bad"], "take", lambda *_: 1 / 0)
     chat.finish("bad", "good")
     assert "internal error" in chat.got["bad"].text and json.loads(chat.got["good"].text)["response"]
 
 
 def test_refusals_are_one_line(chat):
-    with pytest.raises(Refusal, match="unknown setting"):
-        jobs.parse("", {"context": "a", "x\ny": 1}, chat.handler.served)
+    with pytest.raises(Refusal, match=r"x\\\\ny. is unknown"):
+        jobs.Reader({"context": "a", "x\ny": 1}, chat.handler.served).read("")
