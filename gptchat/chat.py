@@ -27,6 +27,7 @@ from gptchat.config import Progress, UserError, cli, swapped
 from gptchat.dialogue import escape, read_rows, rows_to_turns
 from gptchat.engine import Engine, Request
 from gptchat.evaluate import CHAT, make_request
+from gptchat.linear import DTYPES
 from gptchat.sampling import Sampling
 from gptchat.tokenizer import StreamDecoder, WordFilter
 
@@ -244,7 +245,7 @@ def main() -> None:
     add("--prompt", metavar="TEXT", help="answer this and leave")
     add("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
     add("--output", metavar="TSV", help="where the rows of --input and their answers go")
-    add("--dtype", default="float32", help="float32 (default) or bfloat16")
+    add("--dtype", default="float32", choices=DTYPES, help="of the weights (default float32)")
     add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
     args = parser.parse_args()
     chosen = argparse.Namespace(**{name: getattr(args, name) for name in vars(settings.parse_args([]))})

@@ -192,6 +192,7 @@ def test_what_a_terminal_would_obey_is_not_printed(monkeypatch, capsys):
     ([], "required: --model"),
     (["--model", "nowhere"], "no such directory"),
     (["--model", "BOT", "--temperature", "hot"], "invalid float value"),
+    (["--model", "BOT", "--dtype", "int3"], "invalid choice"),
     (["--model", "BOT", "--temperature", "-1"], "temperature is -1.0, wanted"),
     (["--model", "BOT", "--prompt", "x" * 2000], "the last turn takes"),
     (["--model", "BOT", "--input", "prompts.tsv"], "--input and --output together"),
