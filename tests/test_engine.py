@@ -232,6 +232,40 @@ def test_a_long_prompt_does_not_stall_the_others(model):
     assert speakers[6:] == [[first], [first, long], [first, long, short]]  # first come, first served
 
 
+def test_short_prompts_that_fit_in_a_chunk_start_together(model):
+    engine = Engine(model, slots=8, prefill_chunk=24)
+    ids = [engine.submit(Request(p, n=n)) for p, n in (([1] * 5, 1), ([2] * 8, 2), ([3], 1), ([4] * 2, 1), ([5], 2))]
+    started = [[(output.request_id, output.candidate) for output in engine.step()] for _ in range(3)]
+    first = [(ids[0], 0), (ids[1], 0), (ids[2], 0), (ids[1], 1)]  # three rows of 8; a fourth would be 32
+    second = [(ids[3], 0), (ids[4], 0), (ids[4], 1)]
+    assert started == [first, first + second, first + second]
+
+
+def test_a_model_stays_as_it_was(model):
+    model.train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    generate(Engine(model, dtype="int8"), [Request([1], sampling=Sampling(max_new_tokens=2))])
+    assert model.training and all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype, rounding", [("float32", 1e-4), ("bfloat16", 0.2), ("int8", 0.05)])
+def test_greedy_ids_in_company_are_those_alone_where_the_best_is_clear(model, dtype, rounding):
+    random_ = random.Random(9)
+    sampling = Sampling(temperature=0, max_new_tokens=20, logprobs=2)
+    requests = [Request(prompt(random_, 40), sampling=sampling) for _ in range(16)]
+    together = generate(Engine(model, slots=8, dtype=dtype), requests)
+    equal = 0
+    for request, [company] in zip(requests, together, strict=True):
+        [[alone]] = generate(Engine(model, slots=1, dtype=dtype), [request])
+        for a, b in zip(alone, company, strict=True):
+            if a.token != b.token:
+                assert a.top[0][1] - a.top[1][1] < rounding
+                break
+            assert abs(a.logprob - b.logprob) < rounding
+            equal += 1
+    assert equal > 160
+
+
 def test_candidates_wait_until_all_of_them_fit(model):
     engine = Engine(model, slots=4)
     engine.submit(Request([1], sampling=Sampling(max_new_tokens=4)))
