@@ -1,8 +1,8 @@
 """Archive models and run TorchServe over them: `python -m gptchat.serve --model chatlm=out/chatlm/model`.
 
-TorchServe runs as a child in a process group of its own, so that Ctrl-C and SIGTERM reach this launcher alone, which is fit
-to be PID 1 of a container: it tells the handlers to refuse new work (a file named `draining` in the run's folder), lets live
-requests finish for DRAIN_SECONDS, stops Java, and kills whatever is left of the group.
+TorchServe runs as a child in a process group of its own, so that Ctrl-C and SIGTERM reach this launcher alone. It is fit
+to be PID 1 of a container: it has new requests refused (the handlers look for a file named `draining` in the run's
+folder), gives live ones DRAIN_SECONDS, stops Java, and kills whatever is left of the group.
 """
 
 import argparse
@@ -29,7 +29,6 @@ STOP_SECONDS = 4.0
 START_SECONDS = 180.0
 UNPACKED_MB = 200  # weights above this are not put into a .mar, which would be unpacked at each start
 KEY_MINUTES = 60 * 24 * 30
-HANDLER = ROOT / "handlers" / "gptchat_handler.py"
 
 
 def java() -> str:
@@ -52,39 +51,34 @@ def archive(name: str, model: Path, configs: Path, run: Path) -> str:
         raise UserError(f"{weights}: no such file; wanted a trained model: `make {name}`, or --model NAME=DIR")
     unpacked = weights.stat().st_size > UNPACKED_MB * 2**20
     staging, temporary, store = run / "staging" / name, run / "tmp", run / "store"
-    shutil.rmtree(staging, ignore_errors=True)
+    for stale in (staging, store / name):
+        shutil.rmtree(stale, ignore_errors=True)
+    (store / f"{name}.mar").unlink(missing_ok=True)
     for folder in (staging, temporary, store):
         folder.mkdir(parents=True, exist_ok=True)
     for part, source in (("gptchat", ROOT / "gptchat"), ("handlers", ROOT / "handlers"), ("model", model)):
         (staging / part).symlink_to(source.resolve())
-    for stale in (store / name, store / f"{name}.mar"):
-        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0", "--force",
-               "--handler", str(HANDLER), "--extra-files", str(staging), "--export-path", str(store),
-               "--config-file", str(configs / "model-config.yaml"),
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0",
+               "--handler", str(ROOT / "handlers" / "gptchat_handler.py"), "--extra-files", str(staging),
+               "--export-path", str(store), "--config-file", str(configs / "model-config.yaml"),
                "--archive-format", "no-archive" if unpacked else "zip-store"]
     done = subprocess.run(command, env={**os.environ, "TMPDIR": str(temporary)}, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{model}: torch-model-archiver failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise UserError(f"{model}: cannot be archived: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
     shutil.rmtree(staging)
     return name if unpacked else f"{name}.mar"
 
 
 def write_properties(args: argparse.Namespace, archives: list[str]) -> Path:
-    """RUN/config.properties: the file in configs/serve plus what this start decides. Only the inference port may leave loopback."""
-    lines = [
-        (args.configs / "config.properties").read_text(encoding="utf-8"),
-        f"inference_address=http://{args.host}:{args.port}",
-        f"management_address=http://127.0.0.1:{args.port + 1}",
-        f"metrics_address=http://127.0.0.1:{args.port + 2}",
-        "grpc_inference_address=127.0.0.1", "grpc_management_address=127.0.0.1",
-        f"grpc_inference_port={args.port + 3}", f"grpc_management_port={args.port + 4}",
-        f"initial_worker_port={args.port + 10}",
-        f"model_store={args.run / 'store'}", f"load_models={','.join(archives)}",
-        f"metrics_config={args.configs / 'metrics.yaml'}",
-        f"disable_token_authorization={'false' if args.auth else 'true'}", f"token_expiration_min={args.key_minutes}",
-    ]
+    """RUN/config.properties: configs/serve's and what this start decides. Only the API may leave loopback."""
+    ports = {"management_address": f"http://127.0.0.1:{args.port + 1}", "metrics_address": f"http://127.0.0.1:{args.port + 2}",
+             "grpc_inference_port": args.port + 3, "grpc_management_port": args.port + 4}
+    values = ports | {
+        "inference_address": f"http://{args.host}:{args.port}", "initial_worker_port": args.port + 10,
+        "load_models": ",".join(archives), "metrics_config": args.configs / "metrics.yaml",
+        "disable_token_authorization": str(not args.auth).lower(), "token_expiration_min": args.key_minutes}
     path = args.run / "config.properties"
+    lines = [(args.configs / "config.properties").read_text(encoding="utf-8")] + [f"{k}={v}" for k, v in values.items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -137,7 +131,7 @@ class Server:
             if self.child.poll() is not None or self.died or time.monotonic() > deadline:
                 self.reader.join(timeout=1)
                 errors = [line for line in self.lines if re.search(r"(Error|Exception)\b", line)] or list(self.lines)
-                raise UserError(f"TorchServe did not start {', '.join(waiting)}: {errors[-1] if errors else 'no output'}")
+                raise UserError(f"TorchServe cannot serve {waiting[0]}: {errors[-1] if errors else 'it gave no reason'}")
             try:
                 self.get(f"/predictions/{waiting[0]}/1.0/v1/models", self.args.port)
                 waiting.pop(0)
@@ -171,31 +165,29 @@ class Server:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gptchat.serve", description="Archive models and serve them.")
-    parser.add_argument("--model", action="append", metavar="NAME=DIR", help="default: those of out/{lm,chatlm}/model that exist")
-    parser.add_argument("--host", default="127.0.0.1", help="where the API listens; 0.0.0.0 for a container")
-    parser.add_argument("--port", type=int, default=8080, help="the four (management, metrics, gRPC) after it are used too")
-    parser.add_argument("--auth", action="store_true", help="ask for a bearer token; the keys are in RUN/key_file.json")
+    parser.add_argument("--model", action="append", metavar="NAME=DIR", help="default: out/{chatlm,lm}/model, if there")
+    parser.add_argument("--host", default="127.0.0.1", help="where the API listens; 0.0.0.0 in a container")
+    parser.add_argument("--port", type=int, default=8080, help="the next four are used on loopback")
+    parser.add_argument("--auth", action="store_true", help="ask for a bearer token, kept in RUN/key_file.json")
     parser.add_argument("--key-minutes", type=int, default=KEY_MINUTES, help="the keys' life")
     parser.add_argument("--run", type=Path, default=Path("out/serve"), help="folder of archives and run-time files")
-    parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "serve", help="folder of TorchServe's configuration")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "serve", help="TorchServe's configuration")
     parser.add_argument("--archive-only", action="store_true")
     args = parser.parse_args()
     args.run, args.configs = args.run.resolve(), args.configs.resolve()
+    args.model = args.model or [f"{n}=out/{n}/model" for n in ("chatlm", "lm") if Path(f"out/{n}/model").is_dir()]
     if not args.model:
-        args.model = [f"{name}=out/{name}/model" for name in ("chatlm", "lm") if Path(f"out/{name}/model").is_dir()]
-    wrong = [item for item in args.model if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*=.+", item)]
-    if wrong or not args.model:
-        raise UserError(f"--model {wrong[0]}: wanted NAME=DIR" if wrong else "no model in out/lm or out/chatlm: `make lm chatlm`")
+        raise UserError("found no model in out/chatlm or out/lm; `make lm chatlm` trains them, --model NAME=DIR names one")
+    if wrong := [item for item in args.model if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*=.+", item)]:
+        raise UserError(f"--model {wrong[0]}: wanted NAME=DIR")
     return args
 
 
 def banner(args: argparse.Namespace, names: list[str]) -> str:
     base = f"http://{'localhost' if args.host in ('127.0.0.1', '0.0.0.0') else args.host}:{args.port}/predictions"
-    lines = [f"{name:8s} {base}/{name}   OpenAI's API: {base}/{name}/1.0/v1" for name in names]
-    lines.append(f"metrics  http://127.0.0.1:{args.port + 2}/metrics")
-    if args.auth:
-        lines.append(f"keys     {args.run / 'key_file.json'}: send the inference key as a bearer token")
-    return "\n".join([*lines, "Ctrl-C stops the server."])
+    lines = [f"{name:8} {base}/{name} (OpenAI's API: {base}/{name}/1.0/v1)" for name in names]
+    keys = [f"keys     {args.run / 'key_file.json'}: send the inference key as a bearer token"] if args.auth else []
+    return "\n".join([*lines, f"metrics  http://127.0.0.1:{args.port + 2}/metrics", *keys, "Ctrl-C stops it all."])
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptchat.engine import Output
 from gptchat.sampling import Scored
-from gptchat.tokenizer import StreamDecoder, Tokenizer
+from gptchat.tokenizer import StreamDecoder
 from handlers.jobs import Job, Refusal, Served
 
 JSON, EVENTS = "application/json", "text/event-stream"
@@ -109,7 +109,8 @@ class Answer:
         texts, now = [choice.text for choice in self.choices], time.monotonic()
         return {"response": sorted(texts, key=len)[len(texts) // 2], "request": self.job.request, "model_info": {
             "model": self.served.name, "output": texts, "finish_reason": [choice.reason for choice in self.choices],
-            "prompt_tokens": self.usage["prompt_tokens"], "completion_tokens": [choice.tokens for choice in self.choices],
+            "prompt_tokens": self.usage["prompt_tokens"],
+            "completion_tokens": [choice.tokens for choice in self.choices],
             "seed": self.job.sampling.seed, "first_token_seconds": round((self.first_token or now) - self.began, 4),
             "seconds": round(now - self.began, 4)}}
 
@@ -129,7 +130,7 @@ class Answer:
         if self.job.kind == "chat":
             return {"content": [self.token(scored.token, scored.logprob) | {
                 "top_logprobs": [self.token(*best) for best in scored.top]} for _, scored in entries]}
-        tops = [(*scored.top, (scored.token, scored.logprob)) for _, scored in entries]  # the drawn one is in the list too
+        tops = [(*scored.top, (scored.token, scored.logprob)) for _, scored in entries]  # the drawn one too
         return {"tokens": [self.name(scored.token) for _, scored in entries], "text_offset": [at for at, _ in entries],
                 "token_logprobs": [scored.logprob for _, scored in entries],
                 "top_logprobs": [top[-1][1] and {self.name(id): logprob for id, logprob in top} for top in tops]}
@@ -138,7 +139,7 @@ class Answer:
         return {"token": self.name(id), "logprob": logprob, "bytes": list(self.served.tokenizer.token_bytes[id])}
 
     def name(self, id: int) -> str:
-        """Different for each token: text, `bytes:\\xe3` for a part of a character, `[SEP]` or such for a special one."""
+        """Different for each token: text, `bytes:\\xe3` for part of a character, `[SEP]` or such for a special one."""
         raw = self.served.tokenizer.token_bytes[id]
         try:
             return raw.decode() or str(self.served.tokenizer.backend.id_to_token(id))
@@ -154,7 +155,7 @@ def error_body(refusal: Refusal) -> dict[str, Any]:
 
 def models(served: Served, path: str) -> dict[str, Any]:
     """The answer to GET v1/models and v1/models/NAME."""
-    model = {"id": served.name, "object": "model", "created": served.created, "owned_by": "gptchat"}
+    model = {"id": served.name, "object": "model", "created": 0, "owned_by": "gptchat"}
     if path not in ("v1/models", f"v1/models/{served.name}"):
         raise Refusal(f"no such model: this is {served.name}", 404, "model", "model_not_found")
     return model if path.endswith(served.name) else {"object": "list", "data": [model]}

@@ -74,21 +74,22 @@ class GptchatHandler:
     def open(self, answer: Answer, data: dict[str, Any], headers: dict[str, Any]) -> None:
         """Read a request and hand it to the engine, or answer it at once."""
         path, body = str(headers.get("url_path", "")), data.get("body")
-        types = [str(value) for name, value in headers.items() if name.lower() == "content-type"] or ["missing"]
+        kind = next((str(value) for name, value in headers.items() if name.lower() == "content-type"), "missing")
         if body in (b"", ""):
             answer.page = self.get(path)
-            return
-        if body is None or types[0].partition(";")[0].strip().lower() != JSON:
-            raise Refusal(f"the content type is {types[0][:60]}, wanted {JSON}", 415)
-        if self.draining.exists() or self.loop.failure:
+        elif body is None or kind.partition(";")[0].strip().lower() != JSON:
+            raise Refusal(f"the content type is {kind[:60]}, wanted {JSON}", 415)
+        elif self.draining.exists() or self.loop.failure:
             raise Refusal("the server is stopping or restarting", 503)
-        if len(self.live) > self.served.limits.max_requests:
+        elif len(self.live) > self.served.limits.max_requests:
             raise Refusal(f"the queue is full: {len(self.live) - 1} requests are being answered; try later", 503)
-        answer.begin(job := Reader(body, self.served).read(path))
-        scores, stop = job.echo and job.sampling.logprobs is not None, pretrained.stop_id(self.served.tokenizer, self.served.task)
-        for place, (ids, types) in enumerate(job.prompts):
-            self.loop.order((answer.id, place), Request(ids, types, job.sampling, job.n, [stop], scores), job.stream)
-        self.gauge()
+        else:
+            answer.begin(job := Reader(body, self.served).read(path))
+            scores, stop_ids = job.echo and job.sampling.logprobs is not None, [self.served.stop_id]
+            for place, (ids, types) in enumerate(job.prompts):
+                request = Request(ids, types, job.sampling, job.n, stop_ids, scores)
+                self.loop.order((answer.id, place), request, job.stream)
+            self.gauge()
 
     def get(self, path: str) -> tuple[str, str]:
         """Content type and text of what has no body to ask for it."""
@@ -121,16 +122,17 @@ class GptchatHandler:
         for place in range(len(answer.job.prompts) if answer.job else 0):
             self.loop.order((id, place), None)
         kind, first, usage = answer.job.kind if answer.job else "none", answer.first_token, answer.usage
+        first_seconds, seconds, new = (first or now) - answer.began, now - answer.began, usage["completion_tokens"]
         self.metric("requests", 1, kind, result)
         self.metric("prompt_tokens", usage["prompt_tokens"])
-        self.metric("generated_tokens", usage["completion_tokens"])
+        self.metric("generated_tokens", new)
         if first:
             longest = max(choice.tokens for choice in answer.choices)
-            self.metric("first_token_seconds", first - answer.began, kind=MetricTypes.HISTOGRAM)
+            self.metric("first_token_seconds", first_seconds, kind=MetricTypes.HISTOGRAM)
             self.metric("token_seconds", (now - first) / longest, kind=MetricTypes.HISTOGRAM)
         self.gauge()
-        log.info("%s %s %s %s: %d + %d tokens, first after %.3f s, all after %.3f s", id, self.served.name, kind, result,
-                 usage["prompt_tokens"], usage["completion_tokens"], (first or now) - answer.began, now - answer.began)
+        log.info("%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s", id, self.served.name, kind, result,
+                 usage["prompt_tokens"], new, first_seconds, seconds)
 
     def metric(self, name: str, value: float, *labels: str, kind: MetricTypes = MetricTypes.COUNTER) -> None:
         self.metrics.get_metric(f"gptchat_{name}", kind).add_or_update(value, [self.served.name, *labels])
@@ -154,7 +156,7 @@ def load(directory: Path, name: str, limits: Any) -> tuple[Served, Engine]:
     engine.submit(Request([tokenizer.eos_id], [1] if task == "chatlm" else None))
     while not engine.idle:
         engine.step()
-    return Served(name, task, tokenizer, engine.length, limits, int(time.time())), engine
+    return Served(name, task, tokenizer, engine.length, limits, pretrained.stop_id(tokenizer, task)), engine
 
 
 def quiet_logging() -> None:

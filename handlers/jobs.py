@@ -14,8 +14,8 @@ from gptchat.tokenizer import Tokenizer, WordFilter
 
 NEUTRAL: dict[str, Any] = {  # OpenAI's settings that change nothing with these values (...: with any)
     "user": ..., "metadata": ..., "store": ..., "service_tier": ..., "safety_identifier": ..., "prompt_cache_key": ...,
-    "parallel_tool_calls": ..., "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1, "tools": [],
-    "suffix": "", "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
+    "parallel_tool_calls": ..., "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1,
+    "tools": [], "suffix": "", "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
 NUMBERS = {"temperature": (100, 1), "top_p": (1, 1), "min_p": (1, 0), "repetition_penalty": (100, 1)}  # most, default
 TOO_LONG = "context_length_exceeded"
 
@@ -37,7 +37,7 @@ class Served:
     tokenizer: Tokenizer
     n_ctx: int
     limits: Any
-    created: int
+    stop_id: int
 
     @cached_property
     def longest_token(self) -> int:
@@ -132,13 +132,14 @@ class Reader:
 
     def sampling(self, room: int, default: int, logprobs: int | None = None) -> Sampling:
         """The settings by their usual names; the prompt leaves `room` new tokens."""
-        words, most = self.texts("bad_words", self.limits.max_bad_words), min(self.limits.max_new_tokens, self.served.n_ctx)
+        words, n_ctx = self.texts("bad_words", self.limits.max_bad_words), self.served.n_ctx
+        most = min(self.limits.max_new_tokens, n_ctx)
         new = self.integer("max_tokens|max_new_tokens|max_completion_tokens", 0, most, min(default, room))
         if new > room:
-            raise Refusal(f"the context of {self.served.n_ctx} tokens has room for {room} new ones, not {new}", code=TOO_LONG)
-        numbers = {name: self.number(name, *rule) for name, rule in NUMBERS.items()}
+            raise Refusal(f"the context of {n_ctx} tokens has room for {room} new ones, not {new}", code=TOO_LONG)
+        numbers: dict[str, Any] = {name: self.number(name, *rule) for name, rule in NUMBERS.items()}
         try:
-            return Sampling(**numbers, top_k=self.integer("top_k", 0, 1 << 30, 0), logprobs=logprobs, max_new_tokens=new,
+            return Sampling(**numbers, max_new_tokens=new, logprobs=logprobs, top_k=self.integer("top_k", 0, 10**9, 0),
                             seed=self.integer("seed", -(1 << 63), (1 << 63) - 1, secrets.randbits(31)),
                             word_filter=WordFilter(self.served.tokenizer, words) if words else None)
         except ValueError as error:
@@ -159,7 +160,7 @@ class Reader:
             raise Refusal(f"{len(text)} characters cannot fit into {self.served.n_ctx} tokens", code=TOO_LONG)
         return self.served.tokenizer.encode(text)
 
-    def answering(self, turns: list[tuple[int, str]], beginning: str = "", logprobs: int | None = None) -> dict[str, Any]:
+    def answering(self, turns: list[tuple[int, str]], beginning: str, logprobs: int | None = None) -> dict[str, Any]:
         """A dialogue's prompt and settings. What does not fit beside the new tokens (or half the context) goes, the
         oldest turns first, not even encoded."""
         half, tokenizer = self.served.n_ctx // 2, self.served.tokenizer
@@ -175,14 +176,15 @@ class Reader:
             raise Refusal(str(error), code=TOO_LONG) from None
         return {"prompts": [prompt], "sampling": sampling, "beginning": tuple(begun)}
 
-    def continuing(self, texts: list[Any], default: int, logprobs: int | None = None) -> dict[str, Any]:
+    def continuing(self, texts: list[Any], default: int = 0, logprobs: int | None = None) -> dict[str, Any]:
         """Prompts (text or ids) to be continued as they are, an empty one from [EOS], and their settings. A ChatLM
         takes them for the responder's words."""
         prompts = [(self.encode(x) if isinstance(x, str) else x) or [self.served.tokenizer.eos_id] for x in texts]
-        if (room := self.served.n_ctx - max(map(len, prompts))) < 0:
-            raise Refusal(f"a prompt has {self.served.n_ctx - room} tokens, the context {self.served.n_ctx}", code=TOO_LONG)
+        longest, n_ctx = max(map(len, prompts)), self.served.n_ctx
+        if longest > n_ctx:
+            raise Refusal(f"a prompt has {longest} tokens, the context {n_ctx}", code=TOO_LONG)
         return {"prompts": [(ids, [1] * len(ids) if self.chats else None) for ids in prompts],
-                "sampling": self.sampling(room, default, logprobs)}
+                "sampling": self.sampling(n_ctx - longest, default or self.limits.default_new_tokens, logprobs)}
 
     def original(self) -> Job:
         """`{"context": text or turns, "response": beginning, ...}`: five candidates, or one if streamed."""
@@ -194,9 +196,10 @@ class Reader:
             raise Refusal(f"n is {common['n']}, wanted 1 with stream", param="n")
         if context is None or not self.chats and (beginning or isinstance(context, list)):
             raise Refusal('wanted {"context": "some text"}' + ("" if self.chats else ": an LM continues one text"))
-        turns = [((n + 1) % 2, text) for n, text in enumerate([context] if isinstance(context, str) else context[::-1], 1)]
-        return Job("original", request=request, **common, **(
-            self.answering(turns[::-1], beginning) if self.chats else self.continuing([context], self.limits.default_new_tokens)))
+        texts = [context] if isinstance(context, str) else context
+        turns = [((len(texts) - 1 - i) % 2, text) for i, text in enumerate(texts)]  # the last one is the client's
+        prompts = self.answering(turns, beginning) if self.chats else self.continuing(texts)
+        return Job("original", request=request, **common, **prompts)
 
     def completions(self) -> Job:
         """OpenAI's completions, which continue texts. `echo` with `logprobs` scores them."""
@@ -217,13 +220,14 @@ class Reader:
             raise Refusal(f"{self.served.name} continues texts and does not chat: use v1/completions")
         messages = self.take("messages", lambda x: is_list(x, 1000, lambda _: True), "1 to 1000 messages", [None])
         top, asked = self.integer("top_logprobs", 0, self.limits.max_logprobs, 0), self.flag("logprobs")
-        prompt = self.answering([read_message(message) for message in messages], logprobs=top if asked else None)
+        prompt = self.answering([read_message(message) for message in messages], "", top if asked else None)
         return Job("chat", **prompt, **self.openai())
 
 
 def read_message(message: Any) -> tuple[int, str]:
     """A message's speaker and text, which may come in parts."""
-    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    role: Any = message.get("role") if isinstance(message, dict) else None
+    content: Any = message["content"] if role and "content" in message else None
     if is_list(content, float("inf"), lambda part: isinstance(part, dict) and is_text(part.get("text"))):
         content = "".join(part["text"] for part in content)
     if role not in [*SPEAKERS] or not is_text(content):

@@ -60,13 +60,13 @@ class DecodeLoop(threading.Thread):
         with self.changed:
             self.changed.wait_for(self.may_go)
             orders, self.orders = self.orders, []
-        events = [(key, error) for key, what in orders if (error := self.follow(key, what))]
+        events: list[Event] = [(key, error) for key, what in orders if (error := self.follow(key, what))]
         outputs = [] if self.engine.idle else self.engine.step()
         events += [(self.keys[output.request_id], output) for output in outputs if output.request_id in self.keys]
         with self.changed:
             self.ahead += 1
             self.events += events
-            self.urgent |= any(key in self.hurried or getattr(event, "finish_reason", "refused") for key, event in events)
+            self.urgent |= any(key in self.hurried or getattr(event, "finish_reason", "no") for key, event in events)
             self.changed.notify_all()
 
     def follow(self, key: Key, what: Request | int | None) -> ValueError | None:

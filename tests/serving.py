@@ -82,7 +82,7 @@ class Server:
 
     def wait_until_ready(self, seconds: float = 60) -> "Server":
         deadline = time.monotonic() + seconds
-        while "Ctrl-C" not in self.log.read_text():
+        while "Ctrl-C stops" not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
         return self
