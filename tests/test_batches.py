@@ -170,7 +170,9 @@ def test_padding_is_no_dialogue_and_no_target(chat):
 def test_pools_and_their_dialogues_differ_by_epoch_and_seed(chat, shards):
     other = Batches(shards[1], shards[2], N_CTX, ROWS, seed=8)
     assert not equal(chat.micro_batch(0), other.micro_batch(0))
-    assert other.rows_per_epoch != 0 and chat._pool_order(0)[0].tolist() != chat._pool_order(1)[0].tolist()
+    assert chat._pool_order(0)[0].tolist() != chat._pool_order(1)[0].tolist()
+    one, other = chat._pack_pool(0, 0), chat._pack_pool(1, 0)
+    assert one != other and len(one) == len(other) and sorted(sum(one, [])) == sorted(sum(other, []))
 
 
 def test_chat_evaluation_is_everything_once_in_order(chat):

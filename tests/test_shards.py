@@ -26,6 +26,10 @@ PROSE = """It is good to see you again, isn't it? We've walked 12 miles today.
 and a second line of the same document.
 
 日本語の文章です。 😎 The end.
+
+def f(x):
+        if x:
+                return   x
 """
 WHITE = " \n\t\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2003\u2028\u2029\u202f\u205f\u200b\u3000\ufeff"
 texts = st.text(st.one_of(st.sampled_from("ab's1.²日é" + WHITE), st.characters(exclude_categories=["Cs"])), max_size=40)
@@ -115,7 +119,7 @@ def test_encoding_by_words_equals_encoding_whole_texts(folder, kind):
 
     @quick
     @given(st.lists(texts, max_size=4))
-    @example([f"a{white}{white} b{white}c {white}" for white in WHITE])
+    @example([f"a{white}{white} b{white}c {white}" for white in WHITE] + [f"a    {white}b" for white in WHITE])
     def check(texts):
         ids = [np.frombuffer(data, encoder.dtype).tolist() for data in encoder.encode(texts)]
         assert ids == encoder.tokenizer.encode_batch(texts)
@@ -241,6 +245,14 @@ def test_an_error_leaves_the_old_shards_and_no_rubbish(lm, monkeypatch):
     assert {path.name: path.read_bytes() for path in lm.shards_dir.iterdir()} == before
 
 
+def test_shards_of_which_only_some_were_renamed_are_refused(lm, tmp_path, monkeypatch):
+    write(lm)
+    monkeypatch.setattr(Path, "replace", lambda *paths: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(UserError, match="not written"):
+        write(lm)
+    refused(lm, "meta.json")
+
+
 def run_cli(config, tmp_path, text):
     """The command on a config file with this training text."""
     config = with_text(config, tmp_path, text)
@@ -254,7 +266,7 @@ def run_cli(config, tmp_path, text):
 
 def test_the_command_tells_counts_and_one_line_for_a_mistake(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE)
-    assert "3 documents" in process.communicate()[0] and process.returncode == 0
+    assert "4 documents" in process.communicate()[0] and process.returncode == 0
     config, process = run_cli(lm, tmp_path, b"\xff")
     assert process.communicate()[1].splitlines()[-1].startswith("error: ") and process.returncode == 2
 
@@ -264,11 +276,14 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
     while not list(config.shards_dir.glob("*.tmp")) and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()  # its workers hold the pipes: returns when they have ended, too
+    try:
+        process.communicate(timeout=20)  # its workers hold the pipes: returns when they have ended, too
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
     assert [path.suffix for path in config.shards_dir.iterdir()] == [".tmp", ".tmp"]
     refused(config, "meta.json")
     write(with_text(lm, tmp_path, PROSE))
-    assert opened(config).documents == 3 and not list(config.shards_dir.glob("*.tmp"))
+    assert opened(config).documents == 4 and not list(config.shards_dir.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("document", ["block", "line", "file", "row"])
