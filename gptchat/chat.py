@@ -16,8 +16,8 @@ import re
 import readline  # line editing and history for input()
 import signal
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
@@ -174,12 +174,13 @@ class Conversation:
         turns, text = [*self.turns, (0, message)], ""
         request = self.talk.request(turns, self.settings)
         print(self.label, end="", flush=True)
-        with ctrl_c() as pressed, closing(self.talk.answers([request], self.settings.stop)) as pieces:
-            for _, piece, _ in pieces:
-                text += piece
-                say(piece)
-                if pressed:
-                    break
+        pressed: list[int] = []  # Ctrl-C is only noted, so that no step of the engine is torn
+        before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+        with closing(self.talk.answers([request], self.settings.stop)) as pieces:
+            while not pressed and (answered := next(pieces, None)):
+                say(answered[1])
+                text += answered[1]
+        signal.signal(signal.SIGINT, before)
         print()
         if text and self.talk.task == "chatlm":
             self.turns = [*turns, (1, text)]
@@ -188,17 +189,6 @@ class Conversation:
 def say(piece: str) -> None:
     """Print it at once; on a terminal without what that would obey."""
     print(CONTROL.sub("\ufffd", piece) if sys.stdout.isatty() else piece, end="", flush=True)
-
-
-@contextmanager
-def ctrl_c() -> Iterator[list[int]]:
-    """Ctrl-C is noted in the list, so that no step of the engine is torn."""
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: str) -> None:

@@ -48,7 +48,7 @@ class Terminal:
     """`python -m gptchat.chat` in a pseudo-terminal."""
 
     def __init__(self, *arguments: str, columns: int = 80, **environment: str):
-        clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+        clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"OMP_NUM_THREADS": "1"}
         self.child = pexpect.spawn(sys.executable, ["-m", "gptchat.chat", *arguments], timeout=60, encoding="utf-8",
                                    dimensions=(24, columns), env={**clean, "TERM": "xterm", **environment})
         self.child.delaybeforesend = None
