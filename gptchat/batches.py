@@ -42,11 +42,12 @@ class Batch:
     segments: Tensor | None = None
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor | None]:
-        """The model's arguments: also `where` (N,), the flat positions that have a target, and those targets (N,)."""
+        """The model's arguments: also `where` (N,), the flat positions that have a target (None: all have), and those
+        targets (N,)."""
         flat = self.targets.flatten()
-        where = (flat != IGNORE).nonzero()[:, 0]
+        where = None if self.n_targets == len(flat) else (flat != IGNORE).nonzero()[:, 0]
         tensors = {"input_ids": self.input_ids, "token_type_ids": self.token_type_ids, "segments": self.segments,
-                   "position_ids": self.position_ids, "where": where, "targets": flat[where]}
+                   "position_ids": self.position_ids, "where": where, "targets": flat if where is None else flat[where]}
         return {key: tensor if tensor is None else tensor.to(device, non_blocking=True)
                 for key, tensor in tensors.items()}
 

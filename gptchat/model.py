@@ -84,6 +84,12 @@ class CacheView:
         return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
 
 
+def explicit(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+    """Whether attention is written out: in bfloat16 on a CPU, where that takes a third of SDPA's time at rows of 256.
+    Longer rows, whose scores would take much memory, have SDPA."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and 1 < length <= 512
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -98,9 +104,13 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = F.scaled_dot_product_attention(  # (B, H, T, D)
-            q, k, v, attn_mask=mask, dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=mask is None and cache is None, scale=self.scale)
+        dropout = self.attn_pdrop if self.training else 0.0
+        if cache is None and mask is not None and explicit(q.device, q.dtype, T):
+            scores = (q * self.scale) @ k.transpose(-1, -2) + mask  # (B, H, T, T)
+            y = F.dropout(torch.softmax(scores, -1), dropout) @ v  # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale,
+                                               is_causal=mask is None and cache is None)
         return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -162,13 +172,16 @@ class GPT2(nn.Module):
                 segments: Tensor | None = None, cache: CacheView | None = None, where: Tensor | None = None,
                 targets: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of `input_ids` (B, T); with `targets` (N,), the ids wanted at the flat positions
-        `where` (N,), the sum of their cross-entropies instead (a scalar, fp32 at least).
+        `where` (N,), by default all, the sum of their cross-entropies instead (a scalar, fp32 at least).
 
         `token_type_ids` (B, T) are 0 or 1; None adds nothing. `segments` (B, T) numbers the documents packed into a
         row: attention stays within equal numbers. `cache` holds the earlier tokens.
         """
         hidden = self.hidden(input_ids, token_type_ids, position_ids, segments, cache)
-        return hidden if targets is None or where is None else self.loss(hidden.flatten(0, 1)[where], targets)
+        if targets is None:
+            return hidden
+        hidden = hidden.flatten(0, 1)
+        return self.loss(hidden if where is None else hidden[where], targets)
 
     def hidden(self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None,
                segments: Tensor | None = None, cache: CacheView | None = None) -> Tensor:
@@ -180,13 +193,25 @@ class GPT2(nn.Module):
         if token_type_ids is not None:
             x = x + self.wte(self.type_rows[token_type_ids])
         x = self.dropout(x)
-        mask = cache.mask if cache is not None else None if segments is None else packed_mask(segments)
+        mask = cache.mask if cache is not None else self.mask(input_ids.shape[1], segments, x)
         for block in self.h:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, mask, cache, use_reentrant=False)
             else:
                 x = block(x, mask, cache)
         return self.ln_f(x)
+
+    def mask(self, length: int, segments: Tensor | None, x: Tensor) -> Tensor | None:
+        """What is added to the scores, (1 or B, 1, T, T): 0 where the query (row) may look at the key (column), else
+        minus infinity. None stands for plain causal attention by SDPA."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if segments is None and not explicit(x.device, dtype, length):
+            return None
+        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None, None]
+        if segments is not None:
+            seen = seen & (segments[:, :, None] == segments[:, None, :])[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -torch.inf)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)."""
@@ -197,10 +222,3 @@ class GPT2(nn.Module):
         logits = self.logits(hidden)
         return F.cross_entropy(logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits, targets,
                                reduction="sum")
-
-
-def packed_mask(segments: Tensor) -> Tensor:
-    """(B, T) document numbers -> (B, 1, T, T), True where the query (row) may look at the key (column)."""
-    T = segments.shape[1]
-    earlier = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
-    return ((segments[:, :, None] == segments[:, None, :]) & earlier)[:, None]

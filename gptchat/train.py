@@ -35,7 +35,7 @@ from gptchat.optim import clip_gradients, lr_scale, make_optimizers, set_learnin
 from gptchat.runlog import RunLog
 from gptchat.shards import open_shards
 from gptchat.tokenizer import Tokenizer, for_config
-from gptchat.world import World
+from gptchat.world import World, keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,8 +105,8 @@ class Run:
         self.progressed.n_targets += int(n_targets)
         for number, batch in enumerate(micro_batches):
             torch.manual_seed(hash((config.seed, self.progressed.step, world.rank + number * world.size)))
-            syncs = number == len(micro_batches) - 1 or not isinstance(self.trained, DistributedDataParallel)
-            with contextlib.nullcontext() if syncs else self.trained.no_sync():
+            waits = number < len(micro_batches) - 1 and isinstance(self.trained, DistributedDataParallel)
+            with self.trained.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
                 loss_sum = self.loss(batch)
                 self.scaler.scale(loss_sum * (world.size / max(1, n_targets))).backward()
             self.loss_sum = self.loss_sum + loss_sum.detach()
@@ -222,6 +222,7 @@ def has_compiler() -> bool:
 
 def train(config: Config) -> Run:
     """Train, or go on, until done or told to stop by SIGINT or SIGTERM."""
+    keep_freed_memory()
     world = World(config.train.device)
     run = Run(config, world)
     for number in (signal.SIGINT, signal.SIGTERM):
