@@ -73,12 +73,10 @@ class Job:
 
 
 class Engine:
-    """Generates with `model` in `slots` slots of `length` positions.
-
-    `dtype`, one of `linear.DTYPES`, packs a copy of its linear layers as they are now; the model itself stays fit for
-    training. None uses them as they are. `suppress` are ids that are never drawn. A step prefills at most
-    `prefill_chunk` prompt tokens, so that long prompts do not stall the live sequences.
-    """
+    """Generates with `model` in `slots` slots of `length` positions. `dtype`, one of `linear.DTYPES`, packs a copy of its
+    layers as they are now (the model itself stays fit for training); None takes them as they are. `suppress` are ids
+    that are never drawn. A step prefills at most `prefill_chunk` prompt tokens, so that long prompts do not stall the
+    live sequences."""
 
     def __init__(self, model: GPT2, slots: int = 8, length: int | None = None, dtype: str | None = None,
                  suppress: Sequence[int] = (), prefill_chunk: int = 256):
