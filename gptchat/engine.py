@@ -73,20 +73,20 @@ class Job:
 
 
 class Engine:
-    """Generates with `model` in `slots` slots of `length` positions. `dtype`, one of `linear.DTYPES`, packs a copy of its
-    layers as they are now (the model itself stays fit for training); None takes them as they are. `suppress` are ids
-    that are never drawn. A step prefills at most `prefill_chunk` prompt tokens, so that long prompts do not stall the
-    live sequences."""
+    """Generates with `model` in `slots` slots of `length` positions. `dtype`, one of `linear.DTYPES`, packs a copy of
+    its layers as they are now (the model itself stays fit for training); None takes them as they are. `suppress` are
+    ids that are never drawn. A step prefills at most `prefill_chunk` prompt tokens, so that long prompts do not stall
+    the live sequences."""
 
     def __init__(self, model: GPT2, slots: int = 8, length: int | None = None, dtype: str | None = None,
                  suppress: Sequence[int] = (), prefill_chunk: int = 256):
         self.model = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()  # shared
         if dtype:
-            prepare(self.model, dtype)
+            activations = prepare(self.model, dtype)
         self.slots, self.suppress, self.prefill_chunk = slots, tuple(suppress), prefill_chunk
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.device = self.model.wte.weight.device
-        self.cache = KVCache(model.config, slots, self.length, self.model.ln_f.weight.dtype, self.device)
+        self.cache = KVCache(model.config, slots, self.length, activations, self.device)
         self.waiting: deque[Job] = deque()  # only the first one's prompt may be in work
         self.running: list[Live] = []  # in the order of their slots
         self.submitted = 0
