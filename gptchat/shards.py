@@ -47,7 +47,7 @@ SPLITS = ("train", "valid", "test")
 AGAIN = "run `python -m gptchat.shards --config FILE` with this run's config"
 BLOCK = 1 << 20  # characters encoded at once
 SHARD_TOKENS = 1 << 28
-CACHED_WORDS, CACHED_LENGTH = 200_000, 40
+CACHED = 2_000_000  # characters of words in a cache
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of GPT-2's pattern, not Python's
 WORDS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
 SEPARATOR = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}
@@ -135,6 +135,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.dtype, self.by_words = tokenizer, token_dtype(tokenizer), splits_at_spaces(tokenizer)
         self.words: dict[str, bytes] = {}
+        self.n_cached = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Each text's ids, as bytes of the shards' dtype."""
@@ -146,11 +147,9 @@ class Encoder:
             return self._encode_each(texts)
         self.words.update(zip(missing, self._encode_each(missing), strict=True))
         encoded = [b"".join(map(self.words.__getitem__, words)) for words in split]
-        for word in missing:
-            if len(word) > CACHED_LENGTH:
-                del self.words[word]
-        if len(self.words) > CACHED_WORDS:
-            self.words.clear()
+        self.n_cached += sum(map(len, missing))
+        if self.n_cached > CACHED:
+            self.words, self.n_cached = {}, 0
         return encoded
 
     def _encode_each(self, texts: Sequence[str]) -> list[bytes]:
@@ -162,7 +161,7 @@ class Encoder:
         eos = self.dtype.type(self.tokenizer.eos_id).tobytes()
         ids = [data + eos * ends for data, ends in zip(self.encode(texts), ended, strict=True)]
         ends = self._ends(ids)[np.array(ended)]
-        return Encoded(b"".join(ids), ends, ends[:0], b"", _utf8_bytes(texts))
+        return Encoded(b"".join(ids), ends, ends[:0], b"", len("".join(texts).encode()))
 
     def rows(self, block: list[list[str]]) -> Encoded:
         """The turns of dialogues. Rows that tell a longer and longer history repeat turns: each is encoded once."""
@@ -171,15 +170,11 @@ class Encoder:
         distinct = list(dict.fromkeys(texts))
         encoded = dict(zip(distinct, self.encode(distinct), strict=True))
         ids = [encoded[text] for text in texts]
-        return Encoded(b"".join(ids), np.cumsum([len(dialogue) for dialogue in dialogues]), self._ends(ids),
-                       bytes(speakers), _utf8_bytes(texts))
+        documents = np.cumsum([len(dialogue) for dialogue in dialogues])
+        return Encoded(b"".join(ids), documents, self._ends(ids), bytes(speakers), len("".join(texts).encode()))
 
     def _ends(self, ids: Sequence[bytes]) -> np.ndarray:
         return np.cumsum([len(data) // self.dtype.itemsize for data in ids])
-
-
-def _utf8_bytes(texts: Iterable[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
 
 
 _encoder: Encoder  # of this process
@@ -317,10 +312,9 @@ class Shards:
         counts = meta["splits"][split]
         self.task, self.shard_tokens = meta["task"], meta["shard_tokens"]
         self.n_tokens, self.n_bytes, self.documents = counts["tokens"], counts["bytes"], counts["documents"]
-        shards = [f"{i:05d}" for i in range(-(-self.n_tokens // self.shard_tokens))]
-        sizes = [min(self.shard_tokens, self.n_tokens - i * self.shard_tokens) for i in range(len(shards))]
         prefix, turns = f"{folder}/{split}-", counts["turns"]
-        self.files = [_open(f"{prefix}{name}.bin", meta["dtype"], n) for name, n in zip(shards, sizes, strict=True)]
+        self.files = [_open(f"{prefix}{i:05d}.bin", meta["dtype"], min(self.shard_tokens, self.n_tokens - start))
+                      for i, start in enumerate(range(0, self.n_tokens, self.shard_tokens))]
         self.starts = _open(f"{prefix}documents.bin", "<i8", self.documents + 1)
         self.turns = _open(f"{prefix}turns.bin", "<i8", turns + 1) if turns else self.starts[:0]
         self.speakers = _open(f"{prefix}speakers.bin", "u1", turns) if turns else self.starts[:0]
