@@ -37,22 +37,30 @@ class GptchatHandler:
         self.served, engine = load(folder / "model", context.model_name, SimpleNamespace(**settings))
         self.page = (folder / "handlers" / "page.html").read_text(encoding="utf-8")
         self.draining = Path(os.environ.get("GPTCHAT_RUN", folder), "draining")
-        self.metrics, self.live, self.loop = context.metrics, dict[str, Answer](), DecodeLoop(engine)
+        self.metrics, self.loop = context.metrics, DecodeLoop(engine)
+        self.live: dict[str, Answer] = {}
+        self.owners: dict[int, tuple[str, int]] = {}  # the engine's requests: of which of ours, and which prompt there
         self.loop.start()
         quiet_logging()
+        self.gauge()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """One result per request, in order; "" where there is nothing to send yet."""
         ids = [context.request_ids[i] for i in range(len(data))]
-        for id in set(self.live) - set(ids):
-            self.finish(id, "left")
-        for i, id in enumerate(ids):
-            if id not in self.live:
-                self.live[id] = Answer(self.served, id)
-                self.guarded(id, self.open, data[i], context.get_all_request_header(i))
+        gone, new = set(self.live) - set(ids), [i for i, id in enumerate(ids) if id not in self.live]
+        for i in new:
+            self.live[ids[i]] = Answer(self.served, ids[i])
+            self.guarded(ids[i], self.open, data[i], context.get_all_request_header(i))
+        if gone or new:
+            with self.loop.at_rest() as engine:
+                for id in gone:
+                    self.finish(id, "left")
+                for i in new:
+                    self.guarded(ids[i], self.submit, engine)
         patience = 0 if any(answer.done for answer in self.live.values()) else PATIENCE
-        for (id, place), event in self.loop.collect(patience):
-            self.guarded(id, self.take, place, event)
+        for output in self.loop.collect(patience):
+            id, place = self.owners.get(output.request_id, ("", 0))
+            self.guarded(id, self.take, place, output)
         if self.loop.failure and self.live:
             for answer in self.live.values():
                 answer.error = answer.error or Refusal("the decoder failed and is restarted: try again", 500)
@@ -84,11 +92,15 @@ class GptchatHandler:
         elif len(self.live) > self.served.limits.max_requests:
             raise Refusal(f"the queue is full: {len(self.live) - 1} requests are being answered; try later", 503)
         else:
-            answer.begin(job := Reader(body, self.served).read(path))
+            answer.begin(Reader(body, self.served).read(path))
+
+    def submit(self, answer: Answer, engine: Engine) -> None:
+        if (job := answer.job) and not answer.error:
             scores, stop_ids = job.echo and job.sampling.logprobs is not None, [self.served.stop_id]
             for place, (ids, types) in enumerate(job.prompts):
-                request = Request(ids, types, job.sampling, job.n, stop_ids, scores)
-                self.loop.order((answer.id, place), request, job.stream)
+                number = engine.submit(Request(ids, types, job.sampling, job.n, stop_ids, scores))
+                self.owners[number] = answer.id, place
+                self.loop.hurried |= {number} if job.stream else set()
             self.gauge()
 
     def get(self, path: str) -> tuple[str, str]:
@@ -99,11 +111,10 @@ class GptchatHandler:
             raise Refusal('the body is empty; wanted JSON such as {"context": "some text"}', 404 if path else 400)
         return "text/html; charset=utf-8", self.page
 
-    def take(self, answer: Answer, place: int, event: Output | ValueError) -> None:
-        if isinstance(event, ValueError):
-            raise Refusal(str(event))
-        if answer.take(place, event):
-            self.loop.order((answer.id, place), event.candidate)
+    def take(self, answer: Answer, place: int, output: Output) -> None:
+        if answer.take(place, output):
+            with self.loop.at_rest() as engine:
+                engine.cancel(output.request_id, output.candidate)
 
     def send(self, i: int, id: str, context: Any) -> str:
         """A request's next chunk, and in `context` what goes with it."""
@@ -113,14 +124,20 @@ class GptchatHandler:
         context.set_response_content_type(i, answer.content_type)
         context.stopping_criteria = [*(context.stopping_criteria or [])[:i], lambda _: None if first and done else done]
         if done:
-            self.finish(id, str(answer.status))
+            self.finish(id, "error" if answer.error and answer.status == 200 else str(answer.status))
         return text
 
     def finish(self, id: str, result: str) -> None:
         """Forget a request, free its slots, and tell of it: figures, and one line without its text."""
         answer, now = self.live.pop(id), time.monotonic()
-        for place in range(len(answer.job.prompts) if answer.job else 0):
-            self.loop.order((id, place), None)
+        numbers = [number for number, (owner, _) in self.owners.items() if owner == id]
+        if numbers and result != "200":
+            with self.loop.at_rest() as engine:
+                for number in numbers:
+                    engine.cancel(number)
+        for number in numbers:
+            del self.owners[number]
+            self.loop.hurried.discard(number)
         kind, first, usage = answer.job.kind if answer.job else "none", answer.first_token, answer.usage
         first_seconds, seconds, new = (first or now) - answer.began, now - answer.began, usage["completion_tokens"]
         self.metric("requests", 1, kind, result)
@@ -146,12 +163,10 @@ class GptchatHandler:
 def load(directory: Path, name: str, limits: Any) -> tuple[Served, Engine]:
     """The model and an engine that has run once; as many slots as cache_mb holds, at most limits.slots."""
     torch.set_num_threads(limits.threads or torch.get_num_threads())
-    dtype = getattr(torch, limits.dtype)
-    model, tokenizer, task = pretrained.load(directory, "cuda" if torch.cuda.is_available() else "cpu", dtype)
-    config = model.config
-    slot = 2 * config.n_layer * config.n_embd * config.n_positions * dtype.itemsize  # bytes
+    model, tokenizer, task = pretrained.load(directory, "cuda" if torch.cuda.is_available() else "cpu")
+    slot = 8 * model.config.n_layer * model.config.n_embd * model.config.n_positions  # bytes, if the cache is float32
     limits.slots = max(1, min(limits.slots, limits.cache_mb * 2**20 // slot))
-    never = pretrained.never_generated(config, tokenizer, task)
+    never = pretrained.never_generated(model.config, tokenizer, task)
     engine = Engine(model, limits.slots, dtype=limits.dtype, suppress=never)
     engine.submit(Request([tokenizer.eos_id], [1] if task == "chatlm" else None))
     while not engine.idle:

@@ -60,12 +60,6 @@ class Job:
     request: Any = None  # the original's API gives it back
 
 
-def shown(value: Any) -> str:
-    """A value in an error message: as JSON, cut short."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def is_text(value: Any) -> bool:
     """A string that UTF-8 can hold: JSON's escapes can write half a surrogate pair too."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
@@ -96,11 +90,11 @@ class Reader:
             raise Refusal(f"no such path: {path[:60]}", 404)
         if path:
             if (name := self.take("model", is_text, "a string", self.served.name)) != self.served.name:
-                raise Refusal(f"no model {shown(name)}: this is {self.served.name}", 404, "model", "model_not_found")
+                raise Refusal(f"no model {name!r:.60}: this is {self.served.name}", 404, "model", "model_not_found")
             self.values = {k: v for k, v in self.values.items() if k not in NEUTRAL or NEUTRAL[k] not in (v, ...)}
         job = kinds[path]()
         for name in self.values:
-            raise Refusal(f"{shown(name)} is unknown here, or more than this model can do", param=shown(name))
+            raise Refusal(f"{name!r:.60} is unknown here, or more than this model can do", param=f"{name:.60}")
         if (count := len(job.prompts) * job.n) > self.limits.max_prompts:
             raise Refusal(f"{count} answers at once, wanted at most {self.limits.max_prompts}", param="n")
         return job
@@ -110,7 +104,7 @@ class Reader:
         for name in names.split("|"):
             if name in self.values:
                 if not right(value := self.values.pop(name)):
-                    raise Refusal(f"{name} is {shown(value)}, wanted {wanted}", param=name)
+                    raise Refusal(f"{name} is {value!r:.60}, wanted {wanted}", param=name)
                 return value
         return default
 
@@ -151,8 +145,8 @@ class Reader:
                 "n": self.integer("n|num_return_sequences", 1, most, min(n, most))}
 
     def openai(self) -> dict[str, Any]:
-        options = self.take("stream_options", lambda x: isinstance(x, dict) and {*x} <= {
-            "include_usage", "include_obfuscation"}, "an object with include_usage", {})
+        options = self.take("stream_options", lambda x: isinstance(x, dict) and {*x} <= {"include_usage"},
+                            "an object with include_usage", {})
         return self.common() | {"usage": options.get("include_usage") is True}
 
     def encode(self, text: str) -> list[int]:

@@ -1,13 +1,13 @@
-"""The decode thread: it alone touches the engine, while the handler's thread speaks with TorchServe."""
+"""The decode thread, which runs the engine while the handler's thread speaks with TorchServe."""
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from gptchat.engine import Engine, Output, Request
+from gptchat.engine import Engine, Output
 
 AHEAD = 4  # steps decoded while nobody collects: without a bound the thread would decode for clients that have left
-Key = tuple[str, int]  # the HTTP request, and which of its prompts
-Event = tuple[Key, Output | ValueError]
 
 
 class DecodeLoop(threading.Thread):
@@ -17,68 +17,50 @@ class DecodeLoop(threading.Thread):
         super().__init__(name="decode", daemon=True)
         self.engine, self.changed = engine, threading.Condition()
         self.failure: BaseException | None = None
-        self.orders: list[tuple[Key, Request | int | None]] = []
-        self.events: list[Event] = []
-        self.numbers: dict[Key, int] = {}  # the engine's
-        self.keys: dict[int, Key] = {}
-        self.hurried: set[Key] = set()  # each token is worth a round to the client, not only the last one
-        self.urgent = self.collecting = False
+        self.outputs: list[Output] = []
+        self.hurried: set[int] = set()  # requests whose every token is worth a round to the client, not the last only
+        self.stepping = self.wanted = self.collecting = self.urgent = False
         self.ahead = 0
 
-    def order(self, key: Key, what: Request | int | None, hurried: bool = False) -> None:
-        """Submit a request, cancel one of its candidates (a number), or forget it (None, due to each in the end)."""
+    @contextmanager
+    def at_rest(self) -> Iterator[Engine]:
+        """The engine between two steps, to submit and cancel."""
         with self.changed:
-            self.orders.append((key, what))
-            if hurried:
-                self.hurried.add(key)
-            self.changed.notify_all()
+            self.wanted = True
+            self.changed.wait_for(lambda: not self.stepping)
+            try:
+                yield self.engine
+            finally:
+                self.wanted = False
+                self.changed.notify_all()
 
-    def collect(self, patience: float) -> list[Event]:
-        """What has happened since the last call; waits up to `patience` seconds for something urgent."""
+    def collect(self, patience: float) -> list[Output]:
+        """The outputs since the last call; waits up to `patience` seconds for one that is urgent."""
         with self.changed:
             self.ahead, self.collecting = 0, True
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.urgent or self.failure, patience)
             self.collecting = self.urgent = False
-            events, self.events = self.events, []
-        return events
+            outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def may_go(self) -> bool:
+        return not (self.wanted or self.engine.idle) and (self.collecting or self.ahead < AHEAD)
 
     def run(self) -> None:
         try:
             while True:
-                self.round()
+                with self.changed:
+                    self.changed.wait_for(self.may_go)
+                    self.stepping = True
+                outputs = self.engine.step()
+                with self.changed:
+                    self.stepping, self.ahead = False, self.ahead + 1
+                    self.outputs += outputs
+                    self.urgent |= any(o.finish_reason or o.request_id in self.hurried for o in outputs)
+                    self.changed.notify_all()
         except BaseException as error:
             logging.exception("the decode thread ended")
             with self.changed:
-                self.failure = error
+                self.stepping, self.failure = False, error
                 self.changed.notify_all()
-
-    def may_go(self) -> bool:
-        return bool(self.orders) or (not self.engine.idle and (self.collecting or self.ahead < AHEAD))
-
-    def round(self) -> None:
-        with self.changed:
-            self.changed.wait_for(self.may_go)
-            orders, self.orders = self.orders, []
-        events: list[Event] = [(key, error) for key, what in orders if (error := self.follow(key, what))]
-        outputs = [] if self.engine.idle else self.engine.step()
-        events += [(self.keys[output.request_id], output) for output in outputs if output.request_id in self.keys]
-        with self.changed:
-            self.ahead += 1
-            self.events += events
-            self.urgent |= any(key in self.hurried or getattr(event, "finish_reason", "no") for key, event in events)
-            self.changed.notify_all()
-
-    def follow(self, key: Key, what: Request | int | None) -> ValueError | None:
-        if isinstance(what, Request):
-            try:
-                self.numbers[key] = number = self.engine.submit(what)
-                self.keys[number] = key
-            except ValueError as error:  # it can never fit
-                return error
-        elif key in self.numbers:
-            self.engine.cancel(self.numbers[key], what)
-            if what is None:
-                self.hurried.discard(key)
-                del self.keys[self.numbers.pop(key)]
-        return None

@@ -21,19 +21,34 @@ from gptchat.model import GPT2, GPT2Config
 from gptchat.tokenizer import SPECIAL, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = ["good morning, how are you today? I am fine, thank you.", "where do you live? in a small town by the sea.", "おはよう 😀"]
+TEXT = [
+    "good morning, how are you today? I am fine, thank you.",
+    "where do you live? in a small town by the sea.",
+    "おはよう 😀",
+]
 
 
-def tiny_model(folder: Path, task: str, n_embd: int = 32, n_layer: int = 2, n_positions: int = 128, seed: int = 0) -> Path:
+def tiny_model(
+    folder: Path, task: str, n_embd: int = 32, n_layer: int = 2, n_positions: int = 128, seed: int = 0
+) -> Path:
     """A model directory with random weights, wide enough that greedy answers vary, and a vocabulary of about 300."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(TEXT * 3, trainers.BpeTrainer(
-        vocab_size=320, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    backend.train_from_iterator(
+        TEXT * 3,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer = Tokenizer(backend)
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=n_positions, n_embd=n_embd, n_layer=n_layer, n_head=4)
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_positions=n_positions, n_embd=n_embd, n_layer=n_layer, n_head=4
+    )
     model = GPT2(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
@@ -75,10 +90,26 @@ class Server:
         run.mkdir(parents=True, exist_ok=True)
         self.log = run / "launcher.log"
         models = [word for name, path in named.items() for word in ("--model", f"{name}={path}")]
-        command = [sys.executable, "-m", "gptchat.serve", *models, "--run", str(run), "--port", str(self.port), *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "gptchat.serve",
+            *models,
+            "--run",
+            str(run),
+            "--port",
+            str(self.port),
+            *arguments,
+        ]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                            env={**os.environ, **(environment or {})})
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
 
     def wait_until_ready(self, seconds: float = 60) -> "Server":
         deadline = time.monotonic() + seconds
@@ -108,8 +139,14 @@ class Server:
             raise
         return time.monotonic() - begin
 
-    def open(self, path: str, body: object = None, headers: dict[str, str] | None = None, timeout: float = 30,
-             method: str = "POST") -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def open(
+        self,
+        path: str,
+        body: object = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 30,
+        method: str = "POST",
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """The connection and the answer's head, whose body is still to be read."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()

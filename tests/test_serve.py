@@ -29,8 +29,10 @@ LIMITS = yaml.safe_load((ROOT / "configs/serve/model-config.yaml").read_text())[
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {"chatlm": tiny_model(folder / "chatlm", "chatlm", n_embd=128, n_layer=4),
-            "lm": tiny_model(folder / "lm", "lm", n_embd=128, n_layer=4, seed=1)}
+    return {
+        "chatlm": tiny_model(folder / "chatlm", "chatlm", n_embd=128, n_layer=4),
+        "lm": tiny_model(folder / "lm", "lm", n_embd=128, n_layer=4, seed=1),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,7 @@ def server(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(models):
     """name -> function that answers a body by the engine alone."""
+
     def build(name):
         model, tokenizer, task = pretrained.load(models[name])
         engine = Engine(model, 16, suppress=pretrained.never_generated(model.config, tokenizer, task))
@@ -51,15 +54,21 @@ def reference(models):
 
         def answer(path, body):
             job = jobs.Reader(body, served).read(path)
-            requests = [Request(ids, types, job.sampling, job.n, [pretrained.stop_id(tokenizer, task)])
-                        for ids, types in job.prompts]
+            requests = [
+                Request(ids, types, job.sampling, job.n, [pretrained.stop_id(tokenizer, task)])
+                for ids, types in job.prompts
+            ]
             return [tokenizer.decode(c.ids) for candidates in generate(engine, requests) for c in candidates]
+
         return answer
+
     return {name: build(name) for name in models}
 
 
 def client_of(server, name="chatlm"):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/predictions/{name}/1.0/v1", api_key="-", max_retries=0)
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/predictions/{name}/1.0/v1", api_key="-", max_retries=0
+    )
 
 
 def gauge(server, name):
@@ -96,8 +105,12 @@ def test_openai_client_completes_a_chat(server, reference):
     client = client_of(server)
     assert [model.id for model in client.models.list()] == ["chatlm"]
     assert client.models.retrieve("chatlm").id == "chatlm"
-    arguments = {"model": "chatlm", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}],
-                 "max_tokens": 10, "temperature": 0}
+    arguments = {
+        "model": "chatlm",
+        "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}],
+        "max_tokens": 10,
+        "temperature": 0,
+    }
     expected = reference["chatlm"]("v1/chat/completions", dict(arguments))[0]
     answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
     assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason in ("stop", "length")
@@ -128,8 +141,11 @@ def test_openai_client_gets_its_errors(server):
         client.chat.completions.create(model="chatlm", messages=[{"role": "user", "content": "a"}], temperature=-1)
     assert error.value.param == "temperature" and error.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(model="chatlm", messages=[{"role": "user", "content": "a"}], tools=[
-            {"type": "function", "function": {"name": "f", "parameters": {}}}])
+        client.chat.completions.create(
+            model="chatlm",
+            messages=[{"role": "user", "content": "a"}],
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        )
     with pytest.raises(openai.NotFoundError, match="this is chatlm"):
         client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "a"}])
     with pytest.raises(openai.NotFoundError):
@@ -152,19 +168,46 @@ def test_lm_eval_scores_as_through_transformers(server, models, tmp_path, monkey
     for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(key, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    questions = [("where do you live?", [" in a small town", " thank you", " 😀"], 0), ("good morning, how are", [" you", " we"], 0)]
+    questions = [
+        ("where do you live?", [" in a small town", " thank you", " 😀"], 0),
+        ("good morning, how are", [" you", " we"], 0),
+    ]
     (tmp_path / "task.jsonl").write_text("\n".join(json.dumps({"q": q, "c": c, "a": a}) for q, c, a in questions * 2))
-    task = {"task": "small_talk", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "task.jsonl")}},
-            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}",
-            "doc_to_target": "a", "target_delimiter": "", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
-    result = lm_eval.simple_evaluate("local-completions", model_args={
-        "model": "lm", "base_url": f"http://127.0.0.1:{server.port}/predictions/lm/1.0/v1/completions", "max_length": 128,
-        "tokenizer_backend": "huggingface", "tokenizer": str(models["lm"]), "num_concurrent": 4, "batch_size": 2},
-        tasks=[task], log_samples=True, bootstrap_iters=0)
+    task = {
+        "task": "small_talk",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "task.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "a",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    result = lm_eval.simple_evaluate(
+        "local-completions",
+        model_args={
+            "model": "lm",
+            "base_url": f"http://127.0.0.1:{server.port}/predictions/lm/1.0/v1/completions",
+            "max_length": 128,
+            "tokenizer_backend": "huggingface",
+            "tokenizer": str(models["lm"]),
+            "num_concurrent": 4,
+            "batch_size": 2,
+        },
+        tasks=[task],
+        log_samples=True,
+        bootstrap_iters=0,
+    )
     right = 0
     for sample in result["samples"]["small_talk"]:
-        theirs = [loglikelihood(models["lm"], *arguments["arg"]) if isinstance(arguments, dict) else
-                  loglikelihood(models["lm"], *arguments) for arguments in sample["arguments"]]
+        theirs = [
+            loglikelihood(models["lm"], *arguments["arg"])
+            if isinstance(arguments, dict)
+            else loglikelihood(models["lm"], *arguments)
+            for arguments in sample["arguments"]
+        ]
         for (ours, greedy), (expected, is_greedy) in zip(sample["filtered_resps"], theirs, strict=True):
             assert float(ours) == pytest.approx(expected, abs=1e-3) and str(greedy) == str(is_greedy)
         right += max(range(len(theirs)), key=lambda i: theirs[i][0]) == sample["target"]
@@ -173,7 +216,9 @@ def test_lm_eval_scores_as_through_transformers(server, models, tmp_path, monkey
 
 @functools.cache
 def theirs(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 def loglikelihood(folder, context, continuation):
@@ -228,12 +273,21 @@ def test_64_ragged_clients_at_once(server, reference):
                 key = name, path, json.dumps(body)
                 memo[key] = memo.get(key) or reference[name](path, dict(body))
                 return memo[key]
+
         return answer
+
     with ThreadPoolExecutor(64) as pool:
-        wrong = list(pool.map(lambda number: ragged(server, {name: known(name) for name in reference}, number), range(128)))
+        wrong = list(
+            pool.map(lambda number: ragged(server, {name: known(name) for name in reference}, number), range(128))
+        )
     assert [item for item in wrong if item] == []
-    eventually(lambda: gauge(server, "live_requests") == 0 or server.post("chatlm", {"context": "a", "max_tokens": 1}) and
-               server.post("lm", {"context": "a", "max_tokens": 1}) is None)
+    eventually(
+        lambda: (
+            gauge(server, "live_requests") == 0
+            or server.post("chatlm", {"context": "a", "max_tokens": 1})
+            and server.post("lm", {"context": "a", "max_tokens": 1}) is None
+        )
+    )
     assert gauge(server, "live_slots") == gauge(server, "queued") == 0
 
 
@@ -276,6 +330,7 @@ def test_killed_worker_hangs_nobody_and_comes_back(server):
             return server.post("chatlm", {"context": "hello", "max_tokens": 2}, timeout=5)[0] == 200
         except OSError:
             return False
+
     eventually(answers, 40)
     print(f"back after {time.monotonic() - begin:.1f} s: {results}")
 
@@ -287,8 +342,11 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
     assert (server.run / "key_file.json").stat().st_mode & 0o777 == 0o600
     assert server.post("chatlm", {"context": "hi"})[0] == 400
     key = {"authorization": f"Bearer {keys['inference']['key']}"}
-    connection, response = server.open("chatlm", {"context": "hi", "stream": True, "max_new_tokens": 120, "temperature": 2,
-                                                  "repetition_penalty": 5}, headers=key)
+    connection, response = server.open(
+        "chatlm",
+        {"context": "hi", "stream": True, "max_new_tokens": 120, "temperature": 2, "repetition_penalty": 5},
+        headers=key,
+    )
     assert response.status == 200 and response.read1(20)
     rest = []
     reader = threading.Thread(target=lambda: rest.append(response.read()))
@@ -304,11 +362,17 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
 def test_launcher_ends_with_the_reason_when_a_model_cannot_start(models, tmp_path):
     (tmp_path / "bad").mkdir()
     for file in models["lm"].iterdir():
-        (tmp_path / "bad" / file.name).write_bytes(file.read_bytes()[:-100] if file.suffix == ".safetensors" else file.read_bytes())
+        (tmp_path / "bad" / file.name).write_bytes(
+            file.read_bytes()[:-100] if file.suffix == ".safetensors" else file.read_bytes()
+        )
     server = Server(tmp_path / "run", {"lm": tmp_path / "bad"})
     assert server.process.wait(60) == 2
     last = server.log.read_text().splitlines()[-1]
     assert last.startswith("error:") and "not a whole file of weights" in last
     server = Server(tmp_path / "run", {"lm": tmp_path / "nothing"})
     assert server.process.wait(30) == 2 and "no such file" in server.log.read_text()
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()]
+    assert not [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(tmp_path) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
+    ]
