@@ -1,6 +1,6 @@
 # All but the repository itself, which is mounted:
 #   docker run --rm -it -v $PWD:/workspace -w /workspace gptchat make tokenizer lm chatlm
-# Several GB smaller, for CPUs: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t gptchat .
+# Several GB smaller, for CPUs: docker build --build-arg TORCH_INDEX=URL_OF_PYTORCH'S_CPU_INDEX -t gptchat .
 FROM python:3.11-slim-bookworm
 
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*

@@ -11,7 +11,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -214,7 +214,8 @@ def swapped(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}; what was there before is kept") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def cli(main: Callable[[], None]) -> None:

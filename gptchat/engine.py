@@ -81,8 +81,7 @@ class Engine:
     def __init__(self, model: GPT2, slots: int = 8, length: int | None = None, dtype: str | None = None,
                  suppress: Sequence[int] = (), prefill_chunk: int = 256):
         self.model = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()  # shared
-        if dtype:
-            activations = prepare(self.model, dtype)
+        activations = prepare(self.model, dtype) if dtype else model.wte.weight.dtype
         self.slots, self.suppress, self.prefill_chunk = slots, tuple(suppress), prefill_chunk
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.device = self.model.wte.weight.device

@@ -70,9 +70,9 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def prepare(model: GPT2, dtype: str = "float32") -> None:
-    """Make the model ready to generate where it stands, in place; its parameters themselves stay as they are, so that
-    another model that shares them is not changed.
+def prepare(model: GPT2, dtype: str = "float32") -> torch.dtype:
+    """Make the model ready to generate where it stands, in place, and return the dtype of its activations, and so of a
+    KV cache. Its parameters themselves stay as they are, so that another model that shares them is not changed.
 
     On a CPU the linear layers are packed, with bfloat16 and int8 the token embedding becomes bfloat16, all else is
     float32. So weights are held once, but for the tied float32 table of embedding and head, whose rows the packed
@@ -89,9 +89,11 @@ def prepare(model: GPT2, dtype: str = "float32") -> None:
                 if isinstance(child, nn.Linear):
                     packed = Int8Linear(child) if dtype == "int8" else PackedLinear(child, getattr(torch, dtype))
                     setattr(parent, name, packed)
+    activations = torch.float32 if on_cpu or dtype == "float32" else torch.bfloat16
     cast: dict[int, nn.Parameter] = {}  # by identity, so that what is tied stays tied
     for module in model.modules():
-        small = dtype != "float32" and (module is model.wte or not on_cpu)
+        to = torch.bfloat16 if dtype != "float32" and module is model.wte else activations
         for name, parameter in module.named_parameters(recurse=False):
-            values = parameter.detach().to(torch.bfloat16 if small else torch.float32)
-            setattr(module, name, cast.setdefault(id(parameter), nn.Parameter(values, requires_grad=False)))
+            values = nn.Parameter(parameter.detach().to(to), requires_grad=False)
+            setattr(module, name, cast.setdefault(id(parameter), values))
+    return activations

@@ -195,8 +195,8 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
         wanted, found = getattr(size, ours), getattr(model.config, theirs)
         if wanted > found if ours == "n_ctx" else wanted not in (0, found):
             raise UserError(f"[model] {ours} is {wanted}, {config.init_from} has {theirs} {found}; leave {ours} out")
-    pretrained.adapt(model, tokenizer, config.train.seed)
-    if config.task == "chatlm" and task == "lm" and not config.train.keep_type_rows:
+    added = pretrained.adapt(model, tokenizer, config.train.seed)
+    if config.task == "chatlm" and task == "lm" and "type 0" not in added and not config.train.keep_type_rows:
         with torch.no_grad():
             model.wte.weight[model.type_rows] = torch.randn(2, model.config.n_embd) * model.config.initializer_range
     return model.train(), tokenizer

@@ -78,8 +78,7 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
     wanted = model.logits(model(ids, types))
     before = [p.clone() for p in model.parameters()]
     prepared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    prepare(prepared, dtype)
-    cache = KVCache(SMALL, slots=2, length=16, dtype=prepared.ln_f.weight.dtype)
+    cache = KVCache(SMALL, slots=2, length=16, dtype=prepare(prepared, dtype))
     pieces = [prepared(ids[:, :5], types[:, :5], cache=cache.view(0, torch.zeros(2, dtype=torch.int64), 5, 5)),
               prepared(ids[:, 5:], types[:, 5:], cache=cache.view(0, torch.full((2,), 5), 4, 9))]
     for hidden in (prepared(ids, types), torch.cat(pieces, dim=1)):

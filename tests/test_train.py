@@ -164,7 +164,7 @@ def test_a_run_killed_ten_times_equals_an_uninterrupted_one(small: Path, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(small: Path, tmp_path: Path, number: int) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(small: Path, tmp_path: Path, number: int) -> None:
     settings = ["train.num_steps=300", "train.eval_interval=1000"]
     finish(start(small, "chatlm", tmp_path / "whole", *settings))
     process = start(small, "chatlm", tmp_path / "stopped", *settings)
@@ -202,6 +202,45 @@ def test_early_stopping_keeps_the_best_model(small: Path, tmp_path: Path) -> Non
     best = held_out.index(min(held_out))
     assert len(held_out) == best + 3 < 200
     assert "finished" in finish(start(small, "chatlm", tmp_path, *settings))
+
+
+# --- switches
+
+
+def test_activation_checkpointing_and_compilation_change_no_result(small: Path, tmp_path: Path) -> None:
+    """Dropout on: the recomputed activations must be the same."""
+    found = []
+    for number, switch in enumerate(("seed=0", "activation_checkpointing=true", "compile=true")):
+        dropout = "model.dropout=0" if "compile" in switch else "model.dropout=0.1"
+        trained = Run(config_of(small, "chatlm", tmp_path / str(number), f"train.{switch}", dropout), World("cpu"))
+        for optimizer in trained.optimizers:
+            optimizer.zero_grad = lambda: None
+        trained.step([trained.batches.micro_batch(0)])
+        found.append(gradients(trained.model))
+    plain = Run(config_of(small, "chatlm", tmp_path / "plain", "model.dropout=0"), World("cpu"))
+    for optimizer in plain.optimizers:
+        optimizer.zero_grad = lambda: None
+    plain.step([plain.batches.micro_batch(0)])
+    assert_close(found[1], found[0], 1e-6)
+    assert_close(found[2], gradients(plain.model), 1e-4)
+
+
+def test_without_a_compiler_one_line_says_so_and_training_is_eager(small: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PATH": str(Path(sys.executable).parent), "CXX": "no-such-compiler"}
+    done = subprocess.run(command("train", "--config", small / "lm.toml", f"run={tmp_path}", "train.compile=true",
+                                  "train.num_steps=2"), capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training eagerly") == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_as_fp32_does(small: Path, tmp_path: Path, precision: str) -> None:
+    losses = {}
+    for name in ("fp32", precision):
+        finish(start(small, "lm", tmp_path / name, f"train.precision={name}", "model.dropout=0"))
+        losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    assert losses["fp32"][-1] < losses["fp32"][0] - 0.5
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.02)
 
 
 # --- many processes
