@@ -26,7 +26,7 @@ from gptchat.config import UserError, cli
 ROOT = Path(__file__).resolve().parent.parent
 DRAIN_SECONDS = 10.0
 STOP_SECONDS = 4.0
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 UNPACKED_MB = 200  # weights above this are not put into a .mar, which would be unpacked at each start
 KEY_MINUTES = 60 * 24 * 30
 

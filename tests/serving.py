@@ -111,7 +111,7 @@ class Server:
                 env={**os.environ, **(environment or {})},
             )
 
-    def wait_until_ready(self, seconds: float = 60) -> "Server":
+    def wait_until_ready(self, seconds: float = 300) -> "Server":
         deadline = time.monotonic() + seconds
         while "Ctrl-C stops" not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()

@@ -117,7 +117,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder, "chatlm"), "chatlm", n_embd=128, n_layer=4)
-        server = Server(Path(folder, "run"), {"chatlm": model}).wait_until_ready(180)
+        server = Server(Path(folder, "run"), {"chatlm": model}).wait_until_ready()
         try:
             crowd = Crowd(server, 0)
             crowd.prepare()

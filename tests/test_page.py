@@ -20,7 +20,7 @@ def server(tmp_path_factory):
     server = Server(
         folder / "run", {"chatlm": tiny_model(folder / "chatlm", "chatlm", n_embd=256, n_layer=6, n_positions=256)}
     )
-    yield server.wait_until_ready(120)
+    yield server.wait_until_ready()
     server.stop()
 
 

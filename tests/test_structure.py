@@ -53,13 +53,25 @@ def test_handlers_import_nothing_that_trains() -> None:
     assert not wrong
 
 
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blank line, comment or docstring, which the docstrings' contract would make dear."""
+    text = path.read_text(encoding="utf-8")
+    left = {number for number, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            left -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(left)
+
+
 @pytest.mark.parametrize("folder", MAX_LINES)
 def test_line_budget(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(folder)}
-    total = sum(lines.values())
+    """The budget is of code; the figure of all lines is printed beside it."""
+    code = {path.name: code_lines(path) for path in sources(folder)}
+    everything = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in sources(folder))
     with capsys.disabled():
-        print(f"\n{folder}/: {total} of {MAX_LINES[folder]} lines: {largest_first(lines)}")
-    assert total <= MAX_LINES[folder], lines
+        print(f"\n{folder}/: {sum(code.values())} lines of code of {MAX_LINES[folder]}, {everything} with blank lines, "
+              f"comments and docstrings: {largest_first(code)}")
+    assert sum(code.values()) <= MAX_LINES[folder], code
 
 
 def largest_first(sizes: dict[str, int]) -> str:
