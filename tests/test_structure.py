@@ -58,7 +58,8 @@ def code_lines(path: Path) -> int:
     text = path.read_text(encoding="utf-8")
     left = {number for number, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"}
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node):
             left -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     return len(left)
 
