@@ -44,7 +44,7 @@ def turns(browser):
     return [turn.text for turn in browser.find_elements("css selector", ".turn")]
 
 
-def eventually(condition, seconds=20):
+def eventually(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline
