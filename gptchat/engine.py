@@ -82,9 +82,10 @@ class Engine:
                  suppress: Sequence[int] = (), prefill_chunk: int = 256):
         self.model = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()  # shared
         activations = prepare(self.model, dtype) if dtype else model.wte.weight.dtype
-        self.slots, self.suppress, self.prefill_chunk = slots, tuple(suppress), prefill_chunk
+        self.slots, self.prefill_chunk = slots, prefill_chunk
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.device = self.model.wte.weight.device
+        self.suppress = torch.tensor(suppress, dtype=torch.int64, device=self.device)
         self.cache = KVCache(model.config, slots, self.length, activations, self.device)
         self.waiting: deque[Job] = deque()  # only the first one's prompt may be in work
         self.running: list[Live] = []  # in the order of their slots
@@ -166,7 +167,7 @@ class Engine:
         longest, free = 0, self.slots - len(self.running)
         while self.waiting and (free := free - len(self.waiting[0].rows)) >= 0:
             longest = max(longest, len(self.waiting[0].request.input_ids))
-            if jobs and (jobs[0].done or longest * (len(jobs) + 1) > self.prefill_chunk):
+            if jobs and longest * (len(jobs) + 1) > self.prefill_chunk:  # so one in work is alone
                 break
             jobs.append(self.waiting.popleft())
         return jobs

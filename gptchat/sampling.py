@@ -65,8 +65,8 @@ class Scored(NamedTuple):
     top: Sequence[tuple[int, float]] = ()
 
 
-def draw(logits: Tensor, rows: Sequence[Row], suppress: Sequence[int] = ()) -> list[Scored]:
-    """The next id of each row, -1 where nothing may be drawn. Float32 `logits` (B, V) are overwritten."""
+def draw(logits: Tensor, rows: Sequence[Row], suppress: Tensor) -> list[Scored]:
+    """The next id of each row, not in `suppress` (S,); -1 where nothing is left. Overwrites float32 logits (B, V)."""
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     untouched = logits[asked]
     scores = logits.float()
@@ -88,10 +88,9 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
     return list(map(Scored, ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist(), tops))
 
 
-def process(scores: Tensor, rows: Sequence[Row], suppress: Sequence[int]) -> None:
-    """In place: divide (multiply, if negative) the scores of ids already in a row by its repetition penalty; set the
-    suppressed ids, and those that would complete a bad or a filtered word, to -inf."""
-    scores[:, list(suppress)] = -inf
+def process(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> None:
+    """In place: repetition penalties; -inf for suppressed ids and those that would complete a bad or filtered word."""
+    scores.index_fill_(1, suppress, -inf)
     for i, (row, s) in enumerate((row, row.sampling) for row in rows):
         if s.repetition_penalty != 1:
             seen = torch.tensor(row.ids, device=scores.device)
@@ -105,8 +104,8 @@ def process(scores: Tensor, rows: Sequence[Row], suppress: Sequence[int]) -> Non
 
 def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """An id (B,) of each row: the best where the temperature is 0, else by the row's noise. `scores` is overwritten."""
-    ids = torch.full((len(rows), 1), -1, device=scores.device)
     none_left = ~scores.amax(-1, keepdim=True).isfinite()  # (B, 1)
+    ids = torch.empty(none_left.shape, dtype=torch.int64, device=scores.device)
     alike: dict[int, list[int]] = {}  # top_k, or -1 for greedy -> rows
     for i, row in enumerate(rows):
         alike.setdefault(row.sampling.top_k if row.sampling.temperature else -1, []).append(i)
@@ -129,8 +128,7 @@ def sample(scores: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
 
 def uniform(seed: int, candidate: int, position: int) -> float:
     """A number in [0, 1) of 52 bits, by BLAKE2b: a pure function of the seed and of the token's place."""
-    digest = blake2b(f"{seed} {candidate} {position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+    return (int.from_bytes(blake2b(f"{seed} {candidate} {position}".encode(), digest_size=8).digest()) >> 12) * 2.0**-52
 
 
 def weigh(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:

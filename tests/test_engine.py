@@ -140,12 +140,25 @@ def test_each_of_200_requests_in_traffic_answers_as_alone(model, seed, chunk):
     assert compared > 3 * number
 
 
+def test_greedy_answers_in_traffic_equal_transformers_generate(model, peer):
+    traffic = Traffic(model, 60, seed=3).run()
+    compared = 0
+    for id_, request in traffic.requests.items():
+        if request.sampling.temperature == 0 and request.sampling.max_new_tokens and (id_, 0) in traffic.ended:
+            wanted = theirs(peer, request, (0, 1))
+            stop = next((i for i, token in enumerate(wanted) if token in request.stop_ids), len(wanted))
+            assert [output.token for output in traffic.answers.get((id_, 0), [])] == wanted[:stop]
+            compared += 1
+    assert compared > 8
+
+
 def theirs(peer, request, suppress=()):
     """Greedy ids by transformers, which continues the last token's type too."""
     ids, sampling = torch.tensor([request.input_ids]), request.sampling
     types = torch.tensor(CONFIG.type_rows)[torch.tensor([request.token_type_ids])] if request.token_type_ids else None
     drawn = peer.generate(
-        ids, attention_mask=torch.ones_like(ids), token_type_ids=types, max_new_tokens=sampling.max_new_tokens,
+        ids, attention_mask=torch.ones_like(ids), token_type_ids=types,
+        max_new_tokens=min(sampling.max_new_tokens, LENGTH - ids.shape[1]),
         do_sample=False, pad_token_id=0, suppress_tokens=list(suppress) or None,
         repetition_penalty=sampling.repetition_penalty,
         bad_words_ids=[list(word) for word in sampling.bad_words_ids] or None)

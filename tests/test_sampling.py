@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from gptchat.sampling import Row, Sampling, draw, process, score, uniform, weigh
+from gptchat import sampling
+from gptchat.sampling import Row, Sampling, score, uniform, weigh
 
 V = 301
 TINY = 1e-11  # ours rounds what is less than 2**-40 of the best down to 0
@@ -21,6 +22,14 @@ def one_thread():
 
 def some_logits(rows, seed=0, scale=3.0, size=V):
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draw(logits, rows, suppress=()):
+    return sampling.draw(logits, rows, torch.tensor(suppress, dtype=torch.int64))
+
+
+def process(scores, rows, suppress=()):
+    sampling.process(scores, rows, torch.tensor(suppress, dtype=torch.int64))
 
 
 def row(ids=(1, 2, 3), candidate=0, **settings):
