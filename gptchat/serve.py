@@ -1,8 +1,8 @@
 """Archive models and run TorchServe over them: `python -m gptchat.serve --model chatlm=out/chatlm/model`.
 
 TorchServe runs in a process group of its own, so that Ctrl-C and SIGTERM reach this launcher alone. It is fit to be
-PID 1 of a container: it has new requests refused (the handlers look for a file named `draining` in the run's folder),
-gives live ones DRAIN_SECONDS, stops Java, and kills whatever is left of the group.
+PID 1 of a container: it has new requests refused (the handlers look for a file named `draining` in the run's folder,
+and keep one named `busy-NAME` there), gives live ones DRAIN_SECONDS, stops Java, and kills what is left of the group.
 """
 
 import argparse
@@ -90,8 +90,8 @@ class Server:
         home = Path(str(spec.origin)).parent
         self.args, self.names, self.died = args, names, False
         self.lines: deque[str] = deque(maxlen=40)
-        for stale in ("draining", "key_file.json"):
-            (args.run / stale).unlink(missing_ok=True)
+        for stale in (*args.run.glob("busy-*"), args.run / "draining", args.run / "key_file.json"):
+            stale.unlink(missing_ok=True)
         command = [
             java(), f"@{args.configs / 'jvm.options'}", f"-Dmodel_server_home={home.parent}",
             f"-Dlog4j.configurationFile=file://{args.configs / 'log4j2.xml'}", f"-Djava.io.tmpdir={args.run / 'tmp'}",
@@ -111,9 +111,10 @@ class Server:
             self.lines.append(line.rstrip())
             self.died |= "Backend worker process died" in line
 
-    def get(self, path: str, port: int) -> bytes:
+    def get(self, path: str) -> bytes:
         """GET from this server, with its key where keys are on. Raises OSError."""
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
+        host = "127.0.0.1" if self.args.host == "0.0.0.0" else self.args.host
+        request = urllib.request.Request(f"http://{host}:{self.args.port}{path}")
         if self.args.auth:
             keys = json.loads((self.args.run / "key_file.json").read_text())
             request.add_header("Authorization", f"Bearer {keys['inference']['key']}")
@@ -130,20 +131,17 @@ class Server:
                 errors = [line for line in self.lines if re.search(r"(Error|Exception)\b", line)] or [*self.lines]
                 raise UserError(f"TorchServe cannot serve {waiting[0]}: {(errors or ['no reason given'])[-1]}")
             try:
-                self.get(f"/predictions/{waiting[0]}/1.0/v1/models", self.args.port)
+                self.get(f"/predictions/{waiting[0]}/1.0/v1/models")
                 waiting.pop(0)
             except (OSError, ValueError):
                 time.sleep(0.2)
 
     def drain(self) -> None:
-        """Have new requests refused, and wait for the live ones (the handlers' gauge), as long as DRAIN_SECONDS."""
+        """Have new requests refused, and wait for the live ones, as long as DRAIN_SECONDS."""
         (self.args.run / "draining").touch()
-        deadline, live = time.monotonic() + DRAIN_SECONDS, True
-        while live and self.child.poll() is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while any(self.args.run.glob("busy-*")) and self.child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-            with contextlib.suppress(OSError):
-                figures = self.get("/metrics", self.args.port + 2).decode()
-                live = any(map(float, re.findall(r"^gptchat_live_requests\{.*\} (\S+)$", figures, re.MULTILINE)))
 
     def stop(self) -> None:
         """TERM Java, then KILL what is left of its process group: nothing outlives this call."""

@@ -36,7 +36,8 @@ class GptchatHandler:
         folder, settings = Path(context.system_properties["model_dir"]), context.model_yaml_config["gptchat"]
         self.served, engine = load(folder / "model", context.model_name, SimpleNamespace(**settings))
         self.page = (folder / "handlers" / "page.html").read_text(encoding="utf-8")
-        self.draining = Path(os.environ.get("GPTCHAT_RUN", folder), "draining")
+        run = Path(os.environ.get("GPTCHAT_RUN", folder))  # where the launcher and we leave signs for each other
+        self.draining, self.busy = run / "draining", run / f"busy-{context.model_name}"
         self.metrics, self.loop = context.metrics, DecodeLoop(engine)
         self.live: dict[str, Answer] = {}
         self.owners: dict[int, tuple[str, int]] = {}  # the engine's requests: of which of ours, and which prompt there
@@ -57,8 +58,7 @@ class GptchatHandler:
                     self.finish(id, "left")
                 for i in new:
                     self.guarded(ids[i], self.submit, engine)
-        patience = 0 if any(answer.done for answer in self.live.values()) else PATIENCE
-        for output in self.loop.collect(patience):
+        for output in self.loop.collect(0 if any(answer.done for answer in self.live.values()) else PATIENCE):
             id, place = self.owners.get(output.request_id, ("", 0))
             self.guarded(id, self.take, place, output)
         if self.loop.failure and self.live:
@@ -156,6 +156,7 @@ class GptchatHandler:
 
     def gauge(self) -> None:
         engine = self.loop.engine
+        self.busy.touch() if self.live else self.busy.unlink(missing_ok=True)
         for name, value in (("live_requests", len(self.live)), ("live_slots", engine.live), ("queued", engine.queued)):
             self.metric(name, value, kind=MetricTypes.GAUGE)
 

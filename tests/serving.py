@@ -114,7 +114,9 @@ class Server:
     def wait_until_ready(self, seconds: float = 300) -> "Server":
         deadline = time.monotonic() + seconds
         while "Ctrl-C stops" not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(self.log.read_text())
             time.sleep(0.1)
         return self
 
