@@ -1,1 +1,1 @@
-"""gptchat: train a tokenizer, pre-train a GPT-2, fine-tune it to chat, and serve both. The modules in reading order are in README.md."""
+"""gptchat: text and dialogues in, a chat model behind an HTTP API out. README.md lists the modules in reading order."""

@@ -27,6 +27,7 @@ from gptchat.shards import Shards, in_order
 from gptchat.tokenizer import Tokenizer
 
 POOL = 1024  # dialogues packed together
+ROUNDED = 256  # to a multiple of this, targets are given to the model
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Batch:
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor | None]:
         """The model's arguments: also `where` (N,), the flat positions that have a target (None: all have), and those
-        targets (N,)."""
-        flat = self.targets.flatten()
-        where = None if self.n_targets == len(flat) else (flat != IGNORE).nonzero()[:, 0]
+        targets (N,). N is rounded up by ignored ones, since an allocator that meets new sizes each time hoards memory."""
+        flat, where = self.targets.flatten(), None
+        if self.n_targets < len(flat):
+            where = torch.cat([(flat != IGNORE).nonzero()[:, 0],
+                               (flat == IGNORE).nonzero()[:-self.n_targets % ROUNDED, 0]])
         tensors = {"input_ids": self.input_ids, "token_type_ids": self.token_type_ids, "segments": self.segments,
                    "position_ids": self.position_ids, "where": where, "targets": flat if where is None else flat[where]}
         return {key: tensor if tensor is None else tensor.to(device, non_blocking=True)
