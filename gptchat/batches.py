@@ -44,7 +44,7 @@ class Batch:
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor | None]:
         """The model's arguments: also `where` (N,), the flat positions that have a target (None: all have), and those
-        targets (N,). N is rounded up by ignored ones, since an allocator that meets new sizes each time hoards memory."""
+        targets (N,). N is rounded up by ignored ones: an allocator that meets new sizes each time hoards memory."""
         flat, where = self.targets.flatten(), None
         if self.n_targets < len(flat):
             where = torch.cat([(flat != IGNORE).nonzero()[:, 0],

@@ -66,14 +66,15 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
 def sum_losses(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device | str = "cpu",
                precision: str = "fp32") -> tuple[float, int]:
     """The sum of the cross-entropies (nats) over all targets of `batches` and their number, without dropout."""
-    training, losses, n_targets = model.training, [], 0
+    training, n_targets = model.training, 0
+    total = torch.zeros((), dtype=torch.float64, device=device)  # a list of losses would pin the heap batch by batch
     model.eval()
     for batch in batches:
         with autocast(device, precision):
-            losses.append(model(**batch.inputs(device)))
+            total += model(**batch.inputs(device))
         n_targets += batch.n_targets
     model.train(training)
-    return math.fsum(torch.stack(losses).tolist() if losses else []), n_targets
+    return float(total), n_targets
 
 
 def make_request(tokenizer: Tokenizer, task: str, turns: Sequence[Turn], n_ctx: int, sampling: Sampling,

@@ -257,6 +257,8 @@ def test_prefetch_makes_few_steps_ahead(lm, monkeypatch):
 def test_inputs_name_the_positions_that_have_targets(chat):
     batch = chat.micro_batch(0)
     inputs = batch.inputs("cpu")
-    assert batch.n_targets == len(inputs["where"]) == int((batch.targets != -100).sum())
-    assert torch.equal(batch.targets.flatten()[inputs["where"]], inputs["targets"])
+    n, where, targets = batch.n_targets, inputs["where"], inputs["targets"]
+    assert torch.equal(where[:n], (batch.targets.flatten() != -100).nonzero()[:, 0])
+    assert torch.equal(batch.targets.flatten()[where], targets)
+    assert (targets[n:] == -100).all() and len(where) == min(batch.targets.numel(), -(-n // 256) * 256)
     assert batch.n_tokens == int((batch.segments >= 0).sum())
