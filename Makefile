@@ -55,7 +55,7 @@ out/chatlm/test.txt: configs/chatlm.toml out/lm/test.txt
 	$(RUN) gptchat.shards --config configs/chatlm.toml
 	$(RUN) gptchat.train --config configs/chatlm.toml
 	@printf '%b' $(GREETINGS) > out/chatlm/greetings.tsv
-	$(RUN) gptchat.chat --model out/chatlm/model --seed 1 --input out/chatlm/greetings.tsv --output out/chatlm/answers.tsv
+	$(RUN) gptchat.chat --model out/chatlm/model --seed 1 --pick median --input out/chatlm/greetings.tsv --output out/chatlm/answers.tsv
 	$(RUN) gptchat.evaluate --config configs/chatlm.toml > $@
 	@cat out/lm/test.txt $@
 	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$1, $$2}' out/chatlm/answers.tsv

@@ -34,7 +34,7 @@ from gptchat.model import GPT2
 from gptchat.sampling import Sampling
 from gptchat.tokenizer import Tokenizer, for_config
 
-CHAT = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=100)  # suits a small model
+CHAT = Sampling(temperature=0.6, top_k=40, top_p=0.95, repetition_penalty=1.15, max_new_tokens=100)  # for small models
 N_ANSWERS = 200  # to dialogues spread evenly over the file
 
 
