@@ -79,7 +79,9 @@ tensorboard: | $(VENV)/.base  ## losses, rates and samples of all runs in a brow
 	$(VENV)/bin/tensorboard --logdir out --host $(HOST)
 
 bench: | $(VENV)/.test  ## ours beside transformers, about five minutes
-	$(RUN) gptchat.bench all $(ARGS)
+	$(RUN) gptchat.bench decode $(ARGS)
+	$(RUN) gptchat.bench train $(ARGS)
+	$(RUN) gptchat.bench tokenizer $(ARGS)
 
 test: | $(VENV)/.test  ## set-up and all tests
 	$(RUN) pytest -q $(ARGS)
