@@ -99,6 +99,7 @@ class Server:
             "--python", sys.executable, "-f", str(properties), "-s", str(args.run / "store"), "-ncs",
         ]
         environment = {**os.environ, "GPTCHAT_RUN": str(args.run), "TMPDIR": str(args.run / "tmp")}
+        environment.setdefault("MALLOC_ARENA_MAX", "2")
         self.child = subprocess.Popen(command, cwd=args.run, env=environment, stdin=subprocess.DEVNULL, text=True,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         self.reader = threading.Thread(target=self._pass_on, daemon=True)

@@ -146,7 +146,7 @@ class Server:
         path: str,
         body: object = None,
         headers: dict[str, str] | None = None,
-        timeout: float = 30,
+        timeout: float = 120,
         method: str = "POST",
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """The connection and the answer's head, whose body is still to be read."""

@@ -25,18 +25,20 @@ class Crowd:
 
     def __init__(self, server: Server, until: float):
         self.server, self.until, self.count, self.lock = server, until, collections.Counter(), threading.Lock()
+        self.slowest: dict[str, float] = {}  # seconds
         self.known: list[tuple[dict[str, object], str]] = []
 
     def client(self, seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < self.until:
-            kind = draw.choice(["greedy", "greedy", "stream", "chat", "leave", "nonsense"])
+            kind, begin = draw.choice(["greedy", "greedy", "stream", "chat", "leave", "nonsense"]), time.monotonic()
             try:
                 outcome = getattr(self, kind)(draw)
             except Exception as error:
                 outcome = f"WRONG {type(error).__name__}: {error}"
             with self.lock:
                 self.count[f"{kind}: {outcome}"] += 1
+                self.slowest[kind] = max(self.slowest.get(kind, 0), time.monotonic() - begin)
             time.sleep(draw.random() * 0.05)
 
     def prepare(self) -> None:
@@ -138,6 +140,7 @@ def main() -> int:
             server.stop()
     grown = {role: growth(samples, role) for role in samples[0]}
     print(*sorted(f"{count:7d} {what}" for what, count in crowd.count.items()), sep="\n")
+    print("slowest, s:", {kind: round(seconds, 1) for kind, seconds in crowd.slowest.items()})
     print("growth:", {role: f"{share:+.1%}" for role, share in grown.items()}, "| left over:", left or "nothing")
     wrong = any("WRONG" in what for what in crowd.count) or any(thread.is_alive() for thread in threads)
     return int(wrong or bool(left) or any(share > 0.05 for share in grown.values()))

@@ -193,6 +193,11 @@ def test_greedy_takes_the_best_that_is_left():
     assert [d.token for d in draw(logits.clone(), rows)] == [order[0, 0], order[1, 1]]
 
 
+def test_greedy_has_no_noise_where_scores_are_equal():
+    drawn = draw(torch.zeros(30, V), [row(temperature=0, seed=seed) for seed in range(30)])
+    assert [d.token for d in drawn] == torch.zeros(30, V).argmax(-1).tolist()
+
+
 def test_a_vanishing_temperature_is_greedy():
     logits = some_logits(4)
     drawn = draw(logits.clone(), [row(temperature=1e-300, seed=s) for s in range(4)])
