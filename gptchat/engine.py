@@ -154,7 +154,7 @@ class Engine:
         hidden = self._run(pieces, types, len(self.running), [job.done for job in jobs])
         for job, piece, states in zip(jobs, pieces, hidden, strict=True):
             if job.request.score_prompt:
-                job.scored += self._score(job, states[: len(piece)])
+                job.scored += self._score(job, states)
             job.done += len(piece)
         if jobs[0].done < len(jobs[0].request.input_ids):
             self.waiting.appendleft(jobs[0])
