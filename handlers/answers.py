@@ -109,10 +109,9 @@ class Answer:
         texts, now = [choice.text for choice in self.choices], time.monotonic()
         return {"response": sorted(texts, key=len)[len(texts) // 2], "request": self.job.request, "model_info": {
             "model": self.served.name, "output": texts, "finish_reason": [choice.reason for choice in self.choices],
-            "prompt_tokens": self.usage["prompt_tokens"],
-            "completion_tokens": [choice.tokens for choice in self.choices],
-            "seed": self.job.sampling.seed, "first_token_seconds": round((self.first_token or now) - self.began, 4),
-            "seconds": round(now - self.began, 4)}}
+            "prompt_tokens": self.usage["prompt_tokens"], "seed": self.job.sampling.seed,
+            "completion_tokens": [choice.tokens for choice in self.choices], "seconds": round(now - self.began, 4),
+            "first_token_seconds": round((self.first_token or now) - self.began, 4)}}
 
     def frame(self, choices: list[Any], streamed: bool = True) -> dict[str, Any]:
         prefix, *objects = NAMES[self.job.kind]

@@ -130,16 +130,14 @@ class GptchatHandler:
     def finish(self, id: str, result: str) -> None:
         """Forget a request, free its slots, and tell of it: figures, and one line without its text."""
         answer, now = self.live.pop(id), time.monotonic()
-        numbers = [number for number, (owner, _) in self.owners.items() if owner == id]
-        if numbers and result != "200":
-            with self.loop.at_rest() as engine:
-                for number in numbers:
+        for number in [number for number, (owner, _) in self.owners.items() if owner == id]:
+            if result != "200":  # it may still be decoded
+                with self.loop.at_rest() as engine:
                     engine.cancel(number)
-        for number in numbers:
             del self.owners[number]
             self.loop.hurried.discard(number)
         kind, first, usage = answer.job.kind if answer.job else "none", answer.first_token, answer.usage
-        first_seconds, seconds, new = (first or now) - answer.began, now - answer.began, usage["completion_tokens"]
+        first_seconds, new = (first or now) - answer.began, usage["completion_tokens"]
         self.metric("requests", 1, kind, result)
         self.metric("prompt_tokens", usage["prompt_tokens"])
         self.metric("generated_tokens", new)
@@ -149,7 +147,7 @@ class GptchatHandler:
             self.metric("token_seconds", (now - first) / longest, kind=MetricTypes.HISTOGRAM)
         self.gauge()
         log.info("%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s", id, self.served.name, kind, result,
-                 usage["prompt_tokens"], new, first_seconds, seconds)
+                 usage["prompt_tokens"], new, first_seconds, now - answer.began)
 
     def metric(self, name: str, value: float, *labels: str, kind: MetricTypes = MetricTypes.COUNTER) -> None:
         self.metrics.get_metric(f"gptchat_{name}", kind).add_or_update(value, [self.served.name, *labels])

@@ -17,6 +17,7 @@ NEUTRAL: dict[str, Any] = {  # OpenAI's settings that change nothing with these 
     "parallel_tool_calls": ..., "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1,
     "tools": [], "suffix": "", "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
 NUMBERS = {"temperature": (100, 1), "top_p": (1, 1), "min_p": (1, 0), "repetition_penalty": (100, 1)}  # most, default
+LONGEST_WORD = 200  # characters of a stop string or forbidden word: their tables grow with the square
 TOO_LONG = "context_length_exceeded"
 
 
@@ -65,6 +66,10 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
+def is_word(value: Any) -> bool:
+    return is_text(value) and 0 < len(value) <= LONGEST_WORD
+
+
 def is_list(value: Any, most: float, right: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and 0 < len(value) <= most and all(map(right, value))
 
@@ -109,19 +114,18 @@ class Reader:
         return default
 
     def integer(self, names: str, low: int, high: int, default: int | None = None) -> Any:
-        right = f"an integer from {low} to {high}"
-        return self.take(names, lambda x: type(x) is int and low <= x <= high, right, default)
+        return self.take(names, lambda x: type(x) is int and low <= x <= high, f"an integer, {low} to {high}", default)
 
     def number(self, name: str, high: float, default: float) -> float:
-        right = f"a number from 0 to {high}"
-        return float(self.take(name, lambda x: type(x) in (int, float) and 0 <= x <= high, right, default))
+        wanted = f"a number, 0 to {high}"
+        return float(self.take(name, lambda x: type(x) in (int, float) and 0 <= x <= high, wanted, default))
 
     def flag(self, name: str) -> bool:
         return self.take(name, lambda x: type(x) is bool, "true or false", False)
 
     def texts(self, name: str, most: int) -> tuple[str, ...]:
-        value = self.take(name, lambda x: x and (is_text(x) or is_list(x, most, is_text) and "" not in x),
-                          f"a string, or up to {most} in a list, none empty", ())
+        wanted = f"a string of 1 to {LONGEST_WORD} characters, or up to {most} in a list"
+        value = self.take(name, lambda x: is_word(x) or is_list(x, most, is_word) or x == [], wanted, ())
         return (value,) if isinstance(value, str) else tuple(value)
 
     def sampling(self, room: int, default: int, logprobs: int | None = None) -> Sampling:
