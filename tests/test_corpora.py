@@ -60,7 +60,7 @@ def test_no_row_is_written_twice_and_none_held_out_was_trained_on(data: Path) ->
 def test_rows_are_two_to_four_clean_turns_that_need_no_escapes(data: Path) -> None:
     for split in corpora.SPLITS:
         for row in rows(data, split)[::7]:
-            assert 2 <= len(row) <= 4
+            assert 2 <= len(row) <= 3
             for turn in row:
                 assert turn == " ".join(turn.split()) == escape(turn)
                 assert 0 < len(turn) <= corpora.MAX_CHARS and any(character.isalpha() for character in turn)
@@ -76,7 +76,7 @@ def test_conversations_are_split_94_3_3(data: Path) -> None:
 def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None:
     talks = {"train": blocks(data / "lm/train.txt")[233:]}
     talks |= {split: blocks(data / f"lm/chat-{split}.txt") for split in ("valid", "test")}
-    every = {split: {row for talk in talks[split] for row in corpora.rows(talk.split("\n"), 4)} for split in talks}
+    every = {split: {row for talk in talks[split] for row in corpora.rows(talk.split("\n"), 3)} for split in talks}
     written = {split: {"\t".join(row) for row in rows(data, split)} for split in talks}
     assert written["train"] == every["train"]
     assert written["valid"] == every["valid"] - every["train"]
