@@ -71,7 +71,8 @@ class Terminal:
 
 
 def test_a_conversation_in_a_terminal(bot):
-    terminal = Terminal("--model", bot, "--seed", "1", "--max-new-tokens", "30")
+    terminal = Terminal("--model", bot, "--seed", "1", "--max-new-tokens", "30", "--temperature", "0.8", "--top-k", "0",
+                        "--top-p", "0.9", "--repetition-penalty", "1.1")
     terminal.expect(PROMPT.strip())
     assert "\x1b[1;36m" in terminal.child.before  # coloured
     first = terminal.ask("hello")
