@@ -97,8 +97,9 @@ def make_request(tokenizer: Tokenizer, task: str, turns: Sequence[Turn], n_ctx: 
 
 def answers(model: GPT2, tokenizer: Tokenizer, task: str, dialogues: Iterable[Sequence[Turn]]) -> list[str]:
     """What the model answers to each dialogue, or how it goes on with it: drawn as in a chat, the same each time."""
-    requests = [make_request(tokenizer, task, turns, model.config.n_positions, replace(CHAT, seed=i))
-                for i, turns in enumerate(dialogues)]
+    n_ctx = model.config.n_positions
+    cut = [[(speaker, ids[1 - n_ctx // 2:]) for speaker, ids in turns] for turns in dialogues]  # as training cuts them
+    requests = [make_request(tokenizer, task, turns, n_ctx, replace(CHAT, seed=i)) for i, turns in enumerate(cut)]
     training, never = model.training, pretrained.never_generated(model.config, tokenizer, task)
     engine = Engine(model, max(1, min(16, len(requests))), suppress=never)
     texts = [tokenizer.decode(candidates[0].ids) for candidates in generate(engine, requests)]
