@@ -190,7 +190,8 @@ def main() -> None:
     if args.archive_only:
         print("\n".join(str(args.run / "store" / name) for name in archives))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # both: a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     server = Server(args, list(models), write_properties(args, archives))
     try:
         server.wait_until_ready()
