@@ -19,7 +19,7 @@ import torch
 from ts.metrics.metric_type_enum import MetricTypes
 
 from gptchat import pretrained
-from gptchat.engine import Engine, Output, Request
+from gptchat.engine import Engine, Output, Request, generate
 from gptchat.world import keep_freed_memory
 from handlers import answers
 from handlers.answers import JSON, Answer
@@ -169,9 +169,7 @@ def load(directory: Path, name: str, limits: Any) -> tuple[Served, Engine]:
     limits.slots = max(1, min(limits.slots, limits.cache_mb * 2**20 // slot))
     never = pretrained.never_generated(model.config, tokenizer, task)
     engine = Engine(model, limits.slots, dtype=limits.dtype, suppress=never)
-    engine.submit(Request([tokenizer.eos_id], [1] if task == "chatlm" else None))
-    while not engine.idle:
-        engine.step()
+    generate(engine, [Request([tokenizer.eos_id], [1] if task == "chatlm" else None)])
     return Served(name, task, tokenizer, engine.length, limits, pretrained.stop_id(tokenizer, task)), engine
 
 
