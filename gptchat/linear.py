@@ -22,12 +22,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.dtype, self.weight = dtype, linear.weight.detach().to(dtype)  # (N, K)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        if packs(dtype):
+        self.packed = packs(dtype)
+        if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.to(self.dtype)
-        if self.weight.is_mkldnn:
+        if self.packed:
             return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "").to(x.dtype)
         return F.linear(rows, self.weight, self.bias).to(x.dtype)
 
