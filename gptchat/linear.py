@@ -6,6 +6,8 @@ and 4.3 times faster; 32 rows: 2.3, 4.5 and 7.7 times). All else on a CPU is flo
 with one query row SDPA reads a float32 cache at the memory's speed, a bfloat16 one nine times slower.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,8 +39,8 @@ class Int8Linear(nn.Module):
     """y = x W^T + b of float32 rows, W in 8 bits with a scale per output, x in 8 bits with a scale per row: what comes
     out of a row does not depend on its neighbours.
 
-    oneDNN's fast kernel wants unsigned activations, u = round(levels x / max|x|) + levels + 1, and so levels + 1 times
-    the sum of W's row is taken off again. `levels` is 127; 63 where the CPU lacks VNNI, whose predecessor saturates.
+    FBGEMM's kernel rounds x itself, x -> levels x + levels + 1, but with one scale for all rows, so they come divided by
+    their largest. `levels` is 127; 63 where the CPU lacks VNNI, whose predecessor saturates.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -46,21 +48,18 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
         steps = weight.abs().amax(1).clamp_min(1e-30) / 127  # (N,)
-        quantized = (weight / steps[:, None]).round().to(torch.int8)  # (N, K)
-        self.scale = steps / self.levels
-        self.offset = quantized.sum(1, dtype=torch.int32) * self.scale * -(self.levels + 1)
-        self.zero_point = torch.zeros(len(weight), dtype=torch.int32)
-        self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
+        levels = (weight / steps[:, None]).round().to(torch.int8)  # (N, K)
+        with warnings.catch_warnings():  # a later torch may lack quantized tensors; ours is pinned
+            warnings.simplefilter("ignore")
+            quantized = torch._make_per_channel_quantized_tensor(levels, steps.double(), torch.zeros(len(steps)).long(), 0)
+        self.weight = torch.ops.quantized.linear_prepack(quantized, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        largest = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # (rows, 1)
-        signed = rows.mul(self.levels / largest).round_().to(torch.int8)  # to uint8 directly is three times slower
-        y = torch.ops.onednn.qlinear_pointwise(
-            signed.view(torch.uint8).add_(self.levels + 1), 1.0, 0, self.weight, self.scale, self.zero_point,
-            self.offset, 1.0, 0, torch.float32, "none", [], "").mul_(largest)
-        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x / largest, 1 / self.levels, self.levels + 1, self.weight)
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -82,8 +81,8 @@ def prepare(model: GPT2, dtype: str = "float32") -> torch.dtype:
     on_cpu = model.wte.weight.device.type == "cpu"
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; wanted {', '.join(DTYPES)}")
-    if dtype == "int8" and not (on_cpu and torch.backends.mkldnn.is_available()):
-        raise ValueError("dtype is 'int8', which needs a CPU and oneDNN; wanted float32 or bfloat16")
+    if dtype == "int8" and not (on_cpu and "fbgemm" in torch.backends.quantized.supported_engines):
+        raise ValueError("dtype is 'int8', which needs an x86 CPU; wanted float32 or bfloat16")
     if on_cpu:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
