@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -92,13 +93,14 @@ class Server:
         self.lines: deque[str] = deque(maxlen=40)
         for stale in (*args.run.glob("busy-*"), args.run / "draining", args.run / "key_file.json"):
             stale.unlink(missing_ok=True)
+        self.temporary = tempfile.mkdtemp(prefix="gptchat-")  # for sockets too, which a mounted RUN may not hold
         command = [
             java(), f"@{args.configs / 'jvm.options'}", f"-Dmodel_server_home={home.parent}",
-            f"-Dlog4j.configurationFile=file://{args.configs / 'log4j2.xml'}", f"-Djava.io.tmpdir={args.run / 'tmp'}",
+            f"-Dlog4j.configurationFile=file://{args.configs / 'log4j2.xml'}", f"-Djava.io.tmpdir={self.temporary}",
             "-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer",
             "--python", sys.executable, "-f", str(properties), "-s", str(args.run / "store"), "-ncs",
         ]
-        environment = {**os.environ, "GPTCHAT_RUN": str(args.run), "TMPDIR": str(args.run / "tmp")}
+        environment = {**os.environ, "GPTCHAT_RUN": str(args.run), "TMPDIR": self.temporary}
         environment.setdefault("MALLOC_ARENA_MAX", "2")
         self.child = subprocess.Popen(command, cwd=args.run, env=environment, stdin=subprocess.DEVNULL, text=True,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -107,19 +109,21 @@ class Server:
 
     def _pass_on(self) -> None:
         for line in self.child.stdout or ():
+            if line.startswith("WARNING: "):  # Java of itself, not of anything here
+                continue
             with contextlib.suppress(OSError):  # nobody reads our output any more
                 print(line, end="", flush=True)
             self.lines.append(line.rstrip())
             self.died |= "Backend worker process died" in line
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, seconds: float = 5) -> bytes:
         """GET from this server, with its key where keys are on. Raises OSError."""
         host = "127.0.0.1" if self.args.host == "0.0.0.0" else self.args.host
         request = urllib.request.Request(f"http://{host}:{self.args.port}{path}")
         if self.args.auth:
             keys = json.loads((self.args.run / "key_file.json").read_text())
             request.add_header("Authorization", f"Bearer {keys['inference']['key']}")
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
             return answer.read()
 
     def wait_until_ready(self) -> None:
@@ -141,6 +145,9 @@ class Server:
         """Have new requests refused, and wait for the live ones, as long as DRAIN_SECONDS."""
         (self.args.run / "draining").touch()
         deadline = time.monotonic() + DRAIN_SECONDS
+        for name in self.names:  # so that a handler learns that its only clients have left
+            with contextlib.suppress(OSError):
+                self.get(f"/predictions/{name}/1.0/v1/models", seconds=1)
         while any(self.args.run.glob("busy-*")) and self.child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
 
@@ -153,6 +160,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.child.pid, signal.SIGKILL)
         self.child.wait()
+        shutil.rmtree(self.temporary, ignore_errors=True)
         (self.args.run / "key_file.json").unlink(missing_ok=True)
 
 

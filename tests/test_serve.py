@@ -339,7 +339,11 @@ def test_killed_worker_hangs_nobody_and_comes_back(server):
 
 
 def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
-    server = Server(tmp_path / "run", {"chatlm": models["chatlm"]}, "--auth").wait_until_ready()
+    (tmp_path / "tmp").mkdir()
+    server = Server(
+        tmp_path / "run", {"chatlm": models["chatlm"]}, "--auth", environment={"TMPDIR": str(tmp_path / "tmp")}
+    ).wait_until_ready()
+    assert list((tmp_path / "tmp").glob("gptchat-*"))
     family = server.family()
     keys = json.loads((server.run / "key_file.json").read_text())
     assert (server.run / "key_file.json").stat().st_mode & 0o777 == 0o600
@@ -358,7 +362,7 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
     reader.join(5)
     assert rest and rest[0].endswith(b"data: [DONE]\n\n")
     assert server.process.returncode == 0 and not psutil.wait_procs(family, 0)[1]
-    assert not (server.run / "key_file.json").exists()
+    assert not (server.run / "key_file.json").exists() and not list((tmp_path / "tmp").glob("gptchat-*"))
     print(f"gone after {seconds:.1f} s")
 
 
