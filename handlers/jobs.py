@@ -9,14 +9,15 @@ from typing import Any
 
 from gptchat.config import UserError
 from gptchat.dialogue import SPEAKERS, encode_prompt
-from gptchat.sampling import Sampling
+from gptchat.evaluate import CHAT
+from gptchat.sampling import RANGES, Sampling
 from gptchat.tokenizer import Tokenizer, WordFilter
 
 NEUTRAL: dict[str, Any] = {  # OpenAI's settings that change nothing with these values (...: with any)
     "user": ..., "metadata": ..., "store": ..., "service_tier": ..., "safety_identifier": ..., "prompt_cache_key": ...,
     "parallel_tool_calls": ..., "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1,
     "tools": [], "suffix": "", "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
-NUMBERS = {"temperature": (100, 1), "top_p": (1, 1), "min_p": (1, 0), "repetition_penalty": (100, 1)}  # most, default
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 LONGEST_WORD = 200  # characters of a stop string or forbidden word: their tables grow with the square
 TOO_LONG = "context_length_exceeded"
 
@@ -93,6 +94,7 @@ class Reader:
         kinds = {"": self.original, "v1/completions": self.completions, "v1/chat/completions": self.chat}
         if path not in kinds:
             raise Refusal(f"no such path: {path[:60]}", 404)
+        self.usual = Sampling() if path else CHAT  # OpenAI's clients expect settings that change nothing
         if path:
             if (name := self.take("model", is_text, "a string", self.served.name)) != self.served.name:
                 raise Refusal(f"no model {name!r:.60}: this is {self.served.name}", 404, "model", "model_not_found")
@@ -116,9 +118,10 @@ class Reader:
     def integer(self, names: str, low: int, high: int, default: int | None = None) -> Any:
         return self.take(names, lambda x: type(x) is int and low <= x <= high, f"an integer, {low} to {high}", default)
 
-    def number(self, name: str, high: float, default: float) -> float:
-        wanted = f"a number, 0 to {high}"
-        return float(self.take(name, lambda x: type(x) in (int, float) and 0 <= x <= high, wanted, default))
+    def number(self, name: str) -> float:
+        (low, high), default = RANGES[name], getattr(self.usual, name)
+        wanted = f"a number, {low} to {high}"
+        return float(self.take(name, lambda x: type(x) in (int, float) and low <= x <= high, wanted, default))
 
     def flag(self, name: str) -> bool:
         return self.take(name, lambda x: type(x) is bool, "true or false", False)
@@ -135,13 +138,11 @@ class Reader:
         new = self.integer("max_tokens|max_new_tokens|max_completion_tokens", 0, most, min(default, room))
         if new > room:
             raise Refusal(f"the context of {n_ctx} tokens has room for {room} new ones, not {new}", code=TOO_LONG)
-        numbers: dict[str, Any] = {name: self.number(name, *rule) for name, rule in NUMBERS.items()}
-        try:
-            return Sampling(**numbers, max_new_tokens=new, logprobs=logprobs, top_k=self.integer("top_k", 0, 10**9, 0),
-                            seed=self.integer("seed", -(1 << 63), (1 << 63) - 1, secrets.randbits(31)),
-                            word_filter=WordFilter(self.served.tokenizer, words) if words else None)
-        except ValueError as error:
-            raise Refusal(str(error)) from None
+        numbers: dict[str, Any] = {name: self.number(name) for name in NUMBERS}
+        return Sampling(**numbers, max_new_tokens=new, logprobs=logprobs,
+                        top_k=self.integer("top_k", 0, 10**9, self.usual.top_k),
+                        seed=self.integer("seed", -(1 << 63), (1 << 63) - 1, secrets.randbits(31)),
+                        word_filter=WordFilter(self.served.tokenizer, words) if words else None)
 
     def common(self, n: int = 1) -> dict[str, Any]:
         most = min(self.limits.max_candidates, self.limits.slots)

@@ -183,12 +183,30 @@ def test_original_answer_has_five_candidates_and_the_median_length(chat):
     assert chat.ask({"context": "good morning", "seed": 3})[1]["model_info"]["output"] == output
 
 
+def test_settings_not_given_are_those_of_the_terminal_chat_and_neutral_in_openais_api(chat, lm):
+    def read(client, body, path=""):
+        sampling = jobs.Reader(body | {"seed": 0, "max_tokens": 9}, client.handler.served).read(path).sampling
+        return {name: getattr(sampling, name) for name in usual}
+
+    usual = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.15}
+    neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    for client in (chat, lm):
+        assert read(client, {"context": "a"}) == read(client, {"context": "a", "top_k": None}) == usual
+        for name, value in neutral.items():  # each one by itself, be it neutral
+            assert read(client, {"context": "a", name: value}) == usual | {name: value}
+        assert read(client, {"prompt": "a"}, "v1/completions") == neutral
+    message = {"role": "user", "content": "a"}
+    assert read(chat, {"messages": [message], "top_k": 3}, "v1/chat/completions") == neutral | {"top_k": 3}
+    status, answer = chat.ask({"context": "good morning", "seed": 3})
+    assert chat.ask({"context": "good morning", "seed": 3} | usual)[1]["response"] == answer["response"]
+
+
 def test_greedy_answer_equals_the_engine_alone(chat, lm):
     tokenizer, new = chat.handler.served.tokenizer, 12
     context = tokenizer.encode("good morning")
     ids, types = [*context, tokenizer.sep_id], [0] * len(context) + [1]
     expected = alone(chat, ids, types, new)
-    settings = {"temperature": 0, "max_tokens": new}
+    settings = {"temperature": 0, "repetition_penalty": 1, "max_tokens": new}
     assert chat.ask({"context": "good morning", "n": 1} | settings)[1]["response"] == expected
     message = {"messages": [{"role": "user", "content": "good morning"}]} | settings
     assert chat.ask(message, "v1/chat/completions")[1]["choices"][0]["message"]["content"] == expected
