@@ -223,8 +223,7 @@ class Engine:
             self._copy(len(self.running) + 1, len(self.running), self._prefilling)
 
     def _copy(self, source: int, to: int, length: int) -> None:
-        for part in (self.cache.k, self.cache.v):
-            part[:, to, :, :length] = part[:, source, :, :length]
+        self.cache.kv[:, to, :, :, :length] = self.cache.kv[:, source, :, :, :length]
 
 
 def _accept(row: Live, drawn: Scored) -> Output:

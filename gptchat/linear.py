@@ -12,35 +12,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptchat.model import GPT2
+from gptchat.model import GPT2, gelu_tanh
 
 DTYPES = ("float32", "bfloat16", "int8")
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b, computed in `dtype`; x and y have the dtype of x. Where oneDNN is missing, it is F.linear."""
+    """y = x W^T + b of float32 rows, computed in `dtype`; with `gelu`, GPT-2's gelu of that, left in `dtype`. Where
+    oneDNN is missing, it is F.linear."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
         super().__init__()
-        self.dtype, self.weight = dtype, linear.weight.detach().to(dtype)  # (N, K)
+        self.dtype, self.weight, self.gelu = dtype, linear.weight.detach().to(dtype), gelu  # (N, K)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.packed = packs(dtype)
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.to(self.dtype)
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "").to(x.dtype)
-        return F.linear(rows, self.weight, self.bias).to(x.dtype)
+        x = x.to(self.dtype)
+        if not self.packed:
+            y = F.linear(x, self.weight, self.bias)
+            return gelu_tanh(y) if self.gelu else y.float()
+        if self.gelu:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "").float()
 
 
 class Int8Linear(nn.Module):
     """y = x W^T + b of float32 rows, W in 8 bits with a scale per output, x in 8 bits with a scale per row: what comes
     out of a row does not depend on its neighbours.
 
-    FBGEMM's kernel rounds x itself, x -> levels x + levels + 1, but with one scale for all rows, so they come divided by
-    their largest. `levels` is 127; 63 where the CPU lacks VNNI, whose predecessor saturates.
+    FBGEMM's kernel rounds x itself, to levels x + levels + 1, but with one scale for all rows; so each row comes
+    divided by its largest. `levels` is 127; 63 where the CPU lacks VNNI, whose predecessor saturates.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -51,7 +55,8 @@ class Int8Linear(nn.Module):
         levels = (weight / steps[:, None]).round().to(torch.int8)  # (N, K)
         with warnings.catch_warnings():  # a later torch may lack quantized tensors; ours is pinned
             warnings.simplefilter("ignore")
-            quantized = torch._make_per_channel_quantized_tensor(levels, steps.double(), torch.zeros(len(steps)).long(), 0)
+            zeros = torch.zeros(len(steps), dtype=torch.int64)
+            quantized = torch._make_per_channel_quantized_tensor(levels, steps.double(), zeros, 0)
         self.weight = torch.ops.quantized.linear_prepack(quantized, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
@@ -69,6 +74,18 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def pack(model: GPT2, dtype: str) -> None:
+    """Swap every nn.Linear for a fast layer, which takes over GPT-2's gelu where one follows and its kernel has it."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                gelu = dtype != "int8" and name == "c_fc" and parent.activation is gelu_tanh
+                fast = Int8Linear(child) if dtype == "int8" else PackedLinear(child, getattr(torch, dtype), gelu)
+                setattr(parent, name, fast)
+                if gelu:
+                    parent.activation = nn.Identity()
+
+
 @torch.no_grad()
 def prepare(model: GPT2, dtype: str = "float32") -> torch.dtype:
     """Make the model ready to generate where it stands, in place, and return the dtype of its activations, and so of a
@@ -84,11 +101,7 @@ def prepare(model: GPT2, dtype: str = "float32") -> torch.dtype:
     if dtype == "int8" and not (on_cpu and "fbgemm" in torch.backends.quantized.supported_engines):
         raise ValueError("dtype is 'int8', which needs an x86 CPU; wanted float32 or bfloat16")
     if on_cpu:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    packed = Int8Linear(child) if dtype == "int8" else PackedLinear(child, getattr(torch, dtype))
-                    setattr(parent, name, packed)
+        pack(model, dtype)
     activations = torch.float32 if on_cpu or dtype == "float32" else torch.bfloat16
     cast: dict[int, nn.Parameter] = {}  # by identity, so that what is tied stays tied
     for module in model.modules():

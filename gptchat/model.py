@@ -15,10 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_fast": gelu_tanh,
     "gelu": F.gelu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
@@ -50,13 +55,12 @@ class GPT2Config:
 
 
 class KVCache:
-    """Keys and values of `slots` sequences, `length` positions each: two tensors (layers, slots, H, length, D)."""
+    """Keys and values of `slots` sequences, `length` positions each: one tensor (layers, slots, 2, H, length, D)."""
 
     def __init__(self, config: GPT2Config, slots: int, length: int, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu"):
-        shape = (config.n_layer, slots, config.n_head, length, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (config.n_layer, slots, 2, config.n_head, length, config.n_embd // config.n_head)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     def view(self, first: int, start: Tensor, n_new: int, longest: int) -> "CacheView":
         """The slots first..first+n-1, whose next `n_new` tokens stand at `start` (n,) and after. Attention reaches over
@@ -68,8 +72,7 @@ class CacheView:
     """What one forward pass sees of a cache: where its tokens go, and which positions each of them may look at."""
 
     def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, longest: int):
-        rows = slice(first, first + len(start))
-        self.k, self.v, self.longest = cache.k[:, rows], cache.v[:, rows], longest
+        self.kv, self.new = cache.kv[:, first : first + len(start)], slice(longest - n_new, longest)
         self.position_ids = start[:, None] + torch.arange(n_new, device=start.device)  # (n, T)
         self.rows = torch.arange(len(start), device=start.device)[:, None]  # (n, 1)
         self.mask: Tensor | None = None  # (n, 1, T, longest); one row with one token sees all of it
@@ -77,11 +80,14 @@ class CacheView:
             seen = torch.arange(longest, device=start.device)
             self.mask = (seen <= self.position_ids[:, :, None])[:, None]
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (n, H, T, D); return all that there are: (n, H, longest, D)."""
-        self.k[layer][self.rows, :, self.position_ids] = k.transpose(1, 2)
-        self.v[layer][self.rows, :, self.position_ids] = v.transpose(1, 2)
-        return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
+    def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
+        """Store the new keys and values (n, T, 2, H, D); return all keys and all values: (n, H, longest, D) each."""
+        kv = self.kv[layer]
+        if len(self.rows) == 1:  # a plain copy, half as long
+            kv[:, :, :, self.new] = new.permute(0, 2, 3, 1, 4)
+        else:
+            kv[self.rows, :, :, self.position_ids] = new
+        return kv[:, :, :, : self.new.stop].unbind(1)
 
 
 def explicit(device: torch.device, dtype: torch.dtype, length: int) -> bool:
@@ -101,9 +107,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(self.layer, qkv[:, :, 1:])
         dropout = self.attn_pdrop if self.training else 0.0
         if cache is None and mask is not None and explicit(q.device, q.dtype, T):
             scores = (q * self.scale) @ k.transpose(-1, -2) + mask  # (B, H, T, T)
@@ -111,7 +118,8 @@ class Attention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale,
                                                is_causal=mask is None and cache is None)
-        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.dropout(y) if self.training else y
 
 
 class MLP(nn.Module):
@@ -124,7 +132,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        y = self.c_proj(self.activation(self.c_fc(x)))
+        return self.dropout(y) if self.training else y
 
 
 class Block(nn.Module):

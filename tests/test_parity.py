@@ -166,8 +166,7 @@ def test_logits_with_a_cache_in_any_split_equal_those_without(exact: Pair, chunk
 def dirty_cache(pair: Pair, slots: int) -> KVCache:
     """A cache that others have used before: what stands in it must not matter."""
     cache = KVCache(pair.ours.config, slots, 48, pair.dtype)
-    cache.k.normal_(0, 5)
-    cache.v.normal_(0, 5)
+    cache.kv.normal_(0, 5)
     return cache
 
 
