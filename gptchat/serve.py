@@ -1,8 +1,8 @@
 """Archive models and run TorchServe over them: `python -m gptchat.serve --model chatlm=out/chatlm/model`.
 
 TorchServe runs in a process group of its own, so that Ctrl-C and SIGTERM reach this launcher alone. It is fit to be
-PID 1 of a container: it has new requests refused (the handlers look for a file named `draining` in the run's folder,
-and keep one named `busy-NAME` there), gives live ones DRAIN_SECONDS, stops Java, and kills what is left of the group.
+PID 1 of a container: it has new requests refused (the handlers look for a file named `draining` in the run's folder),
+gives live ones DRAIN_SECONDS, stops Java, and kills what is left of the group.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,7 @@ class Server:
         home = Path(str(spec.origin)).parent
         self.args, self.names, self.died = args, names, False
         self.lines: deque[str] = deque(maxlen=40)
-        for stale in (*args.run.glob("busy-*"), args.run / "draining", args.run / "key_file.json"):
+        for stale in (args.run / "draining", args.run / "key_file.json"):
             stale.unlink(missing_ok=True)
         self.temporary = tempfile.mkdtemp(prefix="gptchat-")  # for sockets too, which a mounted RUN may not hold
         command = [
@@ -116,15 +117,33 @@ class Server:
             self.lines.append(line.rstrip())
             self.died |= "Backend worker process died" in line
 
-    def get(self, path: str, seconds: float = 5) -> bytes:
+    def get(self, url: str, seconds: float = 5) -> str:
         """GET from this server, with its key where keys are on. Raises OSError."""
-        host = "127.0.0.1" if self.args.host == "0.0.0.0" else self.args.host
-        request = urllib.request.Request(f"http://{host}:{self.args.port}{path}")
+        request = urllib.request.Request(url)
         if self.args.auth:
             keys = json.loads((self.args.run / "key_file.json").read_text())
             request.add_header("Authorization", f"Bearer {keys['inference']['key']}")
         with urllib.request.urlopen(request, timeout=seconds) as answer:
-            return answer.read()
+            return answer.read().decode()
+
+    def ask(self, name: str, seconds: float = 5) -> None:
+        """Something that a model answers at once. Raises OSError."""
+        host = "127.0.0.1" if self.args.host == "0.0.0.0" else self.args.host
+        self.get(f"http://{host}:{self.args.port}/predictions/{name}/1.0/v1/models", seconds)
+
+    @property
+    def live(self) -> bool:
+        """Whether requests are being answered, or the metrics do not tell."""
+        with contextlib.suppress(OSError):
+            metrics = self.get(f"http://127.0.0.1:{self.args.port + 2}/metrics", seconds=1)
+            return re.search(r"^gptchat_live_requests\{.*\} [1-9]", metrics, re.MULTILINE) is not None
+        return True
+
+    def reason(self) -> str:
+        """TorchServe's own last error."""
+        self.reader.join(timeout=1)
+        errors = [line for line in self.lines if re.search(r"(Error|Exception)\b", line)] or [*self.lines]
+        return (errors or ["no reason given"])[-1]
 
     def wait_until_ready(self) -> None:
         """Return when every model answers. Raises UserError with TorchServe's own last error when one cannot start."""
@@ -132,24 +151,25 @@ class Server:
         waiting = list(self.names)
         while waiting:
             if self.child.poll() is not None or self.died or time.monotonic() > deadline:
-                self.reader.join(timeout=1)
-                errors = [line for line in self.lines if re.search(r"(Error|Exception)\b", line)] or [*self.lines]
-                raise UserError(f"TorchServe cannot serve {waiting[0]}: {(errors or ['no reason given'])[-1]}")
+                raise UserError(f"TorchServe cannot serve {waiting[0]}: {self.reason()}")
             try:
-                self.get(f"/predictions/{waiting[0]}/1.0/v1/models")
+                self.ask(waiting[0])
                 waiting.pop(0)
             except (OSError, ValueError):
                 time.sleep(0.2)
 
     def drain(self) -> None:
         """Have new requests refused, and wait for the live ones, as long as DRAIN_SECONDS."""
-        (self.args.run / "draining").touch()
+        with contextlib.suppress(OSError):  # `make clean` has removed the folder
+            (self.args.run / "draining").touch()
         deadline = time.monotonic() + DRAIN_SECONDS
         for name in self.names:  # so that a handler learns that its only clients have left
             with contextlib.suppress(OSError):
-                self.get(f"/predictions/{name}/1.0/v1/models", seconds=1)
-        while any(self.args.run.glob("busy-*")) and self.child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
+                self.ask(name, seconds=1)
+        while self.child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)  # a change of the metrics may still be on its way
+            if not self.live:
+                return
 
     def stop(self) -> None:
         """TERM Java, then KILL what is left of its process group: nothing outlives this call."""
@@ -179,9 +199,22 @@ def arguments() -> argparse.Namespace:
     args.model = args.model or [f"{n}=out/{n}/model" for n in ("chatlm", "lm") if Path(f"out/{n}/model").is_dir()]
     if not args.model:
         raise UserError("found no model in out/chatlm or out/lm; `make lm chatlm` trains them")
+    if not args.archive_only:
+        check_ports(args.host, args.port)
     if wrong := [item for item in args.model if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*=.+", item)]:
         raise UserError(f"--model {wrong[0]}: wanted NAME=DIR")
     return args
+
+
+def check_ports(host: str, port: int) -> None:
+    """Raise UserError unless the API can listen there, and TorchServe's other four ports are free."""
+    for offset in range(5):
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1" if offset else host, port + offset))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"port {port + offset}: {error}; wanted another --port (or --host)") from None
 
 
 def banner(args: argparse.Namespace, names: list[str]) -> str:
@@ -205,7 +238,7 @@ def main() -> None:
         server.wait_until_ready()
         print(banner(args, server.names), flush=True)
         server.child.wait()
-        raise UserError(f"TorchServe ended by itself with status {server.child.returncode}")
+        raise UserError(f"TorchServe ended by itself with status {server.child.returncode}: {server.reason()}")
     except KeyboardInterrupt:  # a second one cuts the draining short
         print("stopping: live requests have 10 s", flush=True)
         server.drain()

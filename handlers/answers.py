@@ -78,12 +78,11 @@ class Answer:
     def drain(self) -> str:
         """What is to be sent now, "" for nothing; the first time it settles status and content type."""
         first, self.seen = not self.seen, True
+        streams = self.job and self.job.stream and not (first and self.error)
         if first:
             self.status = self.error.status if self.error else 200
-            self.content_type = self.page[0] if self.page else EVENTS if self.job and self.job.stream else JSON
-        if first and self.error:
-            self.content_type = JSON
-        elif self.job and self.job.stream:
+            self.content_type = self.page[0] if self.page else EVENTS if streams else JSON
+        if streams:
             return "".join(f"data: {json.dumps(event)}\n\n" for event in self.events()) + "data: [DONE]\n\n" * self.done
         if self.page or not self.done:
             return self.page[1] if self.page else ""

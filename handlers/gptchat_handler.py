@@ -21,8 +21,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from gptchat import pretrained
 from gptchat.engine import Engine, Output, Request, generate
 from gptchat.world import keep_freed_memory
-from handlers import answers
-from handlers.answers import JSON, Answer
+from handlers.answers import JSON, Answer, models
 from handlers.jobs import Reader, Refusal, Served
 from handlers.loop import DecodeLoop
 
@@ -37,11 +36,11 @@ class GptchatHandler:
         folder, settings = Path(context.system_properties["model_dir"]), context.model_yaml_config["gptchat"]
         self.served, engine = load(folder / "model", context.model_name, SimpleNamespace(**settings))
         self.page = (folder / "handlers" / "page.html").read_text(encoding="utf-8")
-        run = Path(os.environ.get("GPTCHAT_RUN", folder))  # where the launcher and we leave signs for each other
-        self.draining, self.busy = run / "draining", run / f"busy-{context.model_name}"
+        self.draining = Path(os.environ.get("GPTCHAT_RUN", folder)) / "draining"  # the launcher's sign
         self.metrics, self.loop = context.metrics, DecodeLoop(engine)
         self.live: dict[str, Answer] = {}
         self.owners: dict[int, tuple[str, int]] = {}  # the engine's requests: of which of ours, and which prompt there
+        self.told: tuple[int, ...] = ()
         self.loop.start()
         quiet_logging()
         self.gauge()
@@ -66,7 +65,9 @@ class GptchatHandler:
             for answer in self.live.values():
                 answer.error = answer.error or Refusal("the decoder failed and is restarted: try again", 500)
             threading.Timer(0.5, os._exit, (1,)).start()  # once everyone has been answered; TorchServe restarts us
-        return [self.send(i, id, context) for i, id in enumerate(ids)]
+        chunks = [self.send(i, id, context) for i, id in enumerate(ids)]
+        self.gauge()
+        return chunks
 
     def guarded(self, id: str, action: Callable[..., None], *arguments: Any) -> None:
         """Do something for a request; what goes wrong is its own error alone."""
@@ -90,8 +91,8 @@ class GptchatHandler:
             raise Refusal(f"the content type is {kind[:60]}, wanted {JSON}", 415)
         elif self.draining.exists() or self.loop.failure:
             raise Refusal("the server is stopping or restarting", 503)
-        elif len(self.live) > self.served.limits.max_requests:
-            raise Refusal(f"the queue is full: {len(self.live) - 1} requests are being answered; try later", 503)
+        elif len(self.live) > (most := self.served.limits.max_requests):
+            raise Refusal(f"the queue is full: {most} requests (max_requests) are being answered; try later", 503)
         else:
             answer.begin(Reader(body, self.served).read(path))
 
@@ -102,12 +103,11 @@ class GptchatHandler:
                 number = engine.submit(Request(ids, types, job.sampling, job.n, stop_ids, scores))
                 self.owners[number] = answer.id, place
                 self.loop.hurried |= {number} if job.stream else set()
-            self.gauge()
 
     def get(self, path: str) -> tuple[str, str]:
         """Content type and text of what has no body to ask for it."""
         if path.startswith("v1/models"):
-            return JSON, json.dumps(answers.models(self.served, path))
+            return JSON, json.dumps(models(self.served, path))
         if path or self.served.task != "chatlm":
             raise Refusal('the body is empty; wanted JSON such as {"context": "some text"}', 404 if path else 400)
         return "text/html; charset=utf-8", self.page
@@ -146,7 +146,6 @@ class GptchatHandler:
             longest = max(choice.tokens for choice in answer.choices)
             self.metric("first_token_seconds", first_seconds, kind=MetricTypes.HISTOGRAM)
             self.metric("token_seconds", (now - first) / longest, kind=MetricTypes.HISTOGRAM)
-        self.gauge()
         log.info("%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s", id, self.served.name, kind, result,
                  usage["prompt_tokens"], new, first_seconds, now - answer.began)
 
@@ -154,10 +153,11 @@ class GptchatHandler:
         self.metrics.get_metric(f"gptchat_{name}", kind).add_or_update(value, [self.served.name, *labels])
 
     def gauge(self) -> None:
-        engine = self.loop.engine
-        self.busy.touch() if self.live else self.busy.unlink(missing_ok=True)
-        for name, value in (("live_requests", len(self.live)), ("live_slots", engine.live), ("queued", engine.queued)):
-            self.metric(name, value, kind=MetricTypes.GAUGE)
+        """Tell how much there is to do, where that has changed."""
+        if self.told != (now := (len(self.live), *self.loop.load)):
+            self.told = now
+            for name, value in zip(("live_requests", "live_slots", "queued"), now, strict=True):
+                self.metric(name, value, kind=MetricTypes.GAUGE)
 
 
 def load(directory: Path, name: str, limits: Any) -> tuple[Served, Engine]:

@@ -127,8 +127,8 @@ class Reader:
         return self.take(name, lambda x: type(x) is bool, "true or false", False)
 
     def texts(self, name: str, most: int) -> tuple[str, ...]:
-        wanted = f"a string of 1 to {LONGEST_WORD} characters, or up to {most} in a list"
-        value = self.take(name, lambda x: is_word(x) or is_list(x, most, is_word) or x == [], wanted, ())
+        value = self.take(name, lambda x: is_word(x) or is_list(x, most, is_word) or x == [],
+                          f"a string of 1 to {LONGEST_WORD} characters, or up to {most} in a list", ())
         return (value,) if isinstance(value, str) else tuple(value)
 
     def sampling(self, room: int, default: int, logprobs: int | None = None) -> Sampling:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from gptchat.engine import Engine, Output
 
-AHEAD = 4  # steps decoded while nobody collects: without a bound the thread would decode for clients that have left
+# Steps decoded while nobody collects: without a bound the thread would decode for clients that have left. If they were
+# the only ones, TorchServe calls the handler no more, until someone asks: their slots wait for that, idle.
+AHEAD = 4
 
 
 class DecodeLoop(threading.Thread):
@@ -20,7 +22,7 @@ class DecodeLoop(threading.Thread):
         self.outputs: list[Output] = []
         self.hurried: set[int] = set()  # requests whose every token is worth a round to the client, not the last only
         self.stepping = self.wanted = self.collecting = self.urgent = False
-        self.ahead = 0
+        self.ahead, self.load = 0, (0, 0)  # and slots in use and requests in the queue, between two steps
 
     @contextmanager
     def at_rest(self) -> Iterator[Engine]:
@@ -31,7 +33,7 @@ class DecodeLoop(threading.Thread):
             try:
                 yield self.engine
             finally:
-                self.wanted = False
+                self.wanted, self.load = False, (self.engine.live, self.engine.queued)
                 self.changed.notify_all()
 
     def collect(self, patience: float) -> list[Output]:
@@ -57,6 +59,7 @@ class DecodeLoop(threading.Thread):
                 with self.changed:
                     self.stepping, self.ahead = False, self.ahead + 1
                     self.outputs += outputs
+                    self.load = self.engine.live, self.engine.queued
                     self.urgent |= any(o.finish_reason or o.request_id in self.hurried for o in outputs)
                     self.changed.notify_all()
         except BaseException as error:

@@ -20,6 +20,7 @@ from handlers.jobs import Refusal
 
 torch.set_num_threads(1)
 LIMITS = yaml.safe_load((ROOT / "configs/serve/model-config.yaml").read_text())["gptchat"]
+LONG = {"temperature": 0, "repetition_penalty": 1}  # with these the model of the tests never ends by itself
 
 
 class Metrics:
@@ -299,7 +300,7 @@ def test_leaver_is_dropped_and_its_slot_is_free_by_the_second_step(chat, monkeyp
         cancel(request_id, candidate)
 
     for id in ("leaver", "stayer"):
-        chat.send(id, {"context": "hello", "stream": True, "max_tokens": 100, "temperature": 2})
+        chat.send(id, {"context": "hello", "stream": True, "max_tokens": 100} | LONG)
     for _ in range(3):
         chat.round()
     number = next(number for number, (owner, _) in chat.handler.owners.items() if owner == "leaver")
@@ -312,7 +313,7 @@ def test_leaver_is_dropped_and_its_slot_is_free_by_the_second_step(chat, monkeyp
 
 
 def test_thread_waits_for_its_clients(chat):
-    chat.send("slow", {"context": "hello", "stream": True, "max_tokens": 128, "temperature": 2})
+    chat.send("slow", {"context": "hello", "stream": True, "max_tokens": 128} | LONG)
     chat.round()
     time.sleep(0.3)
     row = chat.handler.loop.engine.running[0]
@@ -338,8 +339,8 @@ def test_dead_decode_thread_answers_everyone_and_ends_the_process(tmp_path, monk
     ended = []
     monkeypatch.setattr("handlers.gptchat_handler.os._exit", ended.append)
     client = Client(tmp_path, "chatlm")
-    client.send("stream", {"context": "hello", "stream": True, "max_tokens": 100})
-    client.send("whole", {"context": "hello", "max_tokens": 100})
+    client.send("stream", {"context": "hello", "stream": True, "max_tokens": 100} | LONG)
+    client.send("whole", {"context": "hello", "max_tokens": 100} | LONG)
     client.round()
     monkeypatch.setattr(client.handler.loop.engine, "step", lambda: 1 / 0)
     client.finish("stream", "whole", seconds=5)
@@ -353,7 +354,7 @@ def test_dead_decode_thread_answers_everyone_and_ends_the_process(tmp_path, monk
 
 
 def test_bug_in_one_answer_disturbs_no_other(chat, monkeypatch):
-    chat.send("bad", {"context": "hello", "stream": True, "max_tokens": 50})
+    chat.send("bad", {"context": "hello", "stream": True, "max_tokens": 50} | LONG)
     chat.send("good", {"context": "hello", "temperature": 0, "max_tokens": 50, "n": 1})
     chat.round()
     monkeypatch.setattr(chat.handler.live["bad"], "take", lambda *_: 1 / 0)

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -364,6 +366,36 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
     assert server.process.returncode == 0 and not psutil.wait_procs(family, 0)[1]
     assert not (server.run / "key_file.json").exists() and not list((tmp_path / "tmp").glob("gptchat-*"))
     print(f"gone after {seconds:.1f} s")
+
+
+def test_sole_client_that_left_costs_no_more_steps_and_delays_no_stop(tmp_path):
+    model = tiny_model(tmp_path / "lm", "lm", n_embd=256, n_layer=6, n_positions=1024)
+    server = Server(tmp_path / "run", {"lm": model}).wait_until_ready()
+    settings = {"stream": True, "max_new_tokens": 1000, "temperature": 0, "repetition_penalty": 1}
+    connection, response = server.open("lm", {"context": "good morning"} | settings)
+    response.read1(10)
+    response.close()
+    connection.close()
+    used = []
+
+    def at_rest():  # nobody asks anything meanwhile
+        used.append(sum(sum(worker.cpu_times()[:2]) for worker in server.workers()))
+        time.sleep(0.2)
+        return len(used) > 3 and used[-1] - used[-3] < 0.05
+
+    eventually(at_rest, 60)
+    server.stop(signal.SIGTERM, 15)
+    found = re.search(r"lm original left: \d+ \+ (\d+) tokens", server.log.read_text())  # told before the stop
+    assert found and int(found[1]) < 500, server.log.read_text()
+
+
+def test_taken_port_is_one_line(server, models, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "gptchat.serve", "--model", f"lm={models['lm']}", "--port", str(server.port - 1)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: port {server.port}: ") and "--port" in done.stderr
 
 
 def test_launcher_ends_with_the_reason_when_a_model_cannot_start(models, tmp_path):
