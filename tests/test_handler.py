@@ -331,6 +331,7 @@ def test_full_queue_is_a_503(tmp_path):
         client.send(f"r{i}", {"context": "hello", "max_tokens": 5, "n": 1})
     client.finish()
     assert sorted(client.got[f"r{i}"].status for i in range(5)) == [200, 200, 200, 503, 503]
+    assert "3 requests (max_requests)" in client.got["r4"].text
     (tmp_path / "draining").touch()
     assert client.ask({"context": "a"})[0] == 503
 
