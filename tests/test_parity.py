@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from gptchat import pretrained
 from gptchat.config import TrainConfig
-from gptchat.model import GPT2, KVCache
+from gptchat.model import GPT2, CrossEntropy, KVCache
 from gptchat.optim import make_optimizers
 from tests.hf_models import close, random_gpt2, write
 
@@ -214,3 +214,20 @@ def test_greedy_ids_equal_those_of_generate(exact: Pair) -> None:
         stopped += wanted[-1] == stop
         seen |= {*wanted[12:]}
     assert 0 < stopped < 8 and len(seen) > 4  # else the comparison says little
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [0, 1, 100])
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_our_cross_entropy_and_its_gradient_are_f_cross_entropys(dtype: torch.dtype, n: int, spread: float) -> None:
+    torch.manual_seed(0)
+    logits, targets = (torch.randn(n, 311) * spread).to(dtype), torch.randint(311, (n,))
+    targets[::3] = -100
+    least = torch.promote_types(dtype, torch.float32)
+    found, wanted = (logits.clone().requires_grad_() for _ in range(2))
+    loss = CrossEntropy.apply(found.clone(), targets)
+    (loss * 0.3).backward()
+    exact = F.cross_entropy(wanted.to(least), targets, reduction="sum")
+    (exact * 0.3).backward()
+    assert loss.dtype == least and torch.allclose(loss, exact, rtol=1e-6)
+    assert torch.allclose(found.grad, wanted.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
