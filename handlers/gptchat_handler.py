@@ -69,12 +69,12 @@ class GptchatHandler:
         self.gauge()
         return chunks
 
-    def guarded(self, id: str, action: Callable[..., None], *arguments: Any) -> None:
+    def guarded(self, id: str, action: Callable[..., Any], *arguments: Any) -> Any:
         """Do something for a request; what goes wrong is its own error alone."""
         if not (answer := self.live.get(id)):
-            return
+            return None
         try:
-            action(answer, *arguments)
+            return action(answer, *arguments)
         except Refusal as refusal:
             answer.error = refusal
         except Exception:
@@ -120,7 +120,8 @@ class GptchatHandler:
     def send(self, i: int, id: str, context: Any) -> str:
         """A request's next chunk, and in `context` what goes with it."""
         answer = self.live[id]
-        first, done, text = not answer.seen, answer.done, answer.drain()
+        first, text = not answer.seen, self.guarded(id, Answer.drain)
+        text, done = answer.drain() if text is None else text, answer.done  # an error can always be told
         context.set_response_status(answer.status, "", i)
         context.set_response_content_type(i, answer.content_type)
         context.stopping_criteria = [*(context.stopping_criteria or [])[:i], lambda _: None if first and done else done]

@@ -354,11 +354,12 @@ def test_dead_decode_thread_answers_everyone_and_ends_the_process(tmp_path, monk
     assert ended[0] == 1
 
 
-def test_bug_in_one_answer_disturbs_no_other(chat, monkeypatch):
+@pytest.mark.parametrize("step", ["take", "whole"])
+def test_bug_in_one_answer_disturbs_no_other(chat, monkeypatch, step):
     chat.send("bad", {"context": "hello", "stream": True, "max_tokens": 50} | LONG)
     chat.send("good", {"context": "hello", "temperature": 0, "max_tokens": 50, "n": 1})
     chat.round()
-    monkeypatch.setattr(chat.handler.live["bad"], "take", lambda *_: 1 / 0)
+    monkeypatch.setattr(chat.handler.live["bad"], step, lambda *_: 1 / 0)
     chat.finish("bad", "good")
     assert "internal error" in chat.got["bad"].text and json.loads(chat.got["good"].text)["response"]
 
