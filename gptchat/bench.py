@@ -15,6 +15,8 @@ import math
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptchat import pretrained, shards
+from gptchat import pretrained
 from gptchat.config import TrainConfig, UserError, cli, expand, load
 from gptchat.engine import Engine, Request, generate
 from gptchat.linear import DTYPES
@@ -260,14 +262,17 @@ def train(args: argparse.Namespace, report: Report) -> None:
 
 
 def tokenizer(args: argparse.Namespace, report: Report) -> None:
-    """The training text of a config into shards, files written and all; `tokenizers` only encodes what is in memory."""
+    """The training text of a config into shards, by the command, its start and files written and all; `tokenizers` only
+    encodes what is in memory."""
     with tempfile.TemporaryDirectory() as folder:
-        config = load(args.config or "configs/lm.toml", [f"data.shards={folder}", "data.valid=[]", "data.test=[]"])
+        path, changes = args.config or "configs/lm.toml", [f"data.shards={folder}", "data.valid=[]", "data.test=[]"]
+        config, command = load(path, changes), [sys.executable, "-m", "gptchat.shards", "--config", path, *changes]
         text = "".join(path.read_text(encoding="utf-8") for path in expand(config.data.train, "data.train"))
         blocks, backend = text.split("\n\n"), for_config(config).backend
         report.race("encode", "MB/s", {
             "tokenizers": lambda: timed(lambda: backend.encode_batch_fast(blocks)),
-            "gptchat.shards": lambda: timed(lambda: shards.write(config))}, args.rounds, len(text.encode()) / 1e6)
+            "gptchat.shards": lambda: timed(lambda: subprocess.run(command, check=True, capture_output=True))},
+            args.rounds, len(text.encode()) / 1e6)
 
 
 def stream(url: str, prompt: list[int], n: int) -> tuple[float, int]:
