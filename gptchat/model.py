@@ -80,8 +80,9 @@ class CacheView:
         self.rows = torch.arange(len(start), device=start.device)[:, None]  # (n, 1)
         self.mask: Tensor | None = None  # (n, 1, T, longest); one row with one token sees all of it
         if len(start) > 1 or n_new > 1:
-            seen = torch.arange(longest, device=start.device)
-            self.mask = (seen <= self.position_ids[:, :, None])[:, None]
+            unseen = torch.arange(longest, device=start.device) > self.position_ids[:, :, None]
+            self.mask = torch.zeros(unseen.shape, dtype=cache.kv.dtype, device=start.device)
+            self.mask = self.mask.masked_fill_(unseen, -torch.inf)[:, None]
 
     def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
         """Store the new keys and values (n, T, 2, H, D); return all keys and all values: (n, H, longest, D) each."""
@@ -98,9 +99,9 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def explicit(device: torch.device, dtype: torch.dtype, length: int) -> bool:
-    """Whether attention is written out: in bfloat16 on a CPU, where that takes a third of SDPA's time at rows of 256.
-    Longer rows, whose scores would take much memory, have SDPA."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and 1 < length <= 512
+    """Whether masked attention is written out, on a CPU: for bfloat16 rows of 256 that takes a third of SDPA's time
+    (longer rows' scores would take much memory), for single queries of many sequences three quarters."""
+    return device.type == "cpu" and (length == 1 or dtype == torch.bfloat16 and length <= 512)
 
 
 class Attention(nn.Module):
@@ -119,9 +120,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, qkv[:, :, 1:])
         dropout = self.attn_pdrop if self.training else 0.0
-        if cache is None and mask is not None and explicit(q.device, q.dtype, T):
-            scores = (q * self.scale) @ k.transpose(-1, -2) + mask  # (B, H, T, T)
-            y = F.dropout(torch.softmax(scores, -1), dropout) @ v  # (B, H, T, D)
+        if mask is not None and explicit(q.device, q.dtype, T):
+            scores = (k @ (q * self.scale).mT).mT if T == 1 else (q * self.scale) @ k.mT  # (B, H, T, all)
+            y = F.dropout(torch.softmax(scores + mask, -1), dropout) @ v  # (B, H, T, D)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale,
                                                is_causal=mask is None and cache is None)
