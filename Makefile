@@ -40,7 +40,7 @@ $(CORPORA): | $(VENV)/.base
 	$(RUN) gptchat.corpora
 
 tokenizer: out/tokenizer/tokenizer.json  ## the vocabulary, in out/tokenizer/
-out/tokenizer/tokenizer.json: configs/lm.toml $(CORPORA)
+out/tokenizer/tokenizer.json: $(CORPORA)  # another vocabulary: make clean, or remove out/tokenizer
 	$(RUN) gptchat.tokenizer --config configs/lm.toml
 
 lm: out/lm/test.txt  ## pre-train the LM, in out/lm/; goes on where it was stopped
@@ -78,7 +78,7 @@ serve: | $(VENV)/.serve  ## archive what was trained and serve it over HTTP; Ctr
 tensorboard: | $(VENV)/.base  ## losses, rates and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir out --host $(HOST)
 
-bench: | $(VENV)/.test  ## ours beside transformers, about five minutes
+bench: out/tokenizer/tokenizer.json | $(VENV)/.test  ## ours beside transformers, about five minutes
 	$(RUN) gptchat.bench decode $(ARGS)
 	$(RUN) gptchat.bench train $(ARGS)
 	$(RUN) gptchat.bench tokenizer $(ARGS)

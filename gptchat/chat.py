@@ -70,11 +70,12 @@ class Talk:
     """A loaded model and its engine, which answer dialogues of texts; a turn is (speaker, text)."""
 
     def __init__(self, directory: str | Path, slots: int, dtype: str):
-        self.model, self.tokenizer, self.task = pretrained.load(directory)
+        model, self.tokenizer, self.task = pretrained.load(directory)
+        self.size = sum(parameter.numel() for parameter in model.parameters())
         if self.task == "chatlm":
             self.tokenizer.require_specials()
-        never = pretrained.never_generated(self.model.config, self.tokenizer, self.task)
-        self.engine = Engine(self.model, slots, dtype=dtype, suppress=never)
+        never = pretrained.never_generated(model.config, self.tokenizer, self.task)
+        self.engine = Engine(model, slots, dtype=dtype, suppress=never)
 
     def sampling(self, settings: argparse.Namespace) -> Sampling:
         """Raises UserError for a setting out of its range."""
@@ -114,10 +115,8 @@ class Talk:
                         self.engine.cancel(*key)
                         del running[key]
                     texts[index][output.candidate] += piece
-                    if requests[index].n == 1:
-                        yield index, piece, not left[index]
-                    elif not left[index]:
-                        yield index, sorted(texts[index], key=len)[requests[index].n // 2], True
+                    whole = "" if left[index] else sorted(texts[index], key=len)[requests[index].n // 2]
+                    yield index, piece if requests[index].n == 1 else whole, not left[index]
         finally:
             for key in running:
                 self.engine.cancel(*key)
@@ -216,11 +215,11 @@ def chat(talk: Talk, settings: argparse.Namespace, directory: str, colour: bool)
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not sys.stdin.isatty():
         return Conversation(talk, settings, colour=False).run()
-    history, size = Path(directory).resolve().parent / "chat_history", sum(p.numel() for p in talk.model.parameters())
+    history = Path(directory).resolve().parent / "chat_history"
     with suppress(OSError):
         readline.read_history_file(history)
     readline.set_history_length(1000)
-    print(f"{directory}: {talk.task}, {size:,} parameters. /help lists the commands.")
+    print(f"{directory}: {talk.task}, {talk.size:,} parameters. /help lists the commands.")
     try:
         Conversation(talk, settings, colour).run()
     finally:

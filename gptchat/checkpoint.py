@@ -77,10 +77,12 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def lock(folder: Path) -> IO[str]:
     """Hold `folder` for this process until it ends, however it ends. Raises UserError while another one holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder}: another run is training here; wait for it, or name another run folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; wanted a folder for the run that can be written") from None
     return file

@@ -6,6 +6,7 @@ the file and the key; nothing is silently replaced by a default. On the command 
 
 import dataclasses
 import glob
+import math
 import os
 import sys
 import time
@@ -106,7 +107,6 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    source = path
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -118,13 +118,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
             if not isinstance(table, dict):
                 raise UserError(f"{override!r}: {section} is a value, not a section")
         table[name] = _parse_value(text)
-        source = f"{path} with {override}"
+    source = " ".join([path, *["with"][: len(overrides)], *overrides])
     config = build(Config, values, source)
     if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
-    if config.model.n_embd % max(1, config.model.n_head):
-        raise UserError(f"{source}: [model] n_embd {config.model.n_embd} is no multiple of n_head")
-    if not config.init_from and min(config.model.n_layer, config.model.n_ctx) < 1:
+    size = config.model
+    if size.n_embd % max(1, size.n_head):
+        raise UserError(f"{source}: [model] n_embd {size.n_embd} is no multiple of n_head")
+    if not config.init_from and min(size.n_layer, size.n_head, size.n_embd, size.n_ctx) < 1:
         raise UserError(f"{source}: [model] wants n_layer, n_head, n_embd and n_ctx, or init_from a model directory")
     return config
 
@@ -162,7 +163,7 @@ def _checked(hint: Any, rules: Any, value: Any, source: str, where: str, key: st
         return tuple(items)
     if hint is float and type(value) is int:
         value = float(value)
-    if type(value) is not hint:
+    if type(value) is not hint or hint is float and not math.isfinite(value):
         raise UserError(f"{where}: found {value!r}; wanted a value of type {hint.__name__}")
     for rule, allowed, wanted in (
         ("choices", lambda limit: value in limit, "one of"),
@@ -179,7 +180,7 @@ def expand(patterns: Iterable[str], what: str) -> list[Path]:
     """The files that the glob patterns name, in order. Raises UserError for a pattern that matches none."""
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True))
+        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
         if not found:
             raise UserError(f"{pattern}: no such file, named by {what}; `make corpora` writes the default ones")
         paths += [Path(name) for name in found]

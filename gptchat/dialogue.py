@@ -86,13 +86,6 @@ def encode_prompt(turns: Sequence[Turn], beginning: Sequence[int], cls_id: int, 
     return ids[1:].tolist(), types[1:].tolist()
 
 
-def speaker_of(role: str) -> int:
-    """The speaker of an OpenAI role. Raises UserError for an unknown one."""
-    if role not in SPEAKERS:
-        raise UserError(f"role: found {role!r}; wanted one of {', '.join(SPEAKERS)}")
-    return SPEAKERS[role]
-
-
 def escape(text: str) -> str:
     """A turn as it is written in a TSV column."""
     return re.sub(r"[\t\n\r\\]", lambda match: _WRITTEN[match[0]], text)

@@ -100,11 +100,9 @@ def answers(model: GPT2, tokenizer: Tokenizer, task: str, dialogues: Iterable[Se
     n_ctx = model.config.n_positions
     cut = [[(speaker, ids[1 - n_ctx // 2:]) for speaker, ids in turns] for turns in dialogues]  # as training cuts them
     requests = [make_request(tokenizer, task, turns, n_ctx, replace(CHAT, seed=i)) for i, turns in enumerate(cut)]
-    training, never = model.training, pretrained.never_generated(model.config, tokenizer, task)
+    never = pretrained.never_generated(model.config, tokenizer, task)
     engine = Engine(model, max(1, min(16, len(requests))), suppress=never)
-    texts = [tokenizer.decode(candidates[0].ids) for candidates in generate(engine, requests)]
-    model.train(training)
-    return texts
+    return [tokenizer.decode(candidates[0].ids) for candidates in generate(engine, requests)]
 
 
 def distinct(texts: Iterable[Sequence], n: int) -> float:
@@ -146,6 +144,8 @@ def prepare(args: argparse.Namespace) -> tuple[GPT2, Config, list[Path]]:
         raise UserError("wanted --config FILE, or --model DIR and --text FILE without section.key=value")
     config = load(args.config, args.overrides) if args.config else Config()
     patterns = [glob.escape(name) for name in args.text or []] or getattr(config.data, args.split)
+    if not patterns:
+        raise UserError(f"[data] {args.split}: found no files named; wanted some, or --text FILE")
     files = expand(patterns, "--text" if args.text else f"[data] {args.split}")
     directory = args.model or f"{config.run}/model"
     model, tokenizer, task = pretrained.load(directory, "cuda" if torch.cuda.is_available() else "cpu")

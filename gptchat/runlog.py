@@ -56,7 +56,8 @@ class RunLog:
         self.writes = world.rank == 0
         if self.writes:
             self.file = open(folder / "log.jsonl", "ab")
-            self.file.truncate(log_bytes)
+            self.file.truncate(min(log_bytes, self.file.tell()))  # no longer than it is, if someone cut it
+            self.file.seek(0, 2)
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
             self.progress = Progress(total, task, "step", initial=step)
         self.peak = matmul_peak(world.device, dtype) * world.size

@@ -88,7 +88,7 @@ class Server:
 
     def __init__(self, args: argparse.Namespace, names: list[str], properties: Path):
         if not (spec := util.find_spec("ts")):
-            raise UserError("found no package torchserve; wanted: pip install 'gptchat[serve]'")
+            raise UserError("found no package torchserve; wanted: make serve, or pip install -e '.[serve]'")
         home = Path(str(spec.origin)).parent
         self.args, self.names, self.died = args, names, False
         self.lines: deque[str] = deque(maxlen=40)
@@ -196,7 +196,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--archive-only", action="store_true")
     args = parser.parse_args()
     args.run, args.configs = args.run.resolve(), args.configs.resolve()
-    args.model = args.model or [f"{n}=out/{n}/model" for n in ("chatlm", "lm") if Path(f"out/{n}/model").is_dir()]
+    trained = [name for name in ("chatlm", "lm") if Path(f"out/{name}/model/model.safetensors").is_file()]
+    args.model = args.model or [f"{name}=out/{name}/model" for name in trained]
     if not args.model:
         raise UserError("found no model in out/chatlm or out/lm; `make lm chatlm` trains them")
     if not args.archive_only:
@@ -240,7 +241,7 @@ def main() -> None:
         server.child.wait()
         raise UserError(f"TorchServe ended by itself with status {server.child.returncode}: {server.reason()}")
     except KeyboardInterrupt:  # a second one cuts the draining short
-        print("stopping: live requests have 10 s", flush=True)
+        print(f"stopping: live requests have {DRAIN_SECONDS:.0f} s", flush=True)
         server.drain()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -345,6 +345,8 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     """The shards of a split. Raises UserError, naming the file, if they are missing, incomplete or made from something
     else: another tokenizer or format, other source files or changed ones (where those are still there)."""
     path, patterns = config.shards_dir / "meta.json", getattr(config.data, split)
+    if not patterns:
+        raise UserError(f"[data] {split}: found no files named; wanted some")
     try:
         meta = json.loads(path.read_text())
         different = {key: wanted for key, wanted in header(config, tokenizer).items() if meta.get(key) != wanted}
@@ -353,7 +355,8 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
         raise UserError(f"{path}: found no readable meta.json ({error}); {AGAIN}") from None
     for key, wanted in different.items():
         raise UserError(f"{path}: found shards of {key} {meta.get(key)!r}; wanted {wanted!r}; {AGAIN}")
-    now = {name: os.path.getsize(name) for pattern in patterns for name in glob(pattern, recursive=True)}
+    now = {str(Path(name)): os.path.getsize(name) for pattern in patterns for name in glob(pattern, recursive=True)
+           if os.path.isfile(name)}
     if not sources or (now and now != sources):
         raise UserError(f"{path}: found shards of other or changed files for {split}, {', '.join(patterns)}; {AGAIN}")
     return Shards(config.shards_dir, split, meta)

@@ -47,6 +47,9 @@ class Run:
         self.config, self.world, self.folder = config, world, Path(config.run)
         self.lock = checkpoint.lock(self.folder) if world.rank == 0 else None
         self.checkpoint_path, self.model_dir = self.folder / "checkpoint.safetensors", self.folder / "model"
+        if config.train.accumulation < world.size:
+            raise UserError(f"train.accumulation: found {config.train.accumulation}; wanted at least {world.size}, a "
+                            "micro-batch for each process")
         self.model, self.tokenizer = start_model(config)
         self.batches, self.valid = self.make_batches("train"), self.make_batches("valid")
         self.total = config.train.num_steps or math.ceil(
@@ -54,7 +57,8 @@ class Run:
         self.model.to(world.device)
         self.optimizers = make_optimizers(self.model, config.train)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
-        text = {"tokenizer": self.tokenizer.hash, "train_tokens": self.batches.shards.n_tokens}
+        text = {"tokenizer": self.tokenizer.hash, "train_tokens": self.batches.shards.n_tokens,
+                "init": self.model.ln_f.weight[:4].tolist() if config.init_from else []}  # any training changes these
         self.resolved = json.loads(json.dumps(dataclasses.asdict(config) | {"text": text}))
         self.progressed = checkpoint.Progressed()
         if self.checkpoint_path.exists():
@@ -217,7 +221,6 @@ def has_compiler() -> bool:
     if not found:
         print("train.compile: no C++ compiler found (g++ or clang++); training eagerly", file=sys.stderr)
     return bool(found)
-
 
 
 def train(config: Config) -> Run:

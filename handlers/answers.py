@@ -131,7 +131,7 @@ class Answer:
         tops = [(*scored.top, (scored.token, scored.logprob)) for _, scored in entries]  # the drawn one too
         return {"tokens": [self.name(scored.token) for _, scored in entries], "text_offset": [at for at, _ in entries],
                 "token_logprobs": [scored.logprob for _, scored in entries],
-                "top_logprobs": [top[-1][1] and {self.name(id): logprob for id, logprob in top} for top in tops]}
+                "top_logprobs": [None if top[-1][1] is None else {self.name(id): p for id, p in top} for top in tops]}
 
     def token(self, id: int, logprob: float | None) -> dict[str, Any]:
         return {"token": self.name(id), "logprob": logprob, "bytes": list(self.served.tokenizer.token_bytes[id])}

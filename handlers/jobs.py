@@ -42,8 +42,9 @@ class Served:
     stop_id: int
 
     @cached_property
-    def longest_token(self) -> int:
-        return max(map(len, self.tokenizer.token_bytes))
+    def longest_text(self) -> int:
+        """Characters; longer ones no tokens can make fit."""
+        return self.n_ctx * max(map(len, self.tokenizer.token_bytes))
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Reader:
     def integer(self, names: str, low: int, high: int, default: int | None = None) -> Any:
         return self.take(names, lambda x: type(x) is int and low <= x <= high, f"an integer, {low} to {high}", default)
 
-    def number(self, name: str) -> float:
+    def number(self, name: str) -> Any:  # a float
         (low, high), default = RANGES[name], getattr(self.usual, name)
         wanted = f"a number, {low} to {high}"
         return float(self.take(name, lambda x: type(x) in (int, float) and low <= x <= high, wanted, default))
@@ -138,8 +139,7 @@ class Reader:
         new = self.integer("max_tokens|max_new_tokens|max_completion_tokens", 0, most, min(default, room))
         if new > room:
             raise Refusal(f"the context of {n_ctx} tokens has room for {room} new ones, not {new}", code=TOO_LONG)
-        numbers: dict[str, Any] = {name: self.number(name) for name in NUMBERS}
-        return Sampling(**numbers, max_new_tokens=new, logprobs=logprobs,
+        return Sampling(**{name: self.number(name) for name in NUMBERS}, max_new_tokens=new, logprobs=logprobs,
                         top_k=self.integer("top_k", 0, 10**9, self.usual.top_k),
                         seed=self.integer("seed", -(1 << 63), (1 << 63) - 1, secrets.randbits(31)),
                         word_filter=WordFilter(self.served.tokenizer, words) if words else None)
@@ -155,7 +155,7 @@ class Reader:
         return self.common() | {"usage": options.get("include_usage") is True}
 
     def encode(self, text: str) -> list[int]:
-        if len(text) > self.served.n_ctx * self.served.longest_token:  # no tokens can make it fit
+        if len(text) > self.served.longest_text:
             raise Refusal(f"{len(text)} characters cannot fit into {self.served.n_ctx} tokens", code=TOO_LONG)
         return self.served.tokenizer.encode(text)
 
@@ -167,8 +167,9 @@ class Reader:
         begun, room = self.encode(beginning), self.served.n_ctx - min(sampling.max_new_tokens, half)
         encoded: list[tuple[int, list[int]]] = []
         for speaker, text in reversed(turns):
-            if sum(len(ids) for _, ids in encoded) <= room:
-                encoded.insert(0, (speaker, self.encode(text)))
+            if encoded and (sum(len(ids) for _, ids in encoded) > room or len(text) > self.served.longest_text):
+                break
+            encoded.insert(0, (speaker, self.encode(text)))
         try:
             prompt = encode_prompt(encoded, begun, tokenizer.cls_id, tokenizer.sep_id, room)
         except UserError as error:

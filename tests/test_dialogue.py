@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptchat import dialogue
 from gptchat.config import UserError
 from gptchat.dialogue import IGNORE, encode_example, encode_prompt, escape, fit, read_rows, rows_to_turns, unescape
 
@@ -168,10 +167,3 @@ def test_a_bad_row_is_named_by_file_and_place(tmp_path, content: bytes, message:
 def test_speakers_alternate_backwards_from_the_response() -> None:
     assert rows_to_turns(["a", "b"]) == [(0, "a"), (1, "b")]
     assert rows_to_turns(["a", "b", "c"]) == [(1, "a"), (0, "b"), (1, "c")]
-
-
-def test_openai_roles_give_the_speaker() -> None:
-    roles = {role: dialogue.speaker_of(role) for role in ("assistant", "user", "system", "developer")}
-    assert roles == {"assistant": 1, "user": 0, "system": 0, "developer": 0}
-    with pytest.raises(UserError, match="role: found 'tool'; wanted one of assistant"):
-        dialogue.speaker_of("tool")

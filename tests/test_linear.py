@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gptchat.config import UserError
 from gptchat.linear import Int8Linear, PackedLinear, prepare
 from gptchat.model import GPT2, GPT2Config, KVCache
 
@@ -89,5 +90,5 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ValueError, match="dtype is 'int4'; wanted float32, bfloat16, int8"):
+    with pytest.raises(UserError, match="dtype is 'int4'; wanted float32, bfloat16, int8"):
         prepare(GPT2(SMALL), "int4")
