@@ -47,9 +47,8 @@ class Run:
         self.config, self.world, self.folder = config, world, Path(config.run)
         self.lock = checkpoint.lock(self.folder) if world.rank == 0 else None
         self.checkpoint_path, self.model_dir = self.folder / "checkpoint.safetensors", self.folder / "model"
-        if config.train.accumulation < world.size:
-            raise UserError(f"train.accumulation: found {config.train.accumulation}; wanted at least {world.size}, a "
-                            "micro-batch for each process")
+        if world.rank == 0 and (n := config.train.accumulation) < world.size:
+            print(f"train.accumulation {n} leaves some of {world.size} processes idle", file=sys.stderr)
         self.model, self.tokenizer = start_model(config)
         self.batches, self.valid = self.make_batches("train"), self.make_batches("valid")
         self.total = config.train.num_steps or math.ceil(

@@ -38,6 +38,8 @@ def test_an_override_is_a_toml_value_or_else_a_string(tmp_path: Path) -> None:
     ("[data]\ntrain = [1]\n" + GOOD, "[data] train: found [1]; wanted a string or a list of strings"),
     (GOOD.replace("n_embd = 8", "n_embd = 9").replace("n_head = 1", "n_head = 2"), "no multiple"),
     ("[model]\nn_ctx = 8\n[train]\nnum_steps = 1\n", "init_from"),
+    (GOOD.replace("n_head = 1", "n_head = 0"), "wants n_layer, n_head"),
+    (GOOD + "learning_rate = inf\n", "[train] learning_rate: found inf"),
     (GOOD.replace("num_steps = 1", ""), "exactly one of num_epochs and num_steps"),
     ("task = \n", "not valid TOML"),
     ("\ufeff\x00", "not valid TOML"),

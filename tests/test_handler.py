@@ -354,6 +354,15 @@ def test_dead_decode_thread_answers_everyone_and_ends_the_process(tmp_path, monk
     assert ended[0] == 1
 
 
+def test_an_old_turn_too_long_is_dropped_with_what_is_before_it(chat):
+    asked = {"temperature": 0, "max_tokens": 5}
+    said = ("user", "x" * 9000), ("assistant", "ok"), ("user", "hi")
+    long = [{"role": role, "content": text} for role, text in said]
+    answers = [chat.ask({"messages": turns} | asked, "v1/chat/completions") for turns in (long, long[1:])]
+    assert [status for status, _ in answers] == [200, 200]
+    assert answers[0][1]["choices"] == answers[1][1]["choices"] and answers[0][1]["usage"] == answers[1][1]["usage"]
+
+
 @pytest.mark.parametrize("step", ["take", "whole"])
 def test_bug_in_one_answer_disturbs_no_other(chat, monkeypatch, step):
     chat.send("bad", {"context": "hello", "stream": True, "max_tokens": 50} | LONG)

@@ -315,6 +315,16 @@ def test_default_tokenizers_fall_back_where_words_would_differ(folder):
     assert np.frombuffer(encoder.encode([PROSE])[0], encoder.dtype).tolist() == changed.encode(PROSE)
 
 
+def test_files_may_be_named_in_any_way_and_folders_are_passed_over(lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    (tmp_path / "mine" / "a.txt").write_text("Some text.", encoding="utf-8")
+    for pattern in ("./mine/*.txt", "mine//a.txt", "mine/**"):
+        config = dataclasses.replace(lm, data=dataclasses.replace(lm.data, train=(pattern,)))
+        write(config)
+        assert opened(config).documents == 1
+
+
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(lm, tmp_path):
     Path(lm.data.shards).write_text("a file")
     with pytest.raises(UserError, match="not written"):

@@ -186,6 +186,21 @@ def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(small:
     assert before[1] == (tmp_path / "log.jsonl").read_text()
 
 
+def test_a_log_that_was_cut_by_hand_is_not_filled_up(small: Path, tmp_path: Path) -> None:
+    finish(start(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=10"))
+    (tmp_path / "log.jsonl").write_bytes(b"")
+    finish(start(small, "lm", tmp_path, "train.num_steps=20", "train.eval_interval=10"))
+    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")][-1] == 20
+
+
+def test_a_chat_run_does_not_go_on_from_another_lm(small: Path, tmp_path: Path) -> None:
+    finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
+    chat = [f"init_from={tmp_path / 'lm/model'}", "model.n_layer=0", "model.n_head=0", "model.n_embd=0"]
+    finish(start(small, "chatlm", tmp_path / "chat", *chat, "train.num_steps=5"))
+    finish(start(small, "lm", tmp_path / "lm", "train.num_steps=40"))
+    assert "text.init was" in finish(start(small, "chatlm", tmp_path / "chat", *chat, "train.num_steps=5"), status=2)
+
+
 def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(small: Path, tmp_path: Path) -> None:
     held = checkpoint.lock(tmp_path)
     assert "another run is training here" in finish(start(small, "lm", tmp_path), 2)
@@ -377,6 +392,8 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
     (["data.shards=nowhere"], "nowhere"),
     (["init_from=nowhere"], "nowhere"),
     (["train.device=abacus"], "train.device"),
+    (["run=/dev/null"], "/dev/null: File exists"),
+    (["data.valid=[]"], "[data] valid: found no files named"),
 ])
 def test_wrong_use_is_one_line_and_exit_status_2(small: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
     output = run("train", "--config", small / "lm.toml", f"run={tmp_path}", *arguments, status=2)
