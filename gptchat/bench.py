@@ -275,18 +275,17 @@ def tokenizer(args: argparse.Namespace, report: Report) -> None:
             args.rounds, len(text.encode()) / 1e6)
 
 
-def stream(url: str, prompt: list[int], n: int) -> tuple[float, int]:
-    """One request to the completions API: seconds to the first chunk, and tokens."""
+def stream(url: str, prompt: list[int], n: int) -> tuple[list[float], int]:
+    """One request to the completions API: seconds to the first chunk and between the further ones, and tokens."""
     body = {"prompt": prompt, "max_tokens": n, "seed": 1, "stream": True, "stream_options": {"include_usage": True}}
-    headers, start, first, tokens = {"content-type": "application/json"}, time.perf_counter(), 0.0, 0
+    headers, stamps, tokens = {"content-type": "application/json"}, [time.perf_counter()], 0
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["authorization"] = f"Bearer {key}"
     with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=600) as answer:
-        for line in answer:
-            first = first or time.perf_counter() - start
-            if line.startswith(b"data: {") and (usage := json.loads(line[6:]).get("usage")):
-                tokens = usage["completion_tokens"]
-    return first, tokens
+        for line in filter(lambda line: line.startswith(b"data: {"), answer):
+            stamps.append(time.perf_counter())
+            tokens = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0)  # in the last one
+    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)], tokens
 
 
 def serve(args: argparse.Namespace, report: Report) -> None:
@@ -300,6 +299,7 @@ def serve(args: argparse.Namespace, report: Report) -> None:
     types = [1] * len(prompt) if task == "chatlm" else None
     request = Request(prompt, types, Sampling(seed=1, max_new_tokens=args.new), 1, (pretrained.stop_id(text, task),))
     firsts: list[float] = []
+    gaps: list[float] = []
     threads = ThreadPoolExecutor(max(args.clients))
 
     def locked(_: int) -> int:
@@ -307,8 +307,9 @@ def serve(args: argparse.Namespace, report: Report) -> None:
             return len(peer.generate(torch.tensor([prompt]), args.new, do_sample=True))
 
     def served(_: int) -> int:
-        first, tokens = stream(args.url, prompt, args.new)
+        (first, *others), tokens = stream(args.url, prompt, args.new)
         firsts.append(first)
+        gaps.extend(others)
         return tokens
 
     def alone(numbers: range) -> list[int]:
@@ -320,11 +321,14 @@ def serve(args: argparse.Namespace, report: Report) -> None:
 
     for n in args.clients:
         firsts.clear()
+        gaps.clear()
         report.race(f"{n} clients", "tokens/s", {
             "transformers, one lock": partial(per_token, partial(threads.map, locked), n),
             "engine alone": partial(per_token, alone, n),
             "server": partial(per_token, partial(threads.map, served), n)}, args.rounds)
-        report.note("server", first_token_ms=f"{statistics.median(firsts) * 1e3:.0f}")
+        middle, *_, highest = (value * 1e3 for value in statistics.quantiles(gaps, n=100)[49::49])
+        report.note("server", first_token_ms=f"{statistics.median(firsts) * 1e3:.0f}",
+                    token_ms=f"{middle:.1f}", token_p99_ms=f"{highest:.1f}")
 
 
 def main() -> None:
