@@ -25,7 +25,6 @@ from handlers.answers import JSON, Answer, models
 from handlers.jobs import Reader, Refusal, Served
 from handlers.loop import DecodeLoop
 
-PATIENCE = 0.01  # s that a newcomer may wait to be seen while there is nothing to send
 log = logging.getLogger("gptchat")
 
 
@@ -58,7 +57,8 @@ class GptchatHandler:
                     self.finish(id, "left")
                 for i in new:
                     self.guarded(ids[i], self.submit, engine)
-        for output in self.loop.collect(0 if any(answer.done for answer in self.live.values()) else PATIENCE):
+        # with nothing to send a newcomer waits 10 ms to be seen
+        for output in self.loop.collect(0 if any(answer.done for answer in self.live.values()) else 0.01):
             id, place = self.owners.get(output.request_id, ("", 0))
             self.guarded(id, self.take, place, output)
         if self.loop.failure and self.live:

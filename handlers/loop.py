@@ -1,6 +1,7 @@
 """The decode thread, which runs the engine while the handler's thread speaks with TorchServe."""
 
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,14 +47,13 @@ class DecodeLoop(threading.Thread):
             outputs, self.outputs = self.outputs, []
         return outputs
 
-    def may_go(self) -> bool:
-        return not (self.wanted or self.engine.idle) and (self.collecting or self.ahead < AHEAD)
-
     def run(self) -> None:
+        sys.setswitchinterval(1e-4)  # s; with 5 ms, Python's default, each layer would wait for the handler's turn
         try:
             while True:
                 with self.changed:
-                    self.changed.wait_for(self.may_go)
+                    self.changed.wait_for(
+                        lambda: not (self.wanted or self.engine.idle) and (self.collecting or self.ahead < AHEAD))
                     self.stepping = True
                 outputs = self.engine.step()
                 with self.changed:
