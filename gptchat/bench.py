@@ -275,16 +275,18 @@ def tokenizer(args: argparse.Namespace, report: Report) -> None:
             args.rounds, len(text.encode()) / 1e6)
 
 
-def stream(url: str, prompt: list[int], n: int) -> tuple[list[float], int]:
+def ask(url: str, prompt: list[int], n: int, stream: bool) -> tuple[list[float], int]:
     """One request to the completions API: seconds to the first chunk and between the further ones, and tokens."""
-    body = {"prompt": prompt, "max_tokens": n, "seed": 1, "stream": True, "stream_options": {"include_usage": True}}
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": n, "seed": 1}
+    body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     headers, stamps, tokens = {"content-type": "application/json"}, [time.perf_counter()], 0
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["authorization"] = f"Bearer {key}"
     with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=600) as answer:
-        for line in filter(lambda line: line.startswith(b"data: {"), answer):
+        for line in filter(lambda line: line.startswith((b"data: {", b"{")), answer):
             stamps.append(time.perf_counter())
-            tokens = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0)  # in the last one
+            usage = json.loads(line.removeprefix(b"data: ")).get("usage") or {}
+            tokens = usage.get("completion_tokens", tokens)
     return [b - a for a, b in zip(stamps, stamps[1:], strict=False)], tokens
 
 
@@ -306,9 +308,9 @@ def serve(args: argparse.Namespace, report: Report) -> None:
         with lock:
             return len(peer.generate(torch.tensor([prompt]), args.new, do_sample=True))
 
-    def served(_: int) -> int:
-        (first, *others), tokens = stream(args.url, prompt, args.new)
-        firsts.append(first)
+    def served(stream: bool, _: int) -> int:
+        (first, *others), tokens = ask(args.url, prompt, args.new, stream)
+        firsts.extend([first] * stream)
         gaps.extend(others)
         return tokens
 
@@ -325,7 +327,8 @@ def serve(args: argparse.Namespace, report: Report) -> None:
         report.race(f"{n} clients", "tokens/s", {
             "transformers, one lock": partial(per_token, partial(threads.map, locked), n),
             "engine alone": partial(per_token, alone, n),
-            "server": partial(per_token, partial(threads.map, served), n)}, args.rounds)
+            "server": partial(per_token, partial(threads.map, partial(served, True)), n),
+            "server, not streamed": partial(per_token, partial(threads.map, partial(served, False)), n)}, args.rounds)
         middle, *_, highest = (value * 1e3 for value in statistics.quantiles(gaps, n=100)[49::49])
         report.note("server", first_token_ms=f"{statistics.median(firsts) * 1e3:.0f}",
                     token_ms=f"{middle:.1f}", token_p99_ms=f"{highest:.1f}")

@@ -1,7 +1,6 @@
 """The decode thread, which runs the engine while the handler's thread speaks with TorchServe."""
 
 import logging
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +42,13 @@ class DecodeLoop(threading.Thread):
             self.ahead, self.collecting = 0, True
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.urgent or self.failure, patience)
+            # no newcomer is admitted before a step ends, and each round costs TorchServe and us milliseconds
+            self.changed.wait_for(lambda: self.ahead or not self.stepping or self.failure, 100 * patience)
             self.collecting = self.urgent = False
             outputs, self.outputs = self.outputs, []
         return outputs
 
     def run(self) -> None:
-        sys.setswitchinterval(1e-4)  # s; with 5 ms, Python's default, each layer would wait for the handler's turn
         try:
             while True:
                 with self.changed:
