@@ -181,7 +181,8 @@ def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, text, arguments, t
     write(random_gpt2(1, torch.float32), places["MODEL"])
     write(random_gpt2(1, torch.float32, vocab_size=257), places["BARE"], byte_tokenizer(("<pad>",)))
     places["EMPTY"].write_text("\n\n")
-    places["CHAT"].write_text('task = "chatlm"\n[model]\nn_layer = 1\nn_ctx = 8\n[train]\nnum_steps = 1\n')
+    size = "n_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8"
+    places["CHAT"].write_text(f'task = "chatlm"\n[model]\n{size}\n[train]\nnum_steps = 1\n')
     monkeypatch.setattr(sys, "argv", ["evaluate", *(str(places.get(argument, argument)) for argument in arguments)])
     with pytest.raises(SystemExit) as stopped:
         cli(evaluate.main)
