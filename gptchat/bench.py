@@ -45,7 +45,7 @@ from gptchat.runlog import matmul_peak, peak_memory, step_flops
 from gptchat.sampling import Sampling
 from gptchat.tokenizer import Tokenizer, for_config
 from gptchat.train import prepare
-from gptchat.world import World, keep_freed_memory
+from gptchat.world import World, settle
 
 SIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -160,6 +160,7 @@ def decode(args: argparse.Namespace, report: Report) -> None:
     first = min(args.first, config.n_positions - 1)
     length = min(config.n_positions, max(args.prompt + args.new, first + 1))
     engines = {dtype: Engine(model, max(args.batches), length, dtype) for dtype in args.dtypes}
+    settle()
     weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     for batch in args.batches:
         prompts = torch.randint(config.vocab_size, (batch, args.prompt))
@@ -232,9 +233,9 @@ def training_step(who: str, args: argparse.Namespace) -> Callable[[], None]:
 def worker(pipe: Connection, who: str, args: argparse.Namespace) -> None:
     """A process for one contestant: waits for its turn, tells the seconds of one step; at the end its peak memory."""
     torch.set_num_threads(args.threads)
-    if "as found" not in who:
-        keep_freed_memory()
     step = training_step(who, args)
+    if "as found" not in who:
+        settle()
     while pipe.recv():
         pipe.send(timed(step))
     pipe.send(peak_memory(torch.device("cpu")))

@@ -30,7 +30,7 @@ from gptchat.evaluate import CHAT, make_request
 from gptchat.linear import DTYPES
 from gptchat.sampling import Sampling
 from gptchat.tokenizer import StreamDecoder, WordFilter
-from gptchat.world import keep_freed_memory
+from gptchat.world import settle
 
 CANDIDATES = 5  # of which --pick median takes the one of median length
 SLOTS = 16  # rows of --input that are answered at once
@@ -242,8 +242,8 @@ def main() -> None:
     if (args.input is None) != (args.output is None) or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    keep_freed_memory()
     talk = Talk(args.model, SLOTS if args.input else CANDIDATES, args.dtype)
+    settle()
     talk.sampling(chosen)
     if args.input:
         answer_file(talk, chosen, args.input, args.output)

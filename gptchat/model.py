@@ -58,11 +58,11 @@ class GPT2Config:
 
 
 class KVCache:
-    """Keys and values of `slots` sequences, `length` positions each: one tensor (layers, slots, 2, H, length, D)."""
+    """Keys and values of `slots` sequences, `length` positions each: one tensor (layers, 2, slots, H, length, D)."""
 
     def __init__(self, config: GPT2Config, slots: int, length: int, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu"):
-        shape = (config.n_layer, slots, 2, config.n_head, length, config.n_embd // config.n_head)
+        shape = (config.n_layer, 2, slots, config.n_head, length, config.n_embd // config.n_head)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     def view(self, first: int, start: Tensor, n_new: int, longest: int) -> "CacheView":
@@ -75,7 +75,7 @@ class CacheView:
     """What one forward pass sees of a cache: where its tokens go, and which positions each of them may look at."""
 
     def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, longest: int):
-        self.kv, self.new = cache.kv[:, first : first + len(start)], slice(longest - n_new, longest)
+        self.kv, self.new = cache.kv[:, :, first : first + len(start)], slice(longest - n_new, longest)
         self.position_ids = start[:, None] + torch.arange(n_new, device=start.device)  # (n, T)
         self.rows = torch.arange(len(start), device=start.device)[:, None]  # (n, 1)
         self.mask: Tensor | None = None  # (n, 1, T, longest); one row with one token sees all of it
@@ -85,13 +85,13 @@ class CacheView:
             self.mask = self.mask.masked_fill_(unseen, -torch.inf)[:, None]
 
     def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
-        """Store the new keys and values (n, T, 2, H, D); return all keys and all values: (n, H, longest, D) each."""
+        """Store the new keys and values (2, n, H, T, D); return all keys and all values: (n, H, longest, D) each."""
         kv = self.kv[layer]
         if len(self.rows) == 1:  # a plain copy takes half the time
-            kv[:, :, :, self.new] = new.permute(0, 2, 3, 1, 4)
+            kv[:, :, :, self.new] = new
         else:
-            kv[self.rows, :, :, self.position_ids] = new
-        return kv[:, :, :, : self.new.stop].unbind(1)
+            kv[:, self.rows, :, self.position_ids] = new.permute(1, 3, 0, 2, 4)
+        return kv[:, :, :, : self.new.stop].unbind()
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -115,10 +115,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind()  # (B, H, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, qkv[:, :, 1:])
+            k, v = cache.update(self.layer, qkv[1:])
         dropout = self.attn_pdrop if self.training else 0.0
         if mask is not None and explicit(q.device, q.dtype, T):
             scores = (k @ (q * self.scale).mT).mT if T == 1 else (q * self.scale) @ k.mT  # (B, H, T, all)

@@ -35,7 +35,7 @@ from gptchat.optim import clip_gradients, lr_scale, make_optimizers, set_learnin
 from gptchat.runlog import RunLog
 from gptchat.shards import open_shards
 from gptchat.tokenizer import Tokenizer, for_config
-from gptchat.world import World, keep_freed_memory
+from gptchat.world import World, settle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -224,13 +224,11 @@ def has_compiler() -> bool:
 
 def train(config: Config) -> Run:
     """Train, or go on, until done or told to stop by SIGINT or SIGTERM."""
-    keep_freed_memory()
     world = World(config.train.device)
     run = Run(config, world)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.signal)
-    gc.collect()
-    gc.freeze()
+    settle()
     gc.disable()  # its pauses cost more than the little that a step leaves; `evaluate` collects that
     if run.done and world.rank == 0:
         print(f"{config.run}: finished at step {run.progressed.step} of {run.total}, best held-out loss "

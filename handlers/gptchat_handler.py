@@ -20,7 +20,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 from gptchat import pretrained
 from gptchat.engine import Engine, Output, Request, generate
-from gptchat.world import keep_freed_memory
+from gptchat.world import settle
 from handlers.answers import JSON, Answer, models
 from handlers.jobs import Reader, Refusal, Served
 from handlers.loop import DecodeLoop
@@ -164,13 +164,13 @@ class GptchatHandler:
 def load(directory: Path, name: str, limits: Any) -> tuple[Served, Engine]:
     """The model and an engine that has run once; as many slots as cache_mb holds, at most limits.slots."""
     torch.set_num_threads(limits.threads or torch.get_num_threads())
-    keep_freed_memory()
     model, tokenizer, task = pretrained.load(directory, "cuda" if torch.cuda.is_available() else "cpu")
     slot = 8 * model.config.n_layer * model.config.n_embd * model.config.n_positions  # bytes, if the cache is float32
     limits.slots = max(1, min(limits.slots, limits.cache_mb * 2**20 // slot))
     never = pretrained.never_generated(model.config, tokenizer, task)
     engine = Engine(model, limits.slots, dtype=limits.dtype, suppress=never)
     generate(engine, [Request([tokenizer.eos_id], [1] if task == "chatlm" else None)])
+    settle()
     return Served(name, task, tokenizer, engine.length, limits, pretrained.stop_id(tokenizer, task)), engine
 
 
