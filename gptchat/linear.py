@@ -96,10 +96,14 @@ def prepare(model: GPT2, dtype: str = "float32") -> torch.dtype:
     On a CPU the linear layers are packed, with bfloat16 and int8 the token embedding becomes bfloat16, all else is
     float32. So weights are held once, but for the tied table of embedding and head, whose rows the packed
     layout does not give out. On other devices everything becomes float32 or bfloat16; int8 is refused (UserError).
+    "auto" is bfloat16 where the device multiplies it (a GPU since Ampere, a CPU with AVX512-BF16), else float32.
     """
     on_cpu = model.wte.weight.device.type == "cpu"
+    if dtype == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if native else "float32"
     if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; wanted {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}; wanted auto, {', '.join(DTYPES)}")
     if dtype == "int8" and not (on_cpu and "fbgemm" in torch.backends.quantized.supported_engines):
         raise UserError("dtype is 'int8', which needs an x86 CPU; wanted float32 or bfloat16")
     if on_cpu:

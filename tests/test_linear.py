@@ -90,5 +90,13 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
 
 
 def test_an_unknown_dtype_is_refused():
-    with pytest.raises(UserError, match="dtype is 'int4'; wanted float32, bfloat16, int8"):
+    with pytest.raises(UserError, match="dtype is 'int4'; wanted auto, float32, bfloat16, int8"):
         prepare(GPT2(SMALL), "int4")
+
+
+@pytest.mark.parametrize("native, wanted", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch, native, wanted):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    model = GPT2(SMALL)
+    prepare(model, "auto")
+    assert model.h[0].mlp.c_fc.dtype == wanted
