@@ -156,21 +156,22 @@ def full_steps(engine: Engine, requests: list[Request]) -> list[float]:
 def decode(args: argparse.Namespace, report: Report) -> None:
     """Greedy, of random prompts; then how much the smaller dtypes change what the model says."""
     model, text, _ = start_model(args.model)
-    config, peer, bandwidth = model.config, Transformers(model), machine()["read_gb_per_s"] * 1e9
+    config, peer = model.config, Transformers(model)
     first = min(args.first, config.n_positions - 1)
     length = min(config.n_positions, max(args.prompt + args.new, first + 1))
     engines = {dtype: Engine(model, max(args.batches), length, dtype) for dtype in args.dtypes}
     settle()
-    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    weights = torch.ones(sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear)))
     for batch in args.batches:
         prompts = torch.randint(config.vocab_size, (batch, args.prompt))
         asked = greedy(prompts.tolist(), args.new)
         medians = report.race(f"decode, batch {batch}", "tokens/s", {
             "transformers": partial(peer.generate, prompts, args.new),
-            **{dtype: partial(full_steps, engine, asked) for dtype, engine in engines.items()}}, args.rounds, batch)
+            **{dtype: partial(full_steps, engine, asked) for dtype, engine in engines.items()},
+            "reading float32": lambda: [timed(weights.sum)[0] for _ in range(args.new)]}, args.rounds, batch)
         cached = 8 * config.n_layer * config.n_embd * batch * (args.prompt + args.new / 2)  # bytes
-        for dtype in engines:
-            limit = (weights * SIZE[dtype] + cached) / bandwidth
+        for dtype in engines:  # the limit is the time to read as many bytes as the step must
+            limit = medians["reading float32"] * (weights.numel() * SIZE[dtype] + cached) / weights.nbytes
             report.note(dtype, of_memory_limit=f"{limit / medians[dtype]:.0%}")
         if "float32" in engines:
             same = sum(a[0].ids == ids for a, ids in zip(generate(engines["float32"], asked), peer.ids, strict=True))
