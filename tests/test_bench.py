@@ -42,9 +42,10 @@ def test_decode_tells_rates_ratios_and_quality(monkeypatch, capsys):
     bench.main()
     result = json.loads(capsys.readouterr().out)
     assert {"threads", "allocator", "torch", "transformers", "read_gb_per_s"} <= result["machine"].keys()
-    assert [line["who"] for line in result["lines"]] == ["transformers", "float32", "bfloat16", "int8"] * 3
+    who = ["transformers", "float32", "bfloat16", "int8"]
+    assert [line["who"] for line in result["lines"]] == [*who, "reading float32"] * 2 + who
     assert all(line["low"] <= line["median"] <= line["high"] for line in result["lines"])
-    assert [line["notes"].get("equal_greedy_rows") for line in result["lines"][1::4]] == ["1 of 1", "2 of 2", None]
+    assert [line["notes"].get("equal_greedy_rows") for line in result["lines"][1::5]] == ["1 of 1", "2 of 2", None]
     assert result["lines"][-3]["notes"]["top1_agreement"] == "100.00%"
 
 
