@@ -29,7 +29,7 @@ class PackedLinear(nn.Module):
         self.packed = packs(dtype)
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-            self.kernel = torch.ops.mkldnn._linear_pointwise.default._op  # what the operator calls, 2 us later
+            self.kernel = torch.ops.mkldnn._linear_pointwise.default._op
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -60,6 +60,7 @@ class Int8Linear(nn.Module):
             zeros = torch.zeros(len(steps), dtype=torch.int64)
             quantized = torch._make_per_channel_quantized_tensor(levels, steps.double(), zeros, 0)
         self.weight = torch.ops.quantized.linear_prepack(quantized, None)
+        # `_op` is what the operator calls, 2 us later, once it has looked for arguments of its own kind
         self.kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
