@@ -2,7 +2,7 @@
 PYTHON    ?= python3.11
 VENV      ?= .venv
 HOST      ?= 127.0.0.1
-RUN       := $(VENV)/bin/python -m
+GPTCHAT   := $(VENV)/bin/python -m gptchat
 CORPORA   := data/lm/train.txt
 GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
@@ -37,54 +37,54 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.serve
 
 corpora: $(CORPORA)  ## the default texts, in data/
 $(CORPORA): | $(VENV)/.base
-	$(RUN) gptchat.corpora
+	$(GPTCHAT) corpora
 
 tokenizer: out/tokenizer/tokenizer.json  ## the vocabulary, in out/tokenizer/
 out/tokenizer/tokenizer.json: $(CORPORA)  # another vocabulary: make clean, or remove out/tokenizer
-	$(RUN) gptchat.tokenizer --config configs/lm.toml
+	$(GPTCHAT) tokenizer --config configs/lm.toml
 
 lm: out/lm/test.txt  ## pre-train the LM, in out/lm/; goes on where it was stopped
 out/lm/test.txt: configs/lm.toml out/tokenizer/tokenizer.json $(CORPORA)
-	$(RUN) gptchat.shards --config configs/lm.toml
-	$(RUN) gptchat.train --config configs/lm.toml
-	$(RUN) gptchat.evaluate --config configs/lm.toml > $@
+	$(GPTCHAT) shards --config configs/lm.toml
+	$(GPTCHAT) train --config configs/lm.toml
+	$(GPTCHAT) evaluate --config configs/lm.toml > $@
 	@cat $@
 
 chatlm: out/chatlm/test.txt  ## fine-tune the LM to answer, in out/chatlm/
 out/chatlm/test.txt: configs/chatlm.toml out/lm/test.txt
-	$(RUN) gptchat.shards --config configs/chatlm.toml
-	$(RUN) gptchat.train --config configs/chatlm.toml
+	$(GPTCHAT) shards --config configs/chatlm.toml
+	$(GPTCHAT) train --config configs/chatlm.toml
 	@printf '%b' $(GREETINGS) > out/chatlm/greetings.tsv
-	$(RUN) gptchat.chat --model out/chatlm/model --seed 1 --pick median --input out/chatlm/greetings.tsv --output out/chatlm/answers.tsv
-	$(RUN) gptchat.evaluate --config configs/chatlm.toml > $@
+	$(GPTCHAT) chat --model out/chatlm/model --seed 1 --pick median --input out/chatlm/greetings.tsv --output out/chatlm/answers.tsv
+	$(GPTCHAT) evaluate --config configs/chatlm.toml > $@
 	@cat out/lm/test.txt $@
 	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$1, $$2}' out/chatlm/answers.tsv
 
 # --- using it
 
 chat: | $(VENV)/.base  ## talk to the ChatLM in the terminal
-	$(RUN) gptchat.chat --model out/chatlm/model $(ARGS)
+	$(GPTCHAT) chat --model out/chatlm/model $(ARGS)
 
 evaluate: | $(VENV)/.base  ## test figures of both models
-	$(RUN) gptchat.evaluate --config configs/lm.toml
-	$(RUN) gptchat.evaluate --config configs/chatlm.toml
+	$(GPTCHAT) evaluate --config configs/lm.toml
+	$(GPTCHAT) evaluate --config configs/chatlm.toml
 
 mar: | $(VENV)/.serve  ## TorchServe archives of what was trained, in out/serve/
-	$(RUN) gptchat.serve --archive-only $(ARGS)
+	$(GPTCHAT) serve --archive-only $(ARGS)
 
 serve: | $(VENV)/.serve  ## archive what was trained and serve it over HTTP; Ctrl-C stops it
-	$(RUN) gptchat.serve --host $(HOST) $(if $(AUTH),--auth) $(ARGS)
+	$(GPTCHAT) serve --host $(HOST) $(if $(AUTH),--auth) $(ARGS)
 
 tensorboard: | $(VENV)/.base  ## losses, rates and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir out --host $(HOST)
 
 bench: out/tokenizer/tokenizer.json | $(VENV)/.test  ## ours beside transformers, about five minutes
-	$(RUN) gptchat.bench decode $(ARGS)
-	$(RUN) gptchat.bench train $(ARGS)
-	$(RUN) gptchat.bench tokenizer $(ARGS)
+	$(GPTCHAT) bench decode $(ARGS)
+	$(GPTCHAT) bench train $(ARGS)
+	$(GPTCHAT) bench tokenizer $(ARGS)
 
 test: | $(VENV)/.test  ## set-up and all tests
-	$(RUN) pytest -q $(ARGS)
+	$(VENV)/bin/python -m pytest -q $(ARGS)
 
 soak: | $(VENV)/.test  ## ten minutes of load on a real server
 	$(VENV)/bin/python tests/soak.py $(ARGS)

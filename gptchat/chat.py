@@ -11,33 +11,33 @@ An answer depends on its dialogue, the settings and the seed, not on the rows be
 
 import argparse
 import os
-import random
 import re
 import readline  # line editing and history for input()
 import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from gptchat import pretrained
-from gptchat.config import Progress, UserError, cli, swapped
-from gptchat.dialogue import escape, read_rows, rows_to_turns
-from gptchat.engine import Engine, Request
-from gptchat.evaluate import CHAT, make_request
-from gptchat.linear import DTYPES
-from gptchat.sampling import Sampling
-from gptchat.tokenizer import StreamDecoder, WordFilter
-from gptchat.world import settle
+from gptchat.console import Progress, UserError, cli
+from gptchat.data.dialogue import escape, read_rows, rows_to_turns
+from gptchat.files import atomic_write
+from gptchat.inference.engine import Request
+from gptchat.inference.generate import CANDIDATES, CHAT, Talk
+from gptchat.inference.linear import DTYPES
+from gptchat.runtime import settle
 
-CANDIDATES = 5  # of which --pick median takes the one of median length
 SLOTS = 16  # rows of --input that are answered at once
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
-SETTINGS = {"temperature": "0 takes the likeliest token", "top_k": "draw from so many likeliest tokens; 0: from all",
-            "top_p": "draw from the likeliest that have this share", "min_p": "of the likeliest's probability",
-            "repetition_penalty": "1 is none", "max_new_tokens": "of one answer"}
+SETTINGS = {
+    "temperature": "0 takes the likeliest token",
+    "top_k": "draw from so many likeliest tokens; 0: from all",
+    "top_p": "draw from the likeliest that have this share",
+    "min_p": "of the likeliest's probability",
+    "repetition_penalty": "1 is none",
+    "max_new_tokens": "of one answer",
+}
 HELP = """/set             the settings
 /set NAME VALUE  change one, such as: /set temperature 0.7
 /reset           forget the conversation
@@ -57,69 +57,33 @@ def settings_parser() -> Parser:
     add = parser.add_argument
     for name, told in SETTINGS.items():
         default = getattr(CHAT, name)
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{told} (default %(default)s)")
-    add("--seed", type=int, default=-1, help="gives the same answer again; -1: another one each time (default)")
+        add(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{told} (default %(default)s)",
+        )
+    add(
+        "--seed",
+        type=int,
+        default=-1,
+        help="gives the same answer again; -1: another one each time (default)",
+    )
     add("--forbid", action="append", default=[], metavar="WORD", help="never said; may be repeated")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer, unsaid; may be repeated")
-    add("--pick", choices=("first", "median"), default="first",
-        help=f"median: of {CANDIDATES} answers the one of median length, which does not stream")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends an answer, unsaid; may be repeated",
+    )
+    add(
+        "--pick",
+        choices=("first", "median"),
+        default="first",
+        help=f"median: of {CANDIDATES} answers the one of median length, which does not stream",
+    )
     return parser
-
-
-class Talk:
-    """A loaded model and its engine, which answer dialogues of texts; a turn is (speaker, text)."""
-
-    def __init__(self, directory: str | Path, slots: int, dtype: str):
-        model, self.tokenizer, self.task = pretrained.load(directory)
-        self.size = sum(parameter.numel() for parameter in model.parameters())
-        if self.task == "chatlm":
-            self.tokenizer.require_specials()
-        never = pretrained.never_generated(model.config, self.tokenizer, self.task)
-        self.engine = Engine(model, slots, dtype=dtype, suppress=never)
-
-    def sampling(self, settings: argparse.Namespace) -> Sampling:
-        """Raises UserError for a setting out of its range."""
-        values = {f.name: getattr(settings, f.name) for f in fields(Sampling) if hasattr(settings, f.name)}
-        values["seed"] = random.getrandbits(63) if settings.seed < 0 else settings.seed
-        words = [word for word in settings.forbid if word]
-        try:
-            return Sampling(**values, word_filter=WordFilter(self.tokenizer, words) if words else None)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    def request(self, turns: Sequence[tuple[int, str]], settings: argparse.Namespace) -> Request:
-        """What is to be answered. Raises UserError for a last turn that is too long."""
-        encoded = [(speaker, self.tokenizer.encode(text.encode(errors="replace").decode())) for speaker, text in turns]
-        n = CANDIDATES if settings.pick == "median" else 1
-        return make_request(self.tokenizer, self.task, encoded, self.engine.length, self.sampling(settings), n)
-
-    def answers(self, requests: Sequence[Request], stop: Sequence[str]) -> Generator[tuple[int, str, bool]]:
-        """(request's index, next piece of its answer, whether it is the last), all requests at once. Of several
-        candidates the one of median length comes in one piece. Closing the generator cancels what is unfinished."""
-        running: dict[tuple[int, int], tuple[int, StreamDecoder]] = {}
-        texts = [[""] * request.n for request in requests]
-        left = [request.n for request in requests]
-        try:
-            for index, request in enumerate(requests):
-                id = self.engine.submit(request)
-                for candidate in range(request.n):
-                    running[id, candidate] = index, StreamDecoder(self.tokenizer, [text for text in stop if text])
-            while running:
-                for output in self.engine.step():
-                    key = output.request_id, output.candidate
-                    index, decoder = running[key]
-                    piece = "" if output.token is None else decoder.push(output.token)
-                    if output.finish_reason or decoder.stopped:
-                        piece += decoder.finish()
-                        left[index] -= 1
-                        self.engine.cancel(*key)
-                        del running[key]
-                    texts[index][output.candidate] += piece
-                    whole = "" if left[index] else sorted(texts[index], key=len)[requests[index].n // 2]
-                    yield index, piece if requests[index].n == 1 else whole, not left[index]
-        finally:
-            for key in running:
-                self.engine.cancel(*key)
 
 
 class Conversation:
@@ -128,8 +92,12 @@ class Conversation:
     def __init__(self, talk: Talk, settings: argparse.Namespace, colour: bool):
         self.talk, self.settings, self.turns = talk, settings, list[tuple[int, str]]()
         paint = "\x1b[1;36m{}\x1b[0m " if colour else "{} "
-        self.label, self.prompt = (paint.format("bot>"), paint.format("you>")) if sys.stdin.isatty() else ("", "")
-        self.prompt = re.sub("(\x1b.*?m)", "\x01\\1\x02", self.prompt)  # so readline knows that it takes no room
+        self.label, self.prompt = (
+            (paint.format("bot>"), paint.format("you>")) if sys.stdin.isatty() else ("", "")
+        )
+        self.prompt = re.sub(
+            "(\x1b.*?m)", "\x01\\1\x02", self.prompt
+        )  # so readline knows that it takes no room
 
     def run(self) -> None:
         """Until Ctrl-D, /quit, or Ctrl-C twice in a row at the prompt."""
@@ -163,7 +131,11 @@ class Conversation:
             self.talk.sampling(changed)
             self.settings = changed
         elif command in ("/set", "/help"):
-            print(HELP if command == "/help" else "\n".join(f"{k} {v}" for k, v in vars(self.settings).items()))
+            print(
+                HELP
+                if command == "/help"
+                else "\n".join(f"{k} {v}" for k, v in vars(self.settings).items())
+            )
         else:
             raise UserError(f"{command}: no such command; /help lists them")
 
@@ -194,7 +166,9 @@ def say(piece: str) -> None:
 def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: str) -> None:
     """Write each row of a file and its answer as a row of `output`. Raises UserError with file and row."""
     if not Path(source).is_file():
-        raise UserError(f"{source}: found no such file; wanted dialogues, a row each, their turns divided by tabs")
+        raise UserError(
+            f"{source}: found no such file; wanted dialogues, a row each, their turns divided by tabs"
+        )
     rows, requests = list(read_rows(source, 1)), list[Request]()
     for number, row in enumerate(rows, 1):
         try:
@@ -202,11 +176,14 @@ def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: s
         except UserError as error:
             raise UserError(f"{source}: row {number}: {error}") from None
     texts = [""] * len(rows)
-    with swapped(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
+    with atomic_write(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
         for index, piece, ended in talk.answers(requests, settings.stop):
             texts[index] += piece
             bar.update(ended)
-        lines = ["\t".join(map(escape, [*row, text])) + "\n" for row, text in zip(rows, texts, strict=True)]
+        lines = [
+            "\t".join(map(escape, [*row, text])) + "\n"
+            for row, text in zip(rows, texts, strict=True)
+        ]
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
@@ -227,18 +204,27 @@ def chat(talk: Talk, settings: argparse.Namespace, directory: str, colour: bool)
             readline.write_history_file(history)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_parser()
-    parser = Parser(prog="python -m gptchat.chat", parents=[settings], description="Talk to a model.")
+    parser = Parser(
+        prog="python -m gptchat.chat", parents=[settings], description="Talk to a model."
+    )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
     add("--prompt", metavar="TEXT", help="answer this and leave")
     add("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
     add("--output", metavar="TSV", help="where the rows of --input and their answers go")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights (auto: bfloat16 if fast here)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="of the weights (auto: bfloat16 if fast here)",
+    )
     add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
-    args = parser.parse_args()
-    chosen = argparse.Namespace(**{name: getattr(args, name) for name in vars(settings.parse_args([]))})
+    args = parser.parse_args(argv)
+    chosen = argparse.Namespace(
+        **{name: getattr(args, name) for name in vars(settings.parse_args([]))}
+    )
     if (args.input is None) != (args.output is None) or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -5,27 +5,18 @@ the file and the key; nothing is silently replaced by a default. On the command 
 """
 
 import dataclasses
-import glob
 import math
-import os
-import sys
-import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli
-from safetensors import SafetensorError
-from tqdm import tqdm
+
+from gptchat.console import UserError
 
 T = TypeVar("T")
-
-
-class UserError(Exception):
-    """A person's mistake, told in one line: the file, the place in it, what was found and what is wanted."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,9 @@ class TokenizerConfig:
     kind: str = field(default="bpe", metadata={"choices": ("bpe", "unigram")})
     vocab_size: int = field(default=8192, metadata={"min": 262})  # 256 bytes and 6 special tokens
     files: tuple[str, ...] = ("data/lm/train.txt",)
-    sample_mb: float = field(default=100.0, metadata={"above": 0})  # text sampled for training, spread over all files
+    sample_mb: float = field(
+        default=100.0, metadata={"above": 0}
+    )  # text sampled for training, spread over all files
 
 
 @dataclass(frozen=True)
@@ -50,11 +43,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    n_layer: int = field(default=0, metadata={"min": 0})  # sizes left at 0 are those of the model that init_from names
+    n_layer: int = field(
+        default=0, metadata={"min": 0}
+    )  # sizes left at 0 are those of the model that init_from names
     n_head: int = field(default=0, metadata={"min": 0})
     n_embd: int = field(default=0, metadata={"min": 0})
     n_ctx: int = field(default=0, metadata={"min": 0})
-    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # embeddings, attention and residuals alike
+    dropout: float = field(
+        default=0.0, metadata={"min": 0, "below": 1}
+    )  # embeddings, attention and residuals alike
 
 
 @dataclass(frozen=True)
@@ -63,21 +60,33 @@ class TrainConfig:
     num_epochs: float = field(default=0.0, metadata={"min": 0})  # either this or num_steps
     num_steps: int = field(default=0, metadata={"min": 0})
     batch_size: int = field(default=8, metadata={"min": 1})  # rows of one micro-batch
-    accumulation: int = field(default=1, metadata={"min": 1})  # micro-batches of one step, all processes together
-    optimizer: str = field(default="adamw", metadata={"choices": ("adamw", "muon")})  # muon: for the matrices only
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"min": 1}
+    )  # micro-batches of one step, all processes together
+    optimizer: str = field(
+        default="adamw", metadata={"choices": ("adamw", "muon")}
+    )  # muon: for the matrices only
     learning_rate: float = field(default=1e-3, metadata={"above": 0})
     muon_learning_rate: float = field(default=0.02, metadata={"above": 0})
     weight_decay: float = field(default=0.1, metadata={"min": 0})
     beta1: float = field(default=0.9, metadata={"min": 0, "below": 1})
     beta2: float = field(default=0.95, metadata={"min": 0, "below": 1})
-    warmup_rate: float = field(default=0.05, metadata={"min": 0, "below": 1})  # share of all steps spent warming up
+    warmup_ratio: float = field(
+        default=0.05, metadata={"min": 0, "below": 1}
+    )  # share of all steps spent warming up
     schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear", "constant")})
-    final_rate: float = field(default=0.0, metadata={"min": 0})  # where the schedule ends, as a share of the rate
+    min_lr_ratio: float = field(
+        default=0.0, metadata={"min": 0}
+    )  # where the schedule ends, as a share of the rate
     max_grad_norm: float = field(default=1.0, metadata={"min": 0})  # 0: no clipping
     eval_interval: int = field(default=200, metadata={"min": 1})
     log_interval: int = field(default=20, metadata={"min": 1})
-    patience: int = field(default=0, metadata={"min": 0})  # evaluations without progress before stopping; 0: never
-    keep_type_rows: bool = False  # ChatLM from an LM: keep the type rows instead of drawing them anew
+    patience: int = field(
+        default=0, metadata={"min": 0}
+    )  # evaluations without progress before stopping; 0: never
+    keep_type_rows: bool = (
+        False  # ChatLM from an LM: keep the type rows instead of drawing them anew
+    )
     precision: str = field(default="bf16", metadata={"choices": ("fp32", "bf16", "fp16")})
     compile: bool = False
     activation_checkpointing: bool = False
@@ -99,18 +108,22 @@ class Config:
         return Path(self.data.shards or f"out/shards/{self.task}")
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides. Raises UserError naming the file and the key."""
     try:
         values = tomli.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml"
+        ) from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{override!r}: found no '='; wanted section.key=value, such as train.learning_rate=1e-3")
+            raise UserError(
+                f"{override!r}: found no '='; wanted section.key=value, such as train.learning_rate=1e-3"
+            )
         table = values
         *sections, name = key.split(".")
         for section in sections:
@@ -126,7 +139,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     if size.n_embd % max(1, size.n_head):
         raise UserError(f"{source}: [model] n_embd {size.n_embd} is no multiple of n_head")
     if not config.init_from and min(size.n_layer, size.n_head, size.n_embd, size.n_ctx) < 1:
-        raise UserError(f"{source}: [model] wants n_layer, n_head, n_embd and n_ctx, or init_from a model directory")
+        raise UserError(
+            f"{source}: [model] wants n_layer, n_head, n_embd and n_ctx, or init_from a model directory"
+        )
     return config
 
 
@@ -174,101 +189,3 @@ def _checked(hint: Any, rules: Any, value: Any, source: str, where: str, key: st
         if rule in rules and not allowed(rules[rule]):
             raise UserError(f"{where}: found {value!r}; wanted {wanted} {rules[rule]}")
     return value
-
-
-def expand(patterns: Iterable[str], what: str) -> list[Path]:
-    """The files that the glob patterns name, in order. Raises UserError for a pattern that matches none."""
-    paths: list[Path] = []
-    for pattern in patterns:
-        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
-        if not found:
-            raise UserError(f"{pattern}: no such file, named by {what}; `make corpora` writes the default ones")
-        paths += [Path(name) for name in found]
-    return paths
-
-
-def _umask() -> int:
-    os.umask(umask := os.umask(0))
-    return umask
-
-
-@contextmanager
-def swapped(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there replaces `path` at the end, all of it or nothing.
-
-    File and folder are synced, so that a crash leaves the old file or the new one. Raises UserError when the disk is
-    full or the folder read-only; the old file then stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers make private files
-        for name, flags in ((temporary, os.O_RDWR), (path.parent, os.O_RDONLY)):
-            descriptor = os.open(name, flags)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if name == temporary:
-                os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {error}; what was there before is kept") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def cli(main: Callable[[], None]) -> None:
-    """Run a command's main: a UserError is one line on stderr and exit status 2; Ctrl-C is exit status 130."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-class Progress:
-    """A bar with rate and time left on a terminal; elsewhere a plain line every `seconds`. Use as a context manager."""
-
-    def __init__(self, total: float | None, desc: str, unit: str, initial: float = 0, seconds: float = 10):
-        terminal = sys.stderr.isatty()
-        self.interval = 0.2 if terminal else seconds
-        self.terminal, self.last = terminal, time.monotonic()
-        self.figures: dict[str, str] = {}  # told behind the rate
-        self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, unit_scale=True, dynamic_ncols=True,
-                        mininterval=self.interval, file=sys.stderr if terminal else _Silent())
-
-    def update(self, n: float = 1) -> None:
-        self.bar.n += n
-        now = time.monotonic()
-        if now - self.last >= self.interval:
-            self.last = now
-            self.show()
-
-    def show(self) -> None:
-        self.bar.set_postfix(self.figures, refresh=False)
-        if self.terminal:
-            self.bar.refresh()
-        else:
-            print(str(self.bar), file=sys.stderr, flush=True)
-
-    def write(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self.terminal:
-            self.bar.clear()
-        print(line, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.show()
-        self.bar.close()
-
-
-class _Silent:
-    def write(self, text: str) -> None: ...
-    def flush(self) -> None: ...

@@ -14,10 +14,9 @@ import gc
 import itertools
 import json
 import math
-import os
-import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -25,17 +24,22 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gptchat import checkpoint, pretrained
-from gptchat.batches import Batch, Batches, prefetch
-from gptchat.config import Config, TrainConfig, UserError, cli, load, swapped
-from gptchat.dialogue import Turn
-from gptchat.evaluate import answers, autocast, metrics, sum_losses
-from gptchat.model import GPT2, GPT2Config
-from gptchat.optim import clip_gradients, lr_scale, make_optimizers, set_learning_rate
-from gptchat.runlog import RunLog
-from gptchat.shards import open_shards
-from gptchat.tokenizer import Tokenizer, for_config
-from gptchat.world import World, settle
+from gptchat.config import Config, load_config
+from gptchat.console import UserError, cli
+from gptchat.data.batches import Batch, Batches, prefetch
+from gptchat.data.dialogue import Turn
+from gptchat.data.shards import open_shards
+from gptchat.data.tokenizer import Tokenizer, tokenizer_for
+from gptchat.files import atomic_write
+from gptchat.inference.generate import answers
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.runtime import settle
+from gptchat.training import checkpoint
+from gptchat.training.distributed import World, wrap_model
+from gptchat.training.metrics import autocast, metrics, sum_losses
+from gptchat.training.monitor import Monitor
+from gptchat.training.optim import clip_gradients, lr_scale, make_optimizers, set_learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,43 +50,76 @@ class Run:
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.folder = config, world, Path(config.run)
         self.lock = checkpoint.lock(self.folder) if world.rank == 0 else None
-        self.checkpoint_path, self.model_dir = self.folder / "checkpoint.safetensors", self.folder / "model"
-        if world.rank == 0 and (n := config.train.accumulation) < world.size:
-            print(f"train.accumulation {n} leaves some of {world.size} processes idle", file=sys.stderr)
+        self.checkpoint_path, self.model_dir = (
+            self.folder / "checkpoint.safetensors",
+            self.folder / "model",
+        )
+        if world.rank == 0 and (n := config.train.gradient_accumulation_steps) < world.size:
+            print(
+                f"train.gradient_accumulation_steps {n} leaves some of {world.size} processes idle",
+                file=sys.stderr,
+            )
         self.model, self.tokenizer = start_model(config)
         self.batches, self.valid = self.make_batches("train"), self.make_batches("valid")
         self.total = config.train.num_steps or math.ceil(
-            config.train.num_epochs * self.batches.steps_per_epoch(config.train.accumulation))
+            config.train.num_epochs
+            * self.batches.steps_per_epoch(config.train.gradient_accumulation_steps)
+        )
         self.model.to(world.device)
         self.optimizers = make_optimizers(self.model, config.train)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
-        text = {"tokenizer": self.tokenizer.hash, "train_tokens": self.batches.shards.n_tokens,
-                "init": self.model.ln_f.weight[:4].tolist() if config.init_from else []}  # any training changes these
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, enabled=config.train.precision == "fp16"
+        )
+        text = {
+            "tokenizer": self.tokenizer.hash,
+            "train_tokens": self.batches.shards.n_tokens,
+            "init": self.model.ln_f.weight[:4].tolist() if config.init_from else [],
+        }  # any training changes these
         self.resolved = json.loads(json.dumps(dataclasses.asdict(config) | {"text": text}))
-        self.progressed = checkpoint.Progressed()
+        self.progressed = checkpoint.TrainState()
         if self.checkpoint_path.exists():
-            self.progressed = checkpoint.load(self.checkpoint_path, self.model, self.optimizers, self.resolved)
+            self.progressed = checkpoint.load_checkpoint(
+                self.checkpoint_path, self.model, self.optimizers, self.resolved
+            )
             self.scaler.load_state_dict(self.progressed.scaler)
-        self.loss_sum = torch.tensor(self.progressed.loss_sum if world.rank == 0 else 0.0, dtype=torch.float64)
-        self.trained = prepare(self.model, config.train, world)
+        self.loss_sum = torch.tensor(
+            self.progressed.loss_sum if world.rank == 0 else 0.0, dtype=torch.float64
+        )
+        self.trained = wrap_model(self.model, config.train, world)
         self.signalled, self.stopped = False, False
 
     def make_batches(self, split: str) -> Batches:
-        return Batches(open_shards(self.config, split, self.tokenizer), self.tokenizer,
-                       n_ctx=self.config.model.n_ctx or self.model.config.n_positions,
-                       batch_size=self.config.train.batch_size, seed=self.config.train.seed,
-                       targets=self.config.data.targets, packed=self.config.data.packed)
+        return Batches(
+            open_shards(self.config, split, self.tokenizer),
+            self.tokenizer,
+            n_ctx=self.config.model.n_ctx or self.model.config.n_positions,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.train.seed,
+            targets=self.config.data.targets,
+            packed=self.config.data.packed,
+        )
 
     @property
     def done(self) -> bool:
         patience = self.config.train.patience
-        return self.progressed.step >= self.total or 0 < patience <= self.progressed.stale_evaluations
+        return (
+            self.progressed.step >= self.total or 0 < patience <= self.progressed.stale_evaluations
+        )
 
     def train(self) -> None:
         """Train from where the run stands until it is done or told to stop."""
         config, world, at = self.config.train, self.world, self.progressed
-        indices = range(world.rank, -(-config.accumulation // world.size) * world.size, world.size)
-        with self.logging() as log, prefetch(self.batches, at.step, self.total, config.accumulation, indices) as steps:
+        indices = range(
+            world.rank,
+            -(-config.gradient_accumulation_steps // world.size) * world.size,
+            world.size,
+        )
+        with (
+            self.logging() as log,
+            prefetch(
+                self.batches, at.step, self.total, config.gradient_accumulation_steps, indices
+            ) as steps,
+        ):
             for micro_batches in steps:
                 set_learning_rate(self.optimizers, lr_scale(at.step, self.total, config))
                 grad_norm = self.step(micro_batches)
@@ -90,7 +127,9 @@ class Run:
                 log.count(micro_batches)
                 last = at.step == self.total
                 if last or at.step % config.log_interval == 0:
-                    log.training(self.mean_loss(), self.optimizers[0].param_groups[0]["lr"], float(grad_norm))
+                    log.training(
+                        self.mean_loss(), self.optimizers[0].param_groups[0]["lr"], float(grad_norm)
+                    )
                 if last or at.step % config.eval_interval == 0:
                     self.evaluate(log)
                     self.save(log)
@@ -98,17 +137,25 @@ class Run:
                     break
             if self.stopped and not self.done:
                 self.save(log)
-                log.line(f"stopped at step {at.step} of {self.total}; the same command goes on from here")
+                log.line(
+                    f"stopped at step {at.step} of {self.total}; the same command goes on from here"
+                )
 
     def step(self, micro_batches: list[Batch]) -> Tensor:
         """One optimizer step. Returns the gradient norm before clipping, a scalar on the device."""
         config, world = self.config.train, self.world
-        n_targets, stopped = world.sum(sum(batch.n_targets for batch in micro_batches), float(self.signalled))
+        n_targets, stopped = world.sum(
+            sum(batch.n_targets for batch in micro_batches), float(self.signalled)
+        )
         self.stopped = stopped > 0
         self.progressed.n_targets += int(n_targets)
         for number, batch in enumerate(micro_batches):
-            torch.manual_seed(hash((config.seed, self.progressed.step, world.rank + number * world.size)))
-            waits = number < len(micro_batches) - 1 and isinstance(self.trained, DistributedDataParallel)
+            torch.manual_seed(
+                hash((config.seed, self.progressed.step, world.rank + number * world.size))
+            )
+            waits = number < len(micro_batches) - 1 and isinstance(
+                self.trained, DistributedDataParallel
+            )
             with self.trained.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
                 loss_sum = self.loss(batch)
                 self.scaler.scale(loss_sum * (world.size / max(1, n_targets))).backward()
@@ -134,12 +181,14 @@ class Run:
         self.loss_sum, self.progressed.n_targets = torch.zeros_like(self.loss_sum), 0
         return mean
 
-    def evaluate(self, log: RunLog) -> None:
+    def evaluate(self, log: Monitor) -> None:
         """Measure the held-out loss on all processes; keep the model if it is the best so far."""
         at, world = self.progressed, self.world
         gc.collect()
         own = itertools.islice(self.valid.evaluation(), world.rank, None, world.size)
-        loss_sum, n_targets = world.sum(*sum_losses(self.model, own, world.device, self.config.train.precision))
+        loss_sum, n_targets = world.sum(
+            *sum_losses(self.model, own, world.device, self.config.train.precision)
+        )
         loss = loss_sum / max(1, n_targets)
         best = loss < at.best_loss
         at.stale_evaluations = 0 if best else at.stale_evaluations + 1
@@ -157,69 +206,90 @@ class Run:
         prompts: list[list[Turn]] = []
         for number in range(0, shards.documents, -(-shards.documents // n)):
             start = int(shards.starts[number])
-            prompts.append(shards.dialogue(number)[:-1] if task == "chatlm" else
-                           [(0, shards.tokens(start, min(start + prompt, shards.n_tokens)).tolist())])
+            prompts.append(
+                shards.dialogue(number)[:-1]
+                if task == "chatlm"
+                else [(0, shards.tokens(start, min(start + prompt, shards.n_tokens)).tolist())]
+            )
         told = [" / ".join(self.tokenizer.decode(ids) for _, ids in turns) for turns in prompts]
         texts = answers(self.model, self.tokenizer, task, prompts)
         return [f"{asked} -> {text}" for asked, text in zip(told, texts, strict=True)]
 
-    def logging(self) -> RunLog:
+    def logging(self) -> Monitor:
         """Write down what the run is, and begin to tell of it."""
         if self.world.rank == 0:
-            pretrained.save_static(self.model_dir, self.model.config, self.tokenizer, self.config.task)
-            with swapped(self.folder / "config.json") as temporary:
+            pretrained.save_static(
+                self.model_dir, self.model.config, self.tokenizer, self.config.task
+            )
+            with atomic_write(self.folder / "config.json") as temporary:
                 temporary.write_text(json.dumps(self.resolved, indent=2) + "\n")
-        return RunLog(self.folder, self.world, self.model.config, DTYPES[self.config.train.precision],
-                      self.config.task, self.progressed.step, self.total, self.progressed.log_bytes)
+        return Monitor(
+            self.folder,
+            self.world,
+            self.model.config,
+            DTYPES[self.config.train.precision],
+            self.config.task,
+            self.progressed.step,
+            self.total,
+            self.progressed.log_bytes,
+        )
 
     def signal(self, number: int, frame: FrameType | None) -> None:
         """Finish the step, save and stop; a second signal ends the process at once."""
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    def save(self, log: RunLog) -> None:
+    def save(self, log: Monitor) -> None:
         """Write the checkpoint from which the same command goes on."""
         (self.progressed.loss_sum,) = self.world.sum(float(self.loss_sum))
         self.progressed.scaler, self.progressed.log_bytes = self.scaler.state_dict(), log.size()
         if self.world.rank == 0:
-            checkpoint.save(self.checkpoint_path, self.model, self.optimizers, self.progressed, self.resolved)
+            checkpoint.save_checkpoint(
+                self.checkpoint_path, self.model, self.optimizers, self.progressed, self.resolved
+            )
 
 
 def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
     """A new model of the config's size, or the one that `init_from` names with what a chat needs appended."""
     torch.manual_seed(config.train.seed)
-    tokenizer, size = for_config(config), config.model
+    tokenizer, size = tokenizer_for(config), config.model
     if not config.init_from:
-        return GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=size.n_ctx, n_embd=size.n_embd,
-                               n_layer=size.n_layer, n_head=size.n_head, embd_pdrop=size.dropout,
-                               attn_pdrop=size.dropout, resid_pdrop=size.dropout)), tokenizer
-    model, tokenizer, task = pretrained.load(config.init_from, dropout=size.dropout)
-    for ours, theirs in (("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"), ("n_ctx", "n_positions")):
+        return GPT2(
+            GPT2Config(
+                vocab_size=tokenizer.vocab_size,
+                n_positions=size.n_ctx,
+                n_embd=size.n_embd,
+                n_layer=size.n_layer,
+                n_head=size.n_head,
+                embd_pdrop=size.dropout,
+                attn_pdrop=size.dropout,
+                resid_pdrop=size.dropout,
+            )
+        ), tokenizer
+    model, tokenizer, task = pretrained.load_model(config.init_from, dropout=size.dropout)
+    for ours, theirs in (
+        ("n_layer", "n_layer"),
+        ("n_head", "n_head"),
+        ("n_embd", "n_embd"),
+        ("n_ctx", "n_positions"),
+    ):
         wanted, found = getattr(size, ours), getattr(model.config, theirs)
         if wanted > found if ours == "n_ctx" else wanted not in (0, found):
-            raise UserError(f"[model] {ours} is {wanted}, {config.init_from} has {theirs} {found}; leave {ours} out")
+            raise UserError(
+                f"[model] {ours} is {wanted}, {config.init_from} has {theirs} {found}; leave {ours} out"
+            )
     added = pretrained.adapt(model, tokenizer, config.train.seed)
-    if config.task == "chatlm" and task == "lm" and "type 0" not in added and not config.train.keep_type_rows:
+    if (
+        config.task == "chatlm"
+        and task == "lm"
+        and "type 0" not in added
+        and not config.train.keep_type_rows
+    ):
         with torch.no_grad():
-            model.wte.weight[model.type_rows] = torch.randn(2, model.config.n_embd) * model.config.initializer_range
+            model.wte.weight[model.type_rows] = (
+                torch.randn(2, model.config.n_embd) * model.config.initializer_range
+            )
     return model.train(), tokenizer
-
-
-def prepare(model: GPT2, config: TrainConfig, world: World) -> torch.nn.Module:
-    """The model as it is trained: with activation checkpointing, compilation and DDP as the config says."""
-    model.activation_checkpointing = config.activation_checkpointing
-    trained: torch.nn.Module = model
-    if config.compile and has_compiler():
-        trained = torch.compile(model)  # type: ignore[assignment]
-    return DistributedDataParallel(trained) if world.size > 1 else trained
-
-
-def has_compiler() -> bool:
-    """Whether torch.compile can work here; says so in one line if not."""
-    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if not found:
-        print("train.compile: no C++ compiler found (g++ or clang++); training eagerly", file=sys.stderr)
-    return bool(found)
 
 
 def train(config: Config) -> Run:
@@ -231,20 +301,24 @@ def train(config: Config) -> Run:
     settle()
     gc.disable()  # its pauses cost more than the little that a step leaves; `evaluate` collects that
     if run.done and world.rank == 0:
-        print(f"{config.run}: finished at step {run.progressed.step} of {run.total}, best held-out loss "
-              f"{run.progressed.best_loss:.4f}; train more by raising num_steps, or remove the folder to start anew")
+        print(
+            f"{config.run}: finished at step {run.progressed.step} of {run.total}, best held-out loss "
+            f"{run.progressed.best_loss:.4f}; train more by raising num_steps, or remove the folder to start anew"
+        )
     if not run.done:
         run.train()
     world.close()
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gptchat.train", description=(__doc__ or "").split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gptchat.train", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
-    run = train(load(arguments.config, arguments.overrides))
+    arguments = parser.parse_intermixed_args(argv)
+    run = train(load_config(arguments.config, arguments.overrides))
     if run.stopped and not run.done:
         sys.exit(130)
 

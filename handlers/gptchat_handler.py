@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from ts.metrics.metric_type_enum import MetricTypes
 
-from gptchat import pretrained
-from gptchat.engine import Engine, Output, Request, generate
-from gptchat.world import settle
+from gptchat.inference.engine import Engine, Output, Request, generate
+from gptchat.model import pretrained
+from gptchat.runtime import settle
 from handlers.answers import JSON, Answer, models
 from handlers.jobs import Reader, Refusal, Served
 from handlers.loop import DecodeLoop
@@ -32,13 +32,22 @@ class GptchatHandler:
     """Serves the model directory `model` in the archive's folder."""
 
     def initialize(self, context: Any) -> None:
-        folder, settings = Path(context.system_properties["model_dir"]), context.model_yaml_config["gptchat"]
-        self.served, engine = load(folder / "model", context.model_name, SimpleNamespace(**settings))
+        folder, settings = (
+            Path(context.system_properties["model_dir"]),
+            context.model_yaml_config["gptchat"],
+        )
+        self.served, engine = load(
+            folder / "model", context.model_name, SimpleNamespace(**settings)
+        )
         self.page = (folder / "handlers" / "page.html").read_text(encoding="utf-8")
-        self.draining = Path(os.environ.get("GPTCHAT_RUN", folder)) / "draining"  # the launcher's sign
+        self.draining = (
+            Path(os.environ.get("GPTCHAT_RUN", folder)) / "draining"
+        )  # the launcher's sign
         self.metrics, self.loop = context.metrics, DecodeLoop(engine)
         self.live: dict[str, Answer] = {}
-        self.owners: dict[int, tuple[str, int]] = {}  # the engine's requests: of which of ours, and which prompt there
+        self.owners: dict[
+            int, tuple[str, int]
+        ] = {}  # the engine's requests: of which of ours, and which prompt there
         self.told: tuple[int, ...] = ()
         self.loop.start()
         quiet_logging()
@@ -47,7 +56,10 @@ class GptchatHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """One result per request, in order; "" where there is nothing to send yet."""
         ids = [context.request_ids[i] for i in range(len(data))]
-        gone, new = set(self.live) - set(ids), [i for i, id in enumerate(ids) if id not in self.live]
+        gone, new = (
+            set(self.live) - set(ids),
+            [i for i, id in enumerate(ids) if id not in self.live],
+        )
         for i in new:
             self.live[ids[i]] = Answer(self.served, ids[i])
             self.guarded(ids[i], self.open, data[i], context.get_all_request_header(i))
@@ -58,13 +70,19 @@ class GptchatHandler:
                 for i in new:
                     self.guarded(ids[i], self.submit, engine)
         # with nothing to send a newcomer waits 10 ms to be seen
-        for output in self.loop.collect(0 if any(answer.done for answer in self.live.values()) else 0.01):
+        for output in self.loop.collect(
+            0 if any(answer.done for answer in self.live.values()) else 0.01
+        ):
             id, place = self.owners.get(output.request_id, ("", 0))
             self.guarded(id, self.take, place, output)
         if self.loop.failure and self.live:
             for answer in self.live.values():
-                answer.error = answer.error or Refusal("the decoder failed and is restarted: try again", 500)
-            threading.Timer(0.5, os._exit, (1,)).start()  # once everyone has been answered; TorchServe restarts us
+                answer.error = answer.error or Refusal(
+                    "the decoder failed and is restarted: try again", 500
+                )
+            threading.Timer(
+                0.5, os._exit, (1,)
+            ).start()  # once everyone has been answered; TorchServe restarts us
         chunks = [self.send(i, id, context) for i, id in enumerate(ids)]
         self.gauge()
         return chunks
@@ -84,7 +102,10 @@ class GptchatHandler:
     def open(self, answer: Answer, data: dict[str, Any], headers: dict[str, Any]) -> None:
         """Read a request and hand it to the engine, or answer it at once."""
         path, body = str(headers.get("url_path", "")), data.get("body")
-        kind = next((str(value) for name, value in headers.items() if name.lower() == "content-type"), "missing")
+        kind = next(
+            (str(value) for name, value in headers.items() if name.lower() == "content-type"),
+            "missing",
+        )
         if body in (b"", ""):
             answer.page = self.get(path)
         elif body is None or kind.partition(";")[0].strip().lower() != JSON:
@@ -92,7 +113,10 @@ class GptchatHandler:
         elif self.draining.exists() or self.loop.failure:
             raise Refusal("the server is stopping or restarting", 503)
         elif len(self.live) > (most := self.served.limits.max_requests):
-            raise Refusal(f"the queue is full: {most} requests (max_requests) are being answered; try later", 503)
+            raise Refusal(
+                f"the queue is full: {most} requests (max_requests) are being answered; try later",
+                503,
+            )
         else:
             answer.begin(Reader(body, self.served).read(path))
 
@@ -102,14 +126,17 @@ class GptchatHandler:
             for place, (ids, types) in enumerate(job.prompts):
                 number = engine.submit(Request(ids, types, job.sampling, job.n, stop_ids, scores))
                 self.owners[number] = answer.id, place
-                self.loop.hurried |= {number} if job.stream else set()
+                self.loop.streaming_ids |= {number} if job.stream else set()
 
     def get(self, path: str) -> tuple[str, str]:
         """Content type and text of what has no body to ask for it."""
         if path.startswith("v1/models"):
             return JSON, json.dumps(models(self.served, path))
         if path or self.served.task != "chatlm":
-            raise Refusal('the body is empty; wanted JSON such as {"context": "some text"}', 404 if path else 400)
+            raise Refusal(
+                'the body is empty; wanted JSON such as {"context": "some text"}',
+                404 if path else 400,
+            )
         return "text/html; charset=utf-8", self.page
 
     def take(self, answer: Answer, place: int, output: Output) -> None:
@@ -121,12 +148,20 @@ class GptchatHandler:
         """A request's next chunk, and in `context` what goes with it."""
         answer = self.live[id]
         first, text = not answer.seen, self.guarded(id, Answer.drain)
-        text, done = answer.drain() if text is None else text, answer.done  # an error can always be told
+        text, done = (
+            answer.drain() if text is None else text,
+            answer.done,
+        )  # an error can always be told
         context.set_response_status(answer.status, "", i)
         context.set_response_content_type(i, answer.content_type)
-        context.stopping_criteria = [*(context.stopping_criteria or [])[:i], lambda _: None if first and done else done]
+        context.stopping_criteria = [
+            *(context.stopping_criteria or [])[:i],
+            lambda _: None if first and done else done,
+        ]
         if done:
-            self.finish(id, "error" if answer.error and answer.status == 200 else str(answer.status))
+            self.finish(
+                id, "error" if answer.error and answer.status == 200 else str(answer.status)
+            )
         return text
 
     def finish(self, id: str, result: str) -> None:
@@ -137,8 +172,12 @@ class GptchatHandler:
                 with self.loop.at_rest() as engine:
                     engine.cancel(number)
             del self.owners[number]
-            self.loop.hurried.discard(number)
-        kind, first, usage = answer.job.kind if answer.job else "none", answer.first_token, answer.usage
+            self.loop.streaming_ids.discard(number)
+        kind, first, usage = (
+            answer.job.kind if answer.job else "none",
+            answer.first_token,
+            answer.usage,
+        )
         first_seconds, new = (first or now) - answer.began, usage["completion_tokens"]
         self.metric("requests", 1, kind, result)
         self.metric("prompt_tokens", usage["prompt_tokens"])
@@ -147,11 +186,24 @@ class GptchatHandler:
             longest = max(choice.tokens for choice in answer.choices)
             self.metric("first_token_seconds", first_seconds, kind=MetricTypes.HISTOGRAM)
             self.metric("token_seconds", (now - first) / longest, kind=MetricTypes.HISTOGRAM)
-        log.info("%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s", id, self.served.name, kind, result,
-                 usage["prompt_tokens"], new, first_seconds, now - answer.began)
+        log.info(
+            "%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s",
+            id,
+            self.served.name,
+            kind,
+            result,
+            usage["prompt_tokens"],
+            new,
+            first_seconds,
+            now - answer.began,
+        )
 
-    def metric(self, name: str, value: float, *labels: str, kind: MetricTypes = MetricTypes.COUNTER) -> None:
-        self.metrics.get_metric(f"gptchat_{name}", kind).add_or_update(value, [self.served.name, *labels])
+    def metric(
+        self, name: str, value: float, *labels: str, kind: MetricTypes = MetricTypes.COUNTER
+    ) -> None:
+        self.metrics.get_metric(f"gptchat_{name}", kind).add_or_update(
+            value, [self.served.name, *labels]
+        )
 
     def gauge(self) -> None:
         """Tell how much there is to do, where that has changed."""
@@ -164,20 +216,28 @@ class GptchatHandler:
 def load(directory: Path, name: str, limits: Any) -> tuple[Served, Engine]:
     """The model and an engine that has run once; as many slots as cache_mb holds, at most limits.slots."""
     torch.set_num_threads(limits.threads or torch.get_num_threads())
-    model, tokenizer, task = pretrained.load(directory, "cuda" if torch.cuda.is_available() else "cpu")
-    slot = 8 * model.config.n_layer * model.config.n_embd * model.config.n_positions  # bytes, if the cache is float32
+    model, tokenizer, task = pretrained.load_model(
+        directory, "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    slot = (
+        8 * model.config.n_layer * model.config.n_embd * model.config.n_positions
+    )  # bytes, if the cache is float32
     limits.slots = max(1, min(limits.slots, limits.cache_mb * 2**20 // slot))
     never = pretrained.never_generated(model.config, tokenizer, task)
     engine = Engine(model, limits.slots, dtype=limits.dtype, suppress=never)
     generate(engine, [Request([tokenizer.eos_id], [1] if task == "chatlm" else None)])
     settle()
-    return Served(name, task, tokenizer, engine.length, limits, pretrained.stop_id(tokenizer, task)), engine
+    return Served(
+        name, task, tokenizer, engine.length, limits, pretrained.stop_id(tokenizer, task)
+    ), engine
 
 
 def quiet_logging() -> None:
     """Lines per request, not per round, which cost a third of a round; none for what is only a client's mistake."""
     logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Failed json decoding"))
+    logging.getLogger().addFilter(
+        lambda record: not record.getMessage().startswith("Failed json decoding")
+    )
     metrics = logging.getLogger("ts.metrics.caching_metric")
     metrics.setLevel(logging.INFO)
     metrics.addFilter(lambda record: "PredictionTime" not in record.getMessage())

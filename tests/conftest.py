@@ -11,8 +11,14 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 torch.set_num_threads(2)
 
-HEAD = {"lm/train.txt": 60_000, "lm/valid.txt": 8_000, "lm/test.txt": 8_000,
-        "chatlm/train.tsv": 60_000, "chatlm/valid.tsv": 6_000, "chatlm/test.tsv": 6_000}
+HEAD = {
+    "lm/train.txt": 60_000,
+    "lm/valid.txt": 8_000,
+    "lm/test.txt": 8_000,
+    "chatlm/train.tsv": 60_000,
+    "chatlm/valid.tsv": 6_000,
+    "chatlm/test.tsv": 6_000,
+}
 CONFIG = """
 task = "{task}"
 run = "{folder}/out/{task}"
@@ -42,7 +48,7 @@ precision = "fp32"
 
 
 def command(module: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", f"gptchat.{module}", *map(str, arguments)]
+    return [sys.executable, "-m", "gptchat", module, *map(str, arguments)]
 
 
 def run(module: str, *arguments: object, status: int = 0) -> str:

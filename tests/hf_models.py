@@ -9,18 +9,32 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from gptchat.tokenizer import SPECIAL, Tokenizer
+from gptchat.data.tokenizer import SPECIAL, Tokenizer
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
-SMALL: dict[str, Any] = dict(vocab_size=300, n_positions=48, n_embd=24, n_layer=3, n_head=4, embd_pdrop=0.0,
-                             attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=2, eos_token_id=3, pad_token_id=0)
+SMALL: dict[str, Any] = dict(
+    vocab_size=300,
+    n_positions=48,
+    n_embd=24,
+    n_layer=3,
+    n_head=4,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+    bos_token_id=2,
+    eos_token_id=3,
+    pad_token_id=0,
+)
 
 
 def byte_tokenizer(special: tuple[str, ...] = SPECIAL) -> Tokenizer:
     """A byte-level tokenizer without merges: the special tokens, then the 256 bytes; entries 0..261."""
-    vocabulary = {piece: id for id, piece in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        piece: id
+        for id, piece in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -38,7 +52,9 @@ def shake(model: torch.nn.Module, seed: int) -> None:
         parameter.add_((0.2 * noise).to(parameter.dtype))
 
 
-def random_gpt2(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> GPT2LMHeadModel:
+def random_gpt2(
+    seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
+) -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(GPT2Config(**(SMALL | changes))).to(dtype).eval()

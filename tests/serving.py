@@ -16,9 +16,9 @@ import yaml
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gptchat import pretrained
-from gptchat.model import GPT2, GPT2Config
-from gptchat.tokenizer import SPECIAL, Tokenizer
+from gptchat.data.tokenizer import SPECIAL, Tokenizer
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = [
@@ -29,7 +29,12 @@ TEXT = [
 
 
 def tiny_model(
-    folder: Path, task: str, n_embd: int = 32, n_layer: int = 2, n_positions: int = 128, seed: int = 0
+    folder: Path,
+    task: str,
+    n_embd: int = 32,
+    n_layer: int = 2,
+    n_positions: int = 128,
+    seed: int = 0,
 ) -> Path:
     """A model directory with random weights, wide enough that greedy answers vary, and a vocabulary of about 300."""
     backend = Backend(models.BPE())
@@ -47,7 +52,11 @@ def tiny_model(
     tokenizer = Tokenizer(backend)
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=tokenizer.vocab_size, n_positions=n_positions, n_embd=n_embd, n_layer=n_layer, n_head=4
+        vocab_size=tokenizer.vocab_size,
+        n_positions=n_positions,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=4,
     )
     model = GPT2(config)
     for parameter in model.parameters():
@@ -85,7 +94,13 @@ def configs(folder: Path, **limits: object) -> Path:
 class Server:
     """The launcher in a process of its own; `url(path)` and `post` speak with the API."""
 
-    def __init__(self, run: Path, named: dict[str, Path], *arguments: str, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        run: Path,
+        named: dict[str, Path],
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+    ):
         self.run, self.port = run, free_ports()
         run.mkdir(parents=True, exist_ok=True)
         self.log = run / "launcher.log"
@@ -126,7 +141,9 @@ class Server:
         return [parent, *parent.children(recursive=True)]
 
     def workers(self) -> list[psutil.Process]:
-        return [p for p in self.family() if any("model_service_worker" in word for word in p.cmdline())]
+        return [
+            p for p in self.family() if any("model_service_worker" in word for word in p.cmdline())
+        ]
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 20) -> float:
         """Send a signal; the seconds until the launcher is gone."""
@@ -152,7 +169,12 @@ class Server:
         """The connection and the answer's head, whose body is still to be read."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
-        connection.request(method, f"/predictions/{path}", data, {"content-type": "application/json"} | (headers or {}))
+        connection.request(
+            method,
+            f"/predictions/{path}",
+            data,
+            {"content-type": "application/json"} | (headers or {}),
+        )
         return connection, connection.getresponse()
 
     def post(self, path: str, body: object = None, **options: object) -> tuple[int, object]:

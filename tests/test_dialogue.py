@@ -5,8 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptchat.config import UserError
-from gptchat.dialogue import IGNORE, encode_example, encode_prompt, escape, fit, read_rows, rows_to_turns, unescape
+from gptchat.console import UserError
+from gptchat.data.dialogue import (
+    IGNORE,
+    encode_example,
+    encode_prompt,
+    escape,
+    fit,
+    read_rows,
+    rows_to_turns,
+    unescape,
+)
 
 CLS, SEP = 4, 5
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
@@ -15,7 +24,10 @@ PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
 def turns_of(lengths: list[int]) -> list[tuple[int, list[int]]]:
     """Alternating turns of given lengths, every token different."""
     ids = iter(range(100, 100_000))
-    return [((len(lengths) - n) % 2, [next(ids) for _ in range(length)]) for n, length in enumerate(lengths)]
+    return [
+        ((len(lengths) - n) % 2, [next(ids) for _ in range(length)])
+        for n, length in enumerate(lengths)
+    ]
 
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=2, max_size=6)
@@ -26,7 +38,9 @@ def test_two_turns_are_context_sep_response_cls() -> None:
     assert example.input_ids.tolist() == [10, 11, SEP, 20, 21]
     assert example.token_type_ids.tolist() == [0, 0, 1, 1, 1]
     assert example.targets.tolist() == [IGNORE, IGNORE, 20, 21, CLS]
-    assert example.input_ids.dtype == example.token_type_ids.dtype == example.targets.dtype == np.int64
+    assert (
+        example.input_ids.dtype == example.token_type_ids.dtype == example.targets.dtype == np.int64
+    )
 
 
 def test_a_turn_and_its_sep_have_the_speakers_type_and_only_the_response_is_a_target() -> None:
@@ -44,14 +58,20 @@ def test_targets_all_are_the_ids_that_follow() -> None:
 def test_ids_may_be_arrays_of_any_integer_type() -> None:
     plain = turns_of([3, 0, 4])
     arrays = [(speaker, np.array(ids, np.uint16)) for speaker, ids in plain]
-    for one, other in zip(vars(encode_example(plain, CLS, SEP, 8)).values(),
-                          vars(encode_example(arrays, CLS, SEP, 8)).values(), strict=True):
+    for one, other in zip(
+        vars(encode_example(plain, CLS, SEP, 8)).values(),
+        vars(encode_example(arrays, CLS, SEP, 8)).values(),
+        strict=True,
+    ):
         assert one.tolist() == other.tolist() and one.dtype == other.dtype
 
 
 def test_oldest_turns_go_first_then_the_front_of_the_context_then_the_end_of_the_response() -> None:
     turns = turns_of([4, 6, 2])  # ids 100-103, 104-109, 110-111
-    kept = {n_ctx: encode_example(turns, CLS, SEP, n_ctx).input_ids.tolist() for n_ctx in (14, 13, 9, 8, 6, 4)}
+    kept = {
+        n_ctx: encode_example(turns, CLS, SEP, n_ctx).input_ids.tolist()
+        for n_ctx in (14, 13, 9, 8, 6, 4)
+    }
     assert kept[14] == [100, 101, 102, 103, SEP, 104, 105, 106, 107, 108, 109, SEP, 110, 111]
     assert kept[13] == kept[9] == [104, 105, 106, 107, 108, 109, SEP, 110, 111]
     assert kept[8] == [105, 106, 107, 108, 109, SEP, 110, 111]
@@ -68,16 +88,28 @@ def test_truncation_keeps_what_it_promises(lengths: list[int], n_ctx: int) -> No
     example = encode_example(turns, CLS, SEP, n_ctx, targets="all")
     ids, context, response = example.input_ids.tolist(), turns[-2][1], turns[-1][1]
     whole = [id for n, (_, turn) in enumerate(turns) for id in ([SEP] if n else []) + turn] + [CLS]
-    assert len(ids) == len(example.token_type_ids) == len(example.targets) == fit(lengths, n_ctx)[2] <= n_ctx
+    assert (
+        len(ids)
+        == len(example.token_type_ids)
+        == len(example.targets)
+        == fit(lengths, n_ctx)[2]
+        <= n_ctx
+    )
     shown = ids + example.targets.tolist()[-1:]
-    assert any(whole[start:start + len(shown)] == shown for start in range(len(whole)))  # nothing but cuts at the ends
+    assert any(
+        whole[start : start + len(shown)] == shown for start in range(len(whole))
+    )  # nothing but cuts at the ends
     complete = shown[-1] == CLS
     front = ids.index(SEP)  # tokens of the first turn kept
-    if ids.count(SEP) > 1 or lengths[-2] == front:  # no token of the context is missing: what was cut are whole turns
+    if (
+        ids.count(SEP) > 1 or lengths[-2] == front
+    ):  # no token of the context is missing: what was cut are whole turns
         turns_kept = ids.count(SEP) + 1
         assert front == lengths[-turns_kept]
         if turns_kept < len(lengths):
-            assert len(ids) + 1 + lengths[-turns_kept - 1] > n_ctx  # one turn more would not have fitted
+            assert (
+                len(ids) + 1 + lengths[-turns_kept - 1] > n_ctx
+            )  # one turn more would not have fitted
     else:
         assert min(len(context), n_ctx // 2) <= front < len(context) and len(ids) == n_ctx
     if not complete:
@@ -86,9 +118,13 @@ def test_truncation_keeps_what_it_promises(lengths: list[int], n_ctx: int) -> No
 
 @PROPERTY
 @given(LENGTHS, st.integers(2, 80))
-def test_response_targets_are_those_of_all_on_the_response_alone(lengths: list[int], n_ctx: int) -> None:
+def test_response_targets_are_those_of_all_on_the_response_alone(
+    lengths: list[int], n_ctx: int
+) -> None:
     turns = turns_of(lengths)
-    ours, every = (encode_example(turns, CLS, SEP, n_ctx, targets) for targets in ("response", "all"))
+    ours, every = (
+        encode_example(turns, CLS, SEP, n_ctx, targets) for targets in ("response", "all")
+    )
     assert (ours.input_ids == every.input_ids).all()
     expected = [t if t == CLS or t in turns[-1][1] else IGNORE for t in every.targets.tolist()]
     assert ours.targets.tolist() == expected
@@ -102,22 +138,31 @@ def test_a_prompt_is_the_beginning_of_its_training_example(lengths: list[int], b
     example = encode_example(turns, CLS, SEP, 1000)
     beginning = turns[-1][1][:begun]
     ids, types = encode_prompt(turns[:-1], beginning, CLS, SEP, 1000)
-    assert ids == example.input_ids.tolist()[:len(ids)] and types == example.token_type_ids.tolist()[:len(ids)]
-    assert ids[len(ids) - len(beginning) - 1:] == [SEP, *beginning] and set(types[-len(beginning) - 1:]) == {1}
+    assert (
+        ids == example.input_ids.tolist()[: len(ids)]
+        and types == example.token_type_ids.tolist()[: len(ids)]
+    )
+    assert ids[len(ids) - len(beginning) - 1 :] == [SEP, *beginning] and set(
+        types[-len(beginning) - 1 :]
+    ) == {1}
 
 
 @PROPERTY
 @given(LENGTHS, st.integers(0, 5), st.integers(0, 80))
-def test_a_prompt_fills_its_room_with_whole_turns_or_is_refused(lengths: list[int], begun: int, room: int) -> None:
+def test_a_prompt_fills_its_room_with_whole_turns_or_is_refused(
+    lengths: list[int], begun: int, room: int
+) -> None:
     turns, beginning = turns_of(lengths), list(range(7, 7 + begun))
     costs = [length + 1 for length in lengths]
     fitting = [n for n in range(1, len(lengths) + 1) if sum(costs[-n:]) + begun <= room]
     if not fitting:
-        with pytest.raises(UserError, match=f"takes {costs[-1] + begun} tokens; wanted {room} at most"):
+        with pytest.raises(
+            UserError, match=f"takes {costs[-1] + begun} tokens; wanted {room} at most"
+        ):
             encode_prompt(turns, beginning, CLS, SEP, room)
         return
     ids, types = encode_prompt(turns, beginning, CLS, SEP, room)
-    assert (ids, types) == encode_prompt(turns[-max(fitting):], beginning, CLS, SEP, 1000)
+    assert (ids, types) == encode_prompt(turns[-max(fitting) :], beginning, CLS, SEP, 1000)
     assert len(ids) == len(types) <= room
 
 
@@ -133,12 +178,14 @@ def test_escape_comes_back_and_fits_a_column(text: str) -> None:
 
 
 def test_other_backslashes_stand_for_themselves() -> None:
-    assert unescape(r"a\b \o/ C:\\new \"") == "a\\b \\o/ C:\\new \\\""
+    assert unescape(r"a\b \o/ C:\\new \"") == 'a\\b \\o/ C:\\new \\"'
 
 
 @PROPERTY
 @given(st.lists(st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=5), max_size=6))
-def test_rows_come_back_from_a_file(tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]) -> None:
+def test_rows_come_back_from_a_file(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
+) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.tsv"
     path.write_bytes("".join("\t".join(map(escape, row)) + "\n" for row in rows).encode())
     assert list(read_rows(path)) == rows
@@ -150,12 +197,15 @@ def test_windows_files_and_ragged_tables_are_read(tmp_path) -> None:  # type: ig
     assert list(read_rows(path)) == [["hi", "hello"], ["what?", "nothing\tat all"], ["last", "row"]]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"a\tb\nalone\n", r":2: found one column; wanted"),
-    (b"a\tb\n\talone\n", r":2: found one column; wanted"),
-    (b"a\tb\nhi\thello\t\n", r":2: found an empty column 3; wanted"),
-    (b"a\tb\nc\t\xe3\x81\n", r": byte 6: found invalid UTF-8 in line 2"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\tb\nalone\n", r":2: found one column; wanted"),
+        (b"a\tb\n\talone\n", r":2: found one column; wanted"),
+        (b"a\tb\nhi\thello\t\n", r":2: found an empty column 3; wanted"),
+        (b"a\tb\nc\t\xe3\x81\n", r": byte 6: found invalid UTF-8 in line 2"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_place(tmp_path, content: bytes, message: str) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "bad.tsv"
     path.write_bytes(content)

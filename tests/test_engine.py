@@ -9,13 +9,16 @@ import torch
 from transformers import GPT2Config as TheirConfig
 from transformers import GPT2LMHeadModel
 
-from gptchat.engine import Engine, Request, generate
-from gptchat.model import GPT2, GPT2Config
-from gptchat.sampling import Sampling
-from gptchat.tokenizer import BYTE_OF, StreamDecoder, Tokenizer, WordFilter
+from gptchat.data.tokenizer import BYTE_OF, Tokenizer
+from gptchat.inference.engine import Engine, Request, generate
+from gptchat.inference.sampling import Sampling
+from gptchat.inference.text import StreamDecoder, WordFilter
+from gptchat.model.gpt2 import GPT2, GPT2Config
 
 V, LENGTH = 97, 64
-CONFIG = GPT2Config(vocab_size=V, n_positions=LENGTH, n_embd=32, n_layer=3, n_head=4, type_rows=(1, 7))
+CONFIG = GPT2Config(
+    vocab_size=V, n_positions=LENGTH, n_embd=32, n_layer=3, n_head=4, type_rows=(1, 7)
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,10 @@ def model():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.zero_()
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.4 if parameter.dim() == 2 else 0.1))
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator)
+                * (0.4 if parameter.dim() == 2 else 0.1)
+            )
     return model
 
 
@@ -36,8 +42,17 @@ def model():
 def peer(model):
     """The same weights in transformers."""
     c = CONFIG
-    peer = GPT2LMHeadModel(TheirConfig(vocab_size=V, n_positions=LENGTH, n_embd=c.n_embd, n_layer=c.n_layer,
-                                       n_head=c.n_head, bos_token_id=None, eos_token_id=None)).eval()
+    peer = GPT2LMHeadModel(
+        TheirConfig(
+            vocab_size=V,
+            n_positions=LENGTH,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
@@ -54,18 +69,33 @@ def prompt(random_, longest=LENGTH - 1):
 def some_request(random_):
     ids = prompt(random_)
     settings = dict(
-        temperature=random_.choice([0, 0.6, 1.0, 1.7]), top_k=random_.choice([0, 0, 1, 20]),
-        top_p=random_.choice([1.0, 0.9, 0.3]), min_p=random_.choice([0.0, 0.05]),
-        repetition_penalty=random_.choice([1.0, 1.0, 1.4]), seed=random_.randrange(5),
-        bad_words_ids=random_.choice([(), tuple((random_.randrange(V),) for _ in range(20)), ((3, 4), (5,))]),
-        max_new_tokens=random_.choice([0, 1, 5, 20, 99]), logprobs=random_.choice([None, None, 0, 3]))
-    return Request(ids, [random_.randrange(2) for _ in ids], Sampling(**settings), n=random_.choice([1, 1, 1, 2, 5]),
-                   stop_ids=random_.choice([(), (4,), (4, 50, 51, 52, 53)]), score_prompt=random_.random() < 0.3)
+        temperature=random_.choice([0, 0.6, 1.0, 1.7]),
+        top_k=random_.choice([0, 0, 1, 20]),
+        top_p=random_.choice([1.0, 0.9, 0.3]),
+        min_p=random_.choice([0.0, 0.05]),
+        repetition_penalty=random_.choice([1.0, 1.0, 1.4]),
+        seed=random_.randrange(5),
+        bad_words_ids=random_.choice(
+            [(), tuple((random_.randrange(V),) for _ in range(20)), ((3, 4), (5,))]
+        ),
+        max_new_tokens=random_.choice([0, 1, 5, 20, 99]),
+        logprobs=random_.choice([None, None, 0, 3]),
+    )
+    return Request(
+        ids,
+        [random_.randrange(2) for _ in ids],
+        Sampling(**settings),
+        n=random_.choice([1, 1, 1, 2, 5]),
+        stop_ids=random_.choice([(), (4,), (4, 50, 51, 52, 53)]),
+        score_prompt=random_.random() < 0.3,
+    )
 
 
 def close(a, b):
-    return all(x.token == y.token and [t for t, _ in x.top] == [t for t, _ in y.top] for x, y in zip(a, b, strict=True)
-               ) and [x.logprob for x in a] == pytest.approx([y.logprob for y in b], abs=1e-4)
+    return all(
+        x.token == y.token and [t for t, _ in x.top] == [t for t, _ in y.top]
+        for x, y in zip(a, b, strict=True)
+    ) and [x.logprob for x in a] == pytest.approx([y.logprob for y in b], abs=1e-4)
 
 
 class Traffic:
@@ -95,7 +125,10 @@ class Traffic:
         id_ = self.random.choice(list(self.requests))
         candidate = self.random.choice([None, *range(self.requests[id_].n)])
         before, waiting = self.engine.live, self.engine.queued
-        own = sum(row.request_id == id_ and candidate in (None, row.candidate) for row in self.engine.running)
+        own = sum(
+            row.request_id == id_ and candidate in (None, row.candidate)
+            for row in self.engine.running
+        )
         self.engine.cancel(id_, candidate)
         assert self.engine.live <= before - own and self.engine.queued <= waiting
         for one in range(self.requests[id_].n) if candidate is None else [candidate]:
@@ -123,7 +156,11 @@ def test_each_of_200_requests_in_traffic_answers_as_alone(model, seed, chunk):
     number = 200 if seed == 0 else 40
     traffic = Traffic(model, number, seed, prefill_chunk=chunk).run()
     assert traffic.engine.live == traffic.engine.queued == 0 and traffic.engine.idle
-    assert len(traffic.requests) == number and traffic.cancelled and set(traffic.ended.values()) == {"stop", "length"}
+    assert (
+        len(traffic.requests) == number
+        and traffic.cancelled
+        and set(traffic.ended.values()) == {"stop", "length"}
+    )
     alone = Engine(model, slots=8, suppress=(0, 1), dtype="float32")
     compared = 0
     for id_, request in traffic.requests.items():
@@ -134,7 +171,10 @@ def test_each_of_200_requests_in_traffic_answers_as_alone(model, seed, chunk):
             if key in traffic.cancelled:
                 assert [o.token for o in got] == completion.ids[: len(got)]
             else:
-                assert close(got, [output for output in completion if output.token is not None]), (key, request)
+                assert close(got, [output for output in completion if output.token is not None]), (
+                    key,
+                    request,
+                )
                 assert traffic.ended[key] == completion[-1].finish_reason
                 compared += len(got)
     assert compared > 3 * number
@@ -144,9 +184,15 @@ def test_greedy_answers_in_traffic_equal_transformers_generate(model, peer):
     traffic = Traffic(model, 60, seed=3).run()
     compared = 0
     for id_, request in traffic.requests.items():
-        if request.sampling.temperature == 0 and request.sampling.max_new_tokens and (id_, 0) in traffic.ended:
+        if (
+            request.sampling.temperature == 0
+            and request.sampling.max_new_tokens
+            and (id_, 0) in traffic.ended
+        ):
             wanted = theirs(peer, request, (0, 1))
-            stop = next((i for i, token in enumerate(wanted) if token in request.stop_ids), len(wanted))
+            stop = next(
+                (i for i, token in enumerate(wanted) if token in request.stop_ids), len(wanted)
+            )
             assert [output.token for output in traffic.answers.get((id_, 0), [])] == wanted[:stop]
             compared += 1
     assert compared > 8
@@ -155,13 +201,22 @@ def test_greedy_answers_in_traffic_equal_transformers_generate(model, peer):
 def theirs(peer, request, suppress=()):
     """Greedy ids by transformers, which continues the last token's type too."""
     ids, sampling = torch.tensor([request.input_ids]), request.sampling
-    types = torch.tensor(CONFIG.type_rows)[torch.tensor([request.token_type_ids])] if request.token_type_ids else None
+    types = (
+        torch.tensor(CONFIG.type_rows)[torch.tensor([request.token_type_ids])]
+        if request.token_type_ids
+        else None
+    )
     drawn = peer.generate(
-        ids, attention_mask=torch.ones_like(ids), token_type_ids=types,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        token_type_ids=types,
         max_new_tokens=min(sampling.max_new_tokens, LENGTH - ids.shape[1]),
-        do_sample=False, pad_token_id=0, suppress_tokens=list(suppress) or None,
+        do_sample=False,
+        pad_token_id=0,
+        suppress_tokens=list(suppress) or None,
         repetition_penalty=sampling.repetition_penalty,
-        bad_words_ids=[list(word) for word in sampling.bad_words_ids] or None)
+        bad_words_ids=[list(word) for word in sampling.bad_words_ids] or None,
+    )
     return drawn[0, len(request.input_ids) :].tolist()
 
 
@@ -171,9 +226,18 @@ def test_greedy_equals_transformers_generate(model, peer, typed):
     requests = []
     for i in range(12):
         ids = prompt(random_, 50)
-        requests.append(Request(ids, [random_.randrange(2) for _ in ids] if typed else None, Sampling(
-            temperature=0, max_new_tokens=12, repetition_penalty=random_.choice([1.0, 1.3]),
-            bad_words_ids=((2, 3), (i,)))))
+        requests.append(
+            Request(
+                ids,
+                [random_.randrange(2) for _ in ids] if typed else None,
+                Sampling(
+                    temperature=0,
+                    max_new_tokens=12,
+                    repetition_penalty=random_.choice([1.0, 1.3]),
+                    bad_words_ids=((2, 3), (i,)),
+                ),
+            )
+        )
     engine = Engine(model, slots=5, suppress=(0, 1, 2), prefill_chunk=16)
     answers = [a.ids for [a] in generate(engine, requests)]
     assert answers == [theirs(peer, request, (0, 1, 2)) for request in requests]
@@ -182,7 +246,10 @@ def test_greedy_equals_transformers_generate(model, peer, typed):
 
 def test_greedy_equals_transformers_generate_up_to_the_full_length(model, peer):
     ids = prompt(random.Random(8), 20)
-    request = Request(ids, sampling=Sampling(temperature=0, max_new_tokens=LENGTH - len(ids), repetition_penalty=1.2))
+    request = Request(
+        ids,
+        sampling=Sampling(temperature=0, max_new_tokens=LENGTH - len(ids), repetition_penalty=1.2),
+    )
     [[answer]] = generate(Engine(model), [request])
     assert answer.ids == theirs(peer, request) and answer[-1].finish_reason == "length"
 
@@ -194,10 +261,19 @@ def test_prompt_scores_equal_transformers_log_softmax(model, peer, chunk, new):
     with torch.no_grad():
         wanted = peer(torch.tensor([ids])).logits[0].log_softmax(-1)
     engine = Engine(model, prefill_chunk=chunk)
-    request = Request(ids, sampling=Sampling(max_new_tokens=new, logprobs=4, temperature=0), score_prompt=True, n=2)
+    request = Request(
+        ids,
+        sampling=Sampling(max_new_tokens=new, logprobs=4, temperature=0),
+        score_prompt=True,
+        n=2,
+    )
     [[first, second]] = generate(engine, [request])
     scored = first[0].prompt_logprobs
-    assert [s.token for s in scored] == ids and scored[0].logprob is None and second[0].prompt_logprobs is None
+    assert (
+        [s.token for s in scored] == ids
+        and scored[0].logprob is None
+        and second[0].prompt_logprobs is None
+    )
     of_ids = wanted[range(len(ids) - 1), ids[1:]].tolist()
     assert [s.logprob for s in scored[1:]] == pytest.approx(of_ids, abs=1e-4)
     for i, s in enumerate(scored[1:]):
@@ -217,7 +293,9 @@ def test_stop_id_ends_the_answer_and_is_not_emitted(model):
     request = Request([5, 6], sampling=Sampling(max_new_tokens=40, seed=1))
     [[whole]] = generate(Engine(model), [request])
     stop = whole.ids[9]
-    [[cut]] = generate(Engine(model), [Request([5, 6], sampling=request.sampling, stop_ids=(stop,))])
+    [[cut]] = generate(
+        Engine(model), [Request([5, 6], sampling=request.sampling, stop_ids=(stop,))]
+    )
     assert cut.ids == whole.ids[: whole.ids.index(stop)] and cut[-1].finish_reason == "stop"
 
 
@@ -225,7 +303,9 @@ def test_candidates_differ_and_each_is_the_one_of_its_number(model):
     sampling = Sampling(max_new_tokens=10, seed=1)
     [five] = generate(Engine(model), [Request([5, 6], sampling=sampling, n=5)])
     [two] = generate(Engine(model), [Request([5, 6], sampling=sampling, n=2)])
-    assert len({tuple(a.ids) for a in five}) == 5 and [a.ids for a in two] == [a.ids for a in five[:2]]
+    assert len({tuple(a.ids) for a in five}) == 5 and [a.ids for a in two] == [
+        a.ids for a in five[:2]
+    ]
 
 
 def test_an_answer_whose_every_id_is_forbidden_stops(model):
@@ -242,14 +322,28 @@ def test_a_long_prompt_does_not_stall_the_others(model):
     short = engine.submit(Request([3]))
     speakers = [[output.request_id for output in engine.step()] for _ in range(9)]
     assert all(first in ids for ids in speakers)
-    assert speakers[6:] == [[first], [first, long], [first, long, short]]  # first come, first served
+    assert speakers[6:] == [
+        [first],
+        [first, long],
+        [first, long, short],
+    ]  # first come, first served
 
 
 def test_short_prompts_that_fit_in_a_chunk_start_together(model):
     engine = Engine(model, slots=8, prefill_chunk=24)
-    ids = [engine.submit(Request(p, n=n)) for p, n in (([1] * 5, 1), ([2] * 8, 2), ([3], 1), ([4] * 2, 1), ([5], 2))]
-    started = [[(output.request_id, output.candidate) for output in engine.step()] for _ in range(3)]
-    first = [(ids[0], 0), (ids[1], 0), (ids[2], 0), (ids[1], 1)]  # three rows of 8; a fourth would be 32
+    ids = [
+        engine.submit(Request(p, n=n))
+        for p, n in (([1] * 5, 1), ([2] * 8, 2), ([3], 1), ([4] * 2, 1), ([5], 2))
+    ]
+    started = [
+        [(output.request_id, output.candidate) for output in engine.step()] for _ in range(3)
+    ]
+    first = [
+        (ids[0], 0),
+        (ids[1], 0),
+        (ids[2], 0),
+        (ids[1], 1),
+    ]  # three rows of 8; a fourth would be 32
     second = [(ids[3], 0), (ids[4], 0), (ids[4], 1)]
     assert started == [first, first + second, first + second]
 
@@ -258,10 +352,14 @@ def test_a_model_stays_as_it_was(model):
     model.train()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     generate(Engine(model, dtype="int8"), [Request([1], sampling=Sampling(max_new_tokens=2))])
-    assert model.training and all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert model.training and all(
+        torch.equal(before[name], p) for name, p in model.named_parameters()
+    )
 
 
-@pytest.mark.parametrize("dtype, rounding", [(None, 1e-4), ("float32", 1e-4), ("bfloat16", 0.2), ("int8", 0.05)])
+@pytest.mark.parametrize(
+    "dtype, rounding", [(None, 1e-4), ("float32", 1e-4), ("bfloat16", 0.2), ("int8", 0.05)]
+)
 def test_greedy_ids_in_company_are_those_alone_where_the_best_is_clear(model, dtype, rounding):
     random_ = random.Random(9)
     sampling = Sampling(temperature=0, max_new_tokens=20, logprobs=2)
@@ -308,18 +406,24 @@ def test_cancelled_sequences_are_gone_by_the_next_step(model, candidate, left):
         assert engine.idle
 
 
-@pytest.mark.parametrize("request_, reason", [
-    (Request([]), "the prompt has 0 tokens, wanted from 1 to 63"),
-    (Request([1] * LENGTH), "the prompt has 64 tokens, wanted from 1 to 63"),
-    (Request([1] * 65, sampling=Sampling(max_new_tokens=0)), "the prompt has 65 tokens, wanted from 1 to 64"),
-    (Request([1, V]), f"id {V} is not in the vocabulary of {V} entries"),
-    (Request([-1]), "id -1 is not in"),
-    (Request([1], sampling=Sampling(bad_words_ids=((1, 500),))), "id 500 is not in"),
-    (Request([1, 2], [0]), "token_type_ids must be 2 numbers 0 or 1"),
-    (Request([1], [2]), "token_type_ids must be 1 numbers 0 or 1"),
-    (Request([1], n=9), "n is 9, wanted from 1 to 8"),
-    (Request([1], n=0), "n is 0, wanted from 1 to 8"),
-])
+@pytest.mark.parametrize(
+    "request_, reason",
+    [
+        (Request([]), "the prompt has 0 tokens, wanted from 1 to 63"),
+        (Request([1] * LENGTH), "the prompt has 64 tokens, wanted from 1 to 63"),
+        (
+            Request([1] * 65, sampling=Sampling(max_new_tokens=0)),
+            "the prompt has 65 tokens, wanted from 1 to 64",
+        ),
+        (Request([1, V]), f"id {V} is not in the vocabulary of {V} entries"),
+        (Request([-1]), "id -1 is not in"),
+        (Request([1], sampling=Sampling(bad_words_ids=((1, 500),))), "id 500 is not in"),
+        (Request([1, 2], [0]), "token_type_ids must be 2 numbers 0 or 1"),
+        (Request([1], [2]), "token_type_ids must be 1 numbers 0 or 1"),
+        (Request([1], n=9), "n is 9, wanted from 1 to 8"),
+        (Request([1], n=0), "n is 0, wanted from 1 to 8"),
+    ],
+)
 def test_what_can_never_be_served_is_refused_with_the_reason(model, request_, reason):
     engine = Engine(model)
     with pytest.raises(ValueError, match=reason):
@@ -335,7 +439,9 @@ def test_requests_with_and_without_types_are_not_mixed(model):
 
 
 def test_a_shorter_engine_ends_at_its_length(model):
-    [[answer]] = generate(Engine(model, length=10), [Request([1, 2, 3], sampling=Sampling(max_new_tokens=99))])
+    [[answer]] = generate(
+        Engine(model, length=10), [Request([1, 2, 3], sampling=Sampling(max_new_tokens=99))]
+    )
     assert len(answer.ids) == 7 and answer[-1].finish_reason == "length"
 
 
@@ -344,9 +450,13 @@ class Script(torch.nn.Module):
 
     def __init__(self, vocab_size, ids, other):
         super().__init__()
-        self.config = GPT2Config(vocab_size=vocab_size, n_positions=len(ids) + 1, n_embd=1, n_layer=1, n_head=1)
+        self.config = GPT2Config(
+            vocab_size=vocab_size, n_positions=len(ids) + 1, n_embd=1, n_layer=1, n_head=1
+        )
         self.wte, self.ln_f = torch.nn.Embedding(vocab_size, 1), torch.nn.LayerNorm(1)
         self.ids, self.other = ids, other
+
+    kv_cache = GPT2.kv_cache
 
     def forward(self, input_ids, token_type_ids=None, cache=None):
         return cache.position_ids[:, :, None]
@@ -364,7 +474,9 @@ def spellings(text):
     spell = {byte: character for character, byte in BYTE_OF.items()}
     parts = {data[i:j] for i in range(len(data)) for j in range(i + 2, len(data) + 1)}
     pieces = [*sorted(BYTE_OF), *("".join(spell[byte] for byte in part) for part in sorted(parts))]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(backend)
     id_of = {part: i for i, part in enumerate(tokenizer.token_bytes)}
@@ -380,12 +492,16 @@ def ends(tokenizer, ids, word):
     return next(n for n in range(len(ids) + 1) if word in tokenizer.decode(ids[:n]))
 
 
-@pytest.mark.parametrize("text, word", [("a禁止b", "禁止"), ("x🙂🙃", "🙂🙃"), ("ab ab.", "b a"), ("ナナナ", "ナナ")])
+@pytest.mark.parametrize(
+    "text, word", [("a禁止b", "禁止"), ("x🙂🙃", "🙂🙃"), ("ab ab.", "b a"), ("ナナナ", "ナナ")]
+)
 def test_a_forbidden_word_is_never_completed_at_any_token_boundary(text, word):
     tokenizer, ways = spellings(text)
     other = tokenizer.encode("~")[0]
     for ids in ways:
-        sampling = Sampling(temperature=0, max_new_tokens=len(ids), word_filter=WordFilter(tokenizer, [word]))
+        sampling = Sampling(
+            temperature=0, max_new_tokens=len(ids), word_filter=WordFilter(tokenizer, [word])
+        )
         engine = Engine(Script(tokenizer.vocab_size, ids, other), slots=1)
         [[answer]] = generate(engine, [Request([other], sampling=sampling)])
         n = ends(tokenizer, ids, word)
@@ -393,13 +509,17 @@ def test_a_forbidden_word_is_never_completed_at_any_token_boundary(text, word):
         assert word not in tokenizer.decode(answer.ids)
 
 
-@pytest.mark.parametrize("text, stop", [("a止まれb", "止ま"), ("x🙂🙃y", "🙂🙃"), ("ab\n\nUser:", "\n\nUser"),
-                                        ("ナナナ", "ナナ")])
+@pytest.mark.parametrize(
+    "text, stop",
+    [("a止まれb", "止ま"), ("x🙂🙃y", "🙂🙃"), ("ab\n\nUser:", "\n\nUser"), ("ナナナ", "ナナ")],
+)
 def test_a_stop_string_ends_the_stream_at_any_token_boundary(text, stop):
     tokenizer, ways = spellings(text)
     for ids in ways:
         engine = Engine(Script(tokenizer.vocab_size, ids, 0), slots=1)
-        request = engine.submit(Request([0], sampling=Sampling(temperature=0, max_new_tokens=len(ids))))
+        request = engine.submit(
+            Request([0], sampling=Sampling(temperature=0, max_new_tokens=len(ids)))
+        )
         decoder, said, tokens = StreamDecoder(tokenizer, [stop]), "", 0
         while not engine.idle:
             for output in engine.step():
@@ -407,4 +527,6 @@ def test_a_stop_string_ends_the_stream_at_any_token_boundary(text, stop):
                 assert "\ufffd" not in said
                 if decoder.stopped:
                     engine.cancel(request)
-        assert said + decoder.finish() == text[: text.index(stop)] and tokens == ends(tokenizer, ids, stop)
+        assert said + decoder.finish() == text[: text.index(stop)] and tokens == ends(
+            tokenizer, ids, stop
+        )

@@ -11,15 +11,25 @@ import torch
 from hf_models import byte_tokenizer, random_gpt2, write
 from transformers import GPT2LMHeadModel
 
-from gptchat import evaluate, pretrained, tokenizer
-from gptchat.batches import Batches
-from gptchat.config import Config, TokenizerConfig, cli
-from gptchat.model import GPT2, GPT2Config
+from gptchat import evaluate
+from gptchat.config import Config, TokenizerConfig
+from gptchat.console import cli
+from gptchat.data import tokenizer
+from gptchat.data.batches import Batches
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2, GPT2Config
 
 torch.set_num_threads(1)
 
-DOCUMENTS = ["The first speech.\nIt has two lines, and is longer than a window.", "Naïve 日本語 😎 text.", "The end."]
-DIALOGUES = [["Hi, how are you?", "I am well, thank you."], ["Really?", "Yes.", "And you?", "Me too, my friend."]]
+DOCUMENTS = [
+    "The first speech.\nIt has two lines, and is longer than a window.",
+    "Naïve 日本語 😎 text.",
+    "The end.",
+]
+DIALOGUES = [
+    ["Hi, how are you?", "I am well, thank you."],
+    ["Really?", "Yes.", "And you?", "Me too, my friend."],
+]
 
 
 @pytest.fixture
@@ -40,7 +50,7 @@ def plain_loop(model: GPT2LMHeadModel, stream: list[int], n_ctx: int) -> tuple[f
     """The sum of losses over consecutive windows, whose tokens are predicted from those before them in the window."""
     total, n = 0.0, 0
     for start in range(0, len(stream) - 1, n_ctx):
-        ids = torch.tensor([stream[start:start + n_ctx + 1]])
+        ids = torch.tensor([stream[start : start + n_ctx + 1]])
         with torch.no_grad():
             logprobs = model(ids[:, :-1]).logits.log_softmax(-1)
         total -= float(logprobs.gather(2, ids[:, 1:, None]).sum())
@@ -48,10 +58,16 @@ def plain_loop(model: GPT2LMHeadModel, stream: list[int], n_ctx: int) -> tuple[f
     return total, n
 
 
-@pytest.mark.parametrize("special", [("<|endoftext|>",), ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")])
-def test_perplexity_of_anyones_gpt2_equals_a_plain_loop(tmp_path, monkeypatch, capsys, text, special):
+@pytest.mark.parametrize(
+    "special", [("<|endoftext|>",), ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")]
+)
+def test_perplexity_of_anyones_gpt2_equals_a_plain_loop(
+    tmp_path, monkeypatch, capsys, text, special
+):
     model, vocabulary = random_gpt2(1, torch.float32), byte_tokenizer(special)
-    found = run(monkeypatch, capsys, "--model", write(model, tmp_path / "model", vocabulary), "--text", text)[str(text)]
+    found = run(
+        monkeypatch, capsys, "--model", write(model, tmp_path / "model", vocabulary), "--text", text
+    )[str(text)]
     stream = [vocabulary.eos_id]
     for document in DOCUMENTS:
         stream += [*vocabulary.encode(document), vocabulary.eos_id]
@@ -65,7 +81,9 @@ def test_perplexity_of_anyones_gpt2_equals_a_plain_loop(tmp_path, monkeypatch, c
 def test_a_chat_models_loss_equals_a_plain_loop_over_its_dialogues(tmp_path, monkeypatch, capsys):
     model, vocabulary = random_gpt2(2, torch.float32, n_positions=80), byte_tokenizer()
     directory = write(model, tmp_path / "model", vocabulary)
-    ours = json.loads((directory / "config.json").read_text()) | {"gptchat": {"task": "chatlm", "type_rows": [0, 1]}}
+    ours = json.loads((directory / "config.json").read_text()) | {
+        "gptchat": {"task": "chatlm", "type_rows": [0, 1]}
+    }
     (directory / "config.json").write_text(json.dumps(ours))
     path = tmp_path / "chat.tsv"
     path.write_text("".join("\t".join(turns) + "\n" for turns in DIALOGUES))
@@ -78,19 +96,25 @@ def test_a_chat_models_loss_equals_a_plain_loop_over_its_dialogues(tmp_path, mon
             ids, types = ids + part, types + [(len(turns) - i) % 2] * len(part)
         wanted = [*vocabulary.encode(turns[-1]), vocabulary.cls_id]
         with torch.no_grad():
-            logits = model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0, -len(wanted):]
+            logits = model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[
+                0, -len(wanted) :
+            ]
         total -= float(logits.log_softmax(-1)[range(len(wanted)), wanted].sum())
         n += len(wanted)
     assert found["n_targets"] == n and found["n_answers"] == len(DIALOGUES)
     assert found["perplexity"] == pytest.approx(math.exp(total / n), rel=1e-4)
     assert 0 <= found["distinct_1"] <= 1 and found["words_per_answer"] >= 0
-    assert found == run(monkeypatch, capsys, "--model", directory, "--text", path)[str(path)]  # answers too
+    assert (
+        found == run(monkeypatch, capsys, "--model", directory, "--text", path)[str(path)]
+    )  # answers too
 
 
 def uniform_over_bytes(directory: Path, vocabulary: tokenizer.Tokenizer) -> float:
     """A model to which a token of n bytes is 256 times as likely as one of n + 1, and [EOS] is like a byte. Returns the
     bits that it loses per token because all this adds up to more than 1."""
-    model = GPT2(GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    model = GPT2(
+        GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    )
     lengths = torch.tensor([float(len(piece)) for piece in vocabulary.token_bytes])
     lengths[vocabulary.eos_id] = 1
     lengths[lengths == 0] = 100  # never
@@ -100,7 +124,7 @@ def uniform_over_bytes(directory: Path, vocabulary: tokenizer.Tokenizer) -> floa
         model.wte.weight[:, 0] = -lengths * math.log(256)
     pretrained.save_static(directory, model.config, vocabulary, "lm")
     pretrained.save_weights(directory, model)
-    return math.log2(float((256.0 ** -lengths).sum()))
+    return math.log2(float((256.0**-lengths).sum()))
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path, monkeypatch, capsys, text):
@@ -110,38 +134,57 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path, monkeypatch, cap
     for name, vocabulary in (("bytes", byte_tokenizer()), ("longer", longer)):
         lost = uniform_over_bytes(tmp_path / name, vocabulary)
         figures = run(monkeypatch, capsys, "--model", tmp_path / name, "--text", text)[str(text)]
-        wanted = 8 * (figures["n_bytes"] + len(DOCUMENTS)) + lost * figures["n_targets"]  # 8 bits a byte and an [EOS]
+        wanted = (
+            8 * (figures["n_bytes"] + len(DOCUMENTS)) + lost * figures["n_targets"]
+        )  # 8 bits a byte and an [EOS]
         assert figures["bits_per_byte"] == pytest.approx(wanted / figures["n_bytes"], rel=1e-5)
         found[name] = figures
     assert found["bytes"]["n_bytes"] == found["longer"]["n_bytes"]
-    assert found["bytes"]["bits_per_byte"] == pytest.approx(found["longer"]["bits_per_byte"], abs=0.01)
-    assert found["bytes"]["loss"] < 0.8 * found["longer"]["loss"]  # which therefore compares nothing
+    assert found["bytes"]["bits_per_byte"] == pytest.approx(
+        found["longer"]["bits_per_byte"], abs=0.01
+    )
+    assert (
+        found["bytes"]["loss"] < 0.8 * found["longer"]["loss"]
+    )  # which therefore compares nothing
 
 
 def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text):
     vocabulary = byte_tokenizer()
     vocabulary.save(tmp_path / "tokenizer")
     config = Config(init_from=str(tmp_path / "tokenizer"))
-    config = evaluate.replace(config, data=evaluate.replace(config.data, test=(str(text),), shards=str(tmp_path / "s")))
+    config = evaluate.replace(
+        config, data=evaluate.replace(config.data, test=(str(text),), shards=str(tmp_path / "s"))
+    )
     evaluate.shards.write(config)
     split = evaluate.shards.open_shards(config, "test", vocabulary)
-    model = GPT2(GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)).train()
-    sums = [evaluate.sum_losses(model, Batches(split, vocabulary, 32, size).evaluation()) for size in (1, 2, 100)]
+    model = GPT2(
+        GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    ).train()
+    sums = [
+        evaluate.sum_losses(model, Batches(split, vocabulary, 32, size).evaluation())
+        for size in (1, 2, 100)
+    ]
     assert model.training
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-6) == pytest.approx(sums[2][0], rel=1e-6)
     assert {n for _, n in sums} == {split.n_tokens}
     assert evaluate.sum_losses(model, []) == (0.0, 0) and math.isnan(evaluate.metrics(0.0, 0).loss)
-    half = evaluate.sum_losses(model, Batches(split, vocabulary, 32, 2).evaluation(), precision="bf16")[0]
+    half = evaluate.sum_losses(
+        model, Batches(split, vocabulary, 32, 2).evaluation(), precision="bf16"
+    )[0]
     assert half != sums[0][0] and half == pytest.approx(sums[0][0], rel=0.01)
 
 
 def test_answers_are_the_same_each_time_and_each_has_its_own_noise():
     vocabulary = byte_tokenizer()
-    model = GPT2(GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=2)).train()
+    model = GPT2(
+        GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    ).train()
     dialogues = [[(0, vocabulary.encode("Hi, how are you?"))]] * 20
     for task in ("chatlm", "lm"):
         found = evaluate.answers(model, vocabulary, task, dialogues)
-        assert found == evaluate.answers(model, vocabulary, task, dialogues) and len(set(found)) == 20
+        assert (
+            found == evaluate.answers(model, vocabulary, task, dialogues) and len(set(found)) == 20
+        )
     assert model.training and evaluate.answers(model, vocabulary, "lm", []) == []
 
 
@@ -155,8 +198,10 @@ def test_distinct_counts_ngrams_over_all_texts():
 def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text):
     write(random_gpt2(1, torch.float32), tmp_path / "run" / "model")
     config = tmp_path / "lm.toml"
-    config.write_text(f'run = "{tmp_path}/run"\n[data]\nvalid = "{tmp_path}/*.txt"\n[model]\nn_layer = 1\nn_head = 1\n'
-                      "n_embd = 8\nn_ctx = 48\n[train]\nnum_steps = 1\n")
+    config.write_text(
+        f'run = "{tmp_path}/run"\n[data]\nvalid = "{tmp_path}/*.txt"\n[model]\nn_layer = 1\nn_head = 1\n'
+        "n_embd = 8\nn_ctx = 48\n[train]\nnum_steps = 1\n"
+    )
     (tmp_path / "more.txt").write_text("Another file.\n")
     found = run(monkeypatch, capsys, "--config", config, "--split", "valid")
     assert set(found) == {str(text), str(tmp_path / "more.txt")}
@@ -167,24 +212,39 @@ def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text)
     assert "more.txt: loss " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, told", [
-    ([], "--config FILE"),
-    (["--model", "MODEL"], "--text FILE"),
-    (["--model", "MODEL", "--text", "nothing.txt"], "nothing.txt: no such file"),
-    (["--model", "MODEL", "--text", "TEXT", "EMPTY"], "found no text"),
-    (["--model", "BARE", "--text", "TEXT"], "no [EOS] or <|endoftext|>"),
-    (["--config", "CHAT", "--model", "MODEL", "--text", "TEXT"], "a model of task lm; wanted chatlm"),
-])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "--config FILE"),
+        (["--model", "MODEL"], "--text FILE"),
+        (["--model", "MODEL", "--text", "nothing.txt"], "nothing.txt: no such file"),
+        (["--model", "MODEL", "--text", "TEXT", "EMPTY"], "found no text"),
+        (["--model", "BARE", "--text", "TEXT"], "no [EOS] or <|endoftext|>"),
+        (
+            ["--config", "CHAT", "--model", "MODEL", "--text", "TEXT"],
+            "a model of task lm; wanted chatlm",
+        ),
+    ],
+)
 def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, text, arguments, told):
-    places = {"MODEL": tmp_path / "model", "BARE": tmp_path / "bare", "TEXT": text, "EMPTY": tmp_path / "empty.txt",
-              "CHAT": tmp_path / "chat.toml"}
+    places = {
+        "MODEL": tmp_path / "model",
+        "BARE": tmp_path / "bare",
+        "TEXT": text,
+        "EMPTY": tmp_path / "empty.txt",
+        "CHAT": tmp_path / "chat.toml",
+    }
     write(random_gpt2(1, torch.float32), places["MODEL"])
     write(random_gpt2(1, torch.float32, vocab_size=257), places["BARE"], byte_tokenizer(("<pad>",)))
     places["EMPTY"].write_text("\n\n")
     size = "n_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8"
     places["CHAT"].write_text(f'task = "chatlm"\n[model]\n{size}\n[train]\nnum_steps = 1\n')
-    monkeypatch.setattr(sys, "argv", ["evaluate", *(str(places.get(argument, argument)) for argument in arguments)])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", *(str(places.get(argument, argument)) for argument in arguments)]
+    )
     with pytest.raises(SystemExit) as stopped:
         cli(evaluate.main)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]  # beside progress
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")
+    ]  # beside progress
     assert stopped.value.code == 2 and len(lines) == 1 and told in lines[0]

@@ -11,16 +11,19 @@ import yaml
 from serving import ROOT, tiny_model
 from ts.context import Context, RequestProcessor
 
-from gptchat import pretrained
-from gptchat.engine import Engine, Request, generate
-from gptchat.sampling import Sampling
+from gptchat.inference.engine import Engine, Request, generate
+from gptchat.inference.sampling import Sampling
+from gptchat.model import pretrained
 from handlers import jobs
 from handlers.gptchat_handler import GptchatHandler
 from handlers.jobs import Refusal
 
 torch.set_num_threads(1)
 LIMITS = yaml.safe_load((ROOT / "configs/serve/model-config.yaml").read_text())["gptchat"]
-LONG = {"temperature": 0, "repetition_penalty": 1}  # with these the model of the tests never ends by itself
+LONG = {
+    "temperature": 0,
+    "repetition_penalty": 1,
+}  # with these the model of the tests never ends by itself
 
 
 class Metrics:
@@ -30,7 +33,9 @@ class Metrics:
         self.seen = []
 
     def get_metric(self, name, kind):
-        return SimpleNamespace(add_or_update=lambda value, labels: self.seen.append((name, value, labels)))
+        return SimpleNamespace(
+            add_or_update=lambda value, labels: self.seen.append((name, value, labels))
+        )
 
 
 class Client:
@@ -41,7 +46,14 @@ class Client:
         (folder / "handlers" / "page.html").write_text("<p>page")
         self.model = tiny_model(folder / "model", task)
         self.context = Context(
-            task, str(folder), None, 64, None, "0.12", metrics=Metrics(), model_yaml_config={"gptchat": LIMITS | limits}
+            task,
+            str(folder),
+            None,
+            64,
+            None,
+            "0.12",
+            metrics=Metrics(),
+            model_yaml_config={"gptchat": LIMITS | limits},
         )
         self.handler = GptchatHandler()
         self.handler.initialize(self.context)
@@ -56,12 +68,17 @@ class Client:
         ids = list(self.live)
         self.context.request_ids = dict(enumerate(ids))
         self.context.request_processor = [RequestProcessor(dict(self.live[id])) for id in ids]
-        results = self.handler.handle([{"body": self.new.pop(id, bytearray())} for id in ids], self.context)
+        results = self.handler.handle(
+            [{"body": self.new.pop(id, bytearray())} for id in ids], self.context
+        )
         assert len(results) == len(ids)
         for i, (id, text) in enumerate(zip(ids, results, strict=True)):
             got = self.got[id]
             if got.status is None:
-                got.status, got.kind = self.context.get_response_status(i)[0], self.context.get_response_content_type(i)
+                got.status, got.kind = (
+                    self.context.get_response_status(i)[0],
+                    self.context.get_response_content_type(i),
+                )
             got.text, got.chunks = got.text + text, got.chunks + bool(text)
             if self.context.stopping_criteria[i](text) in (True, None):
                 got.done = True
@@ -93,10 +110,13 @@ def lm(tmp_path_factory):
 
 def alone(client, input_ids, types, new):
     """Greedy ids of the engine by itself."""
-    model, tokenizer, task = pretrained.load(client.model)
+    model, tokenizer, task = pretrained.load_model(client.model)
     engine = Engine(model, 1, suppress=pretrained.never_generated(model.config, tokenizer, task))
     request = Request(
-        input_ids, types, Sampling(temperature=0, max_new_tokens=new), stop_ids=[pretrained.stop_id(tokenizer, task)]
+        input_ids,
+        types,
+        Sampling(temperature=0, max_new_tokens=new),
+        stop_ids=[pretrained.stop_id(tokenizer, task)],
     )
     return tokenizer.decode(generate(engine, [request])[0][0].ids)
 
@@ -127,10 +147,21 @@ def alone(client, input_ids, types, new):
         ({"messages": []}, "v1/chat/completions", "messages"),
         ({}, "v1/chat/completions", "message"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "v1/chat/completions", "role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "v1/chat/completions", "images"),
-        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "v1/chat/completions", "tools"),
         (
-            {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "v1/chat/completions",
+            "images",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            "v1/chat/completions",
+            "tools",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "response_format": {"type": "json_object"},
+            },
             "v1/chat/completions",
             "format",
         ),
@@ -146,13 +177,24 @@ def alone(client, input_ids, types, new):
 def test_wrong_request_is_a_400_that_says_why(chat, body, path, reason):
     status, answer = chat.ask(body, path)
     assert status == 400 and reason in answer["error"]["message"]
-    assert answer["error"]["type"] == "invalid_request_error" and "\n" not in answer["error"]["message"]
+    assert (
+        answer["error"]["type"] == "invalid_request_error"
+        and "\n" not in answer["error"]["message"]
+    )
 
 
 def test_other_refusals_have_their_own_status(chat, lm):
     assert chat.ask({}, "v1/nothing")[0] == 404
-    assert chat.ask({"model": "gpt-5", "prompt": "a"}, "v1/completions")[1]["error"]["code"] == "model_not_found"
-    assert chat.ask(bytearray(b"context=a"), **{"content-type": "application/x-www-form-urlencoded"})[0] == 415
+    assert (
+        chat.ask({"model": "gpt-5", "prompt": "a"}, "v1/completions")[1]["error"]["code"]
+        == "model_not_found"
+    )
+    assert (
+        chat.ask(bytearray(b"context=a"), **{"content-type": "application/x-www-form-urlencoded"})[
+            0
+        ]
+        == 415
+    )
     assert chat.ask(bytearray(b"{bad"))[0] == 400
     assert chat.ask(bytearray(b"[" * 100_000))[0] == 400
     assert chat.ask(bytearray(b"\xff{}"))[0] == 400
@@ -180,26 +222,40 @@ def test_original_answer_has_five_candidates_and_the_median_length(chat):
     output = answer["model_info"]["output"]
     assert status == 200 and len(output) == 5 and answer["request"] == {"context": "good morning"}
     assert answer["response"] == sorted(output, key=len)[2]
-    assert answer["model_info"]["prompt_tokens"] > 2 and len(answer["model_info"]["finish_reason"]) == 5
+    assert (
+        answer["model_info"]["prompt_tokens"] > 2
+        and len(answer["model_info"]["finish_reason"]) == 5
+    )
     assert chat.ask({"context": "good morning", "seed": 3})[1]["model_info"]["output"] == output
 
 
 def test_settings_not_given_are_those_of_the_terminal_chat_and_neutral_in_openais_api(chat, lm):
     def read(client, body, path=""):
-        sampling = jobs.Reader(body | {"seed": 0, "max_tokens": 9}, client.handler.served).read(path).sampling
+        sampling = (
+            jobs.Reader(body | {"seed": 0, "max_tokens": 9}, client.handler.served)
+            .read(path)
+            .sampling
+        )
         return {name: getattr(sampling, name) for name in usual}
 
     usual = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.15}
     neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
     for client in (chat, lm):
-        assert read(client, {"context": "a"}) == read(client, {"context": "a", "top_k": None}) == usual
+        assert (
+            read(client, {"context": "a"}) == read(client, {"context": "a", "top_k": None}) == usual
+        )
         for name, value in neutral.items():  # each one by itself, be it neutral
             assert read(client, {"context": "a", name: value}) == usual | {name: value}
         assert read(client, {"prompt": "a"}, "v1/completions") == neutral
     message = {"role": "user", "content": "a"}
-    assert read(chat, {"messages": [message], "top_k": 3}, "v1/chat/completions") == neutral | {"top_k": 3}
+    assert read(chat, {"messages": [message], "top_k": 3}, "v1/chat/completions") == neutral | {
+        "top_k": 3
+    }
     status, answer = chat.ask({"context": "good morning", "seed": 3})
-    assert chat.ask({"context": "good morning", "seed": 3} | usual)[1]["response"] == answer["response"]
+    assert (
+        chat.ask({"context": "good morning", "seed": 3} | usual)[1]["response"]
+        == answer["response"]
+    )
 
 
 def test_greedy_answer_equals_the_engine_alone(chat, lm):
@@ -210,10 +266,15 @@ def test_greedy_answer_equals_the_engine_alone(chat, lm):
     settings = {"temperature": 0, "repetition_penalty": 1, "max_tokens": new}
     assert chat.ask({"context": "good morning", "n": 1} | settings)[1]["response"] == expected
     message = {"messages": [{"role": "user", "content": "good morning"}]} | settings
-    assert chat.ask(message, "v1/chat/completions")[1]["choices"][0]["message"]["content"] == expected
+    assert (
+        chat.ask(message, "v1/chat/completions")[1]["choices"][0]["message"]["content"] == expected
+    )
     expected = alone(lm, context, None, new)
     assert lm.ask({"context": "good morning", "n": 1} | settings)[1]["response"] == expected
-    assert lm.ask({"prompt": context} | settings, "v1/completions")[1]["choices"][0]["text"] == expected
+    assert (
+        lm.ask({"prompt": context} | settings, "v1/completions")[1]["choices"][0]["text"]
+        == expected
+    )
 
 
 def test_turns_and_beginning_reach_the_prompt(chat):
@@ -222,7 +283,9 @@ def test_turns_and_beginning_reach_the_prompt(chat):
     job = jobs.Reader({"context": ["a", "b", "c"], "response": "I "}, served).read("")
     a, b, c, i = (t.encode(text) for text in ("a", "b", "c", "I "))
     assert job.prompts[0][0] == [*a, *([t.sep_id] + b), *([t.sep_id] + c), t.sep_id, *i]
-    assert job.prompts[0][1] == [0] * len(a) + [1] * (1 + len(b)) + [0] * (1 + len(c)) + [1] * (1 + len(i))
+    assert job.prompts[0][1] == [0] * len(a) + [1] * (1 + len(b)) + [0] * (1 + len(c)) + [1] * (
+        1 + len(i)
+    )
     status, answer = chat.ask({"context": "a", "response": "I ", "n": 1, "max_tokens": 3})
     assert answer["response"].startswith("I ")
 
@@ -236,20 +299,33 @@ def test_stream_is_the_whole_answer_in_pieces(chat):
         body |= {"seed": 5, "max_tokens": 20, "n": 1}
         whole = chat.ask(body, path)[1]
         streamed = chat.ask(body | {"stream": True}, path)[1]
-        events = [json.loads(line[6:]) for line in streamed.split("\n\n") if line and line != "data: [DONE]"]
+        events = [
+            json.loads(line[6:])
+            for line in streamed.split("\n\n")
+            if line and line != "data: [DONE]"
+        ]
         assert streamed.endswith("data: [DONE]\n\n")
         if not path:
-            assert "".join(event.get("token", "") for event in events) == whole["response"] == events[-1]["response"]
+            assert (
+                "".join(event.get("token", "") for event in events)
+                == whole["response"]
+                == events[-1]["response"]
+            )
         elif "chat" in path:
             assert (
                 "".join(event["choices"][0]["delta"].get("content", "") for event in events)
                 == whole["choices"][0]["message"]["content"]
             )
-            assert events[0]["choices"][0]["delta"]["role"] == "assistant" and events[-1]["choices"][0]["finish_reason"]
+            assert (
+                events[0]["choices"][0]["delta"]["role"] == "assistant"
+                and events[-1]["choices"][0]["finish_reason"]
+            )
         else:
             choice = whole["choices"][0]
             assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
-            tokens = [token for event in events for token in event["choices"][0]["logprobs"]["tokens"]]
+            tokens = [
+                token for event in events for token in event["choices"][0]["logprobs"]["tokens"]
+            ]
             assert tokens == choice["logprobs"]["tokens"]
 
 
@@ -260,7 +336,9 @@ def test_stop_strings_end_and_are_left_out(chat):
     for stream in (False, True):
         answer = chat.ask(body | {"stop": stop, "stream": stream})[1]
         answer = json.loads(answer.split("\n\n")[-3][6:]) if stream else answer
-        assert answer["response"] == text[: text.index(stop)] and answer["model_info"]["finish_reason"] == ["stop"]
+        assert answer["response"] == text[: text.index(stop)] and answer["model_info"][
+            "finish_reason"
+        ] == ["stop"]
     while not chat.handler.loop.engine.idle:
         time.sleep(0.01)
 
@@ -273,17 +351,23 @@ def test_forbidden_words_do_not_come(chat):
 
 
 def test_echo_with_logprobs_scores_as_the_model_does(lm):
-    model, tokenizer, _ = pretrained.load(lm.model)
+    model, tokenizer, _ = pretrained.load_model(lm.model)
     prompts = [tokenizer.encode("good morning 😀 you"), tokenizer.encode("where")]
-    status, answer = lm.ask({"prompt": prompts, "echo": True, "logprobs": 2, "max_tokens": 0}, "v1/completions")
+    status, answer = lm.ask(
+        {"prompt": prompts, "echo": True, "logprobs": 2, "max_tokens": 0}, "v1/completions"
+    )
     for ids, choice in zip(prompts, answer["choices"], strict=True):
         scores = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
         expected = scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         got = choice["logprobs"]
         assert got["token_logprobs"][0] is None and got["top_logprobs"][0] is None
-        torch.testing.assert_close(torch.tensor(got["token_logprobs"][1:]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(got["token_logprobs"][1:]), expected, atol=1e-4, rtol=1e-4
+        )
         best = [max(top.values()) for top in got["top_logprobs"][1:]]
-        torch.testing.assert_close(torch.tensor(best), scores[:-1].max(-1).values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(best), scores[:-1].max(-1).values, atol=1e-4, rtol=1e-4
+        )
         assert choice["text"] == tokenizer.decode(ids) and len(got["tokens"]) == len(ids)
 
 
@@ -345,7 +429,10 @@ def test_dead_decode_thread_answers_everyone_and_ends_the_process(tmp_path, monk
     client.round()
     monkeypatch.setattr(client.handler.loop.engine, "step", lambda: 1 / 0)
     client.finish("stream", "whole", seconds=5)
-    assert json.loads(client.got["stream"].text.split("\n\n")[-3][6:])["error"]["type"] == "server_error"
+    assert (
+        json.loads(client.got["stream"].text.split("\n\n")[-3][6:])["error"]["type"]
+        == "server_error"
+    )
     assert json.loads(client.got["whole"].text)["error"]["type"] == "server_error"
     assert client.ask({"context": "a"})[0] == 503
     deadline = time.monotonic() + 20
@@ -358,9 +445,14 @@ def test_an_old_turn_too_long_is_dropped_with_what_is_before_it(chat):
     asked = {"temperature": 0, "max_tokens": 5}
     said = ("user", "x" * 9000), ("assistant", "ok"), ("user", "hi")
     long = [{"role": role, "content": text} for role, text in said]
-    answers = [chat.ask({"messages": turns} | asked, "v1/chat/completions") for turns in (long, long[1:])]
+    answers = [
+        chat.ask({"messages": turns} | asked, "v1/chat/completions") for turns in (long, long[1:])
+    ]
     assert [status for status, _ in answers] == [200, 200]
-    assert answers[0][1]["choices"] == answers[1][1]["choices"] and answers[0][1]["usage"] == answers[1][1]["usage"]
+    assert (
+        answers[0][1]["choices"] == answers[1][1]["choices"]
+        and answers[0][1]["usage"] == answers[1][1]["usage"]
+    )
 
 
 @pytest.mark.parametrize("step", ["take", "whole"])
@@ -370,7 +462,9 @@ def test_bug_in_one_answer_disturbs_no_other(chat, monkeypatch, step):
     chat.round()
     monkeypatch.setattr(chat.handler.live["bad"], step, lambda *_: 1 / 0)
     chat.finish("bad", "good")
-    assert "internal error" in chat.got["bad"].text and json.loads(chat.got["good"].text)["response"]
+    assert (
+        "internal error" in chat.got["bad"].text and json.loads(chat.got["good"].text)["response"]
+    )
 
 
 def test_refusals_are_one_line(chat):

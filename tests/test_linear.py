@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptchat.config import UserError
-from gptchat.linear import Int8Linear, PackedLinear, prepare
-from gptchat.model import GPT2, GPT2Config, KVCache
+from gptchat.console import UserError
+from gptchat.inference.linear import Int8Linear, PackedLinear, prepare
+from gptchat.model.gpt2 import GPT2, GPT2Config
 
 SMALL = GPT2Config(vocab_size=311, n_positions=64, n_embd=64, n_layer=3, n_head=4)
-ROUNDING = {"float32": 1e-6, "bfloat16": 6e-3, "int8": 2.5e-2}  # of one layer's output, relative, in the 2-norm
+ROUNDING = {
+    "float32": 1e-6,
+    "bfloat16": 6e-3,
+    "int8": 2.5e-2,
+}  # of one layer's output, relative, in the 2-norm
 
 
 def fast(linear: nn.Linear, dtype: str) -> nn.Module:
@@ -23,13 +27,17 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(("n_in", "n_out", "bias"), [(768, 2304, True), (3072, 768, True), (64, 311, False)])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "bias"), [(768, 2304, True), (3072, 768, True), (64, 311, False)]
+)
 @pytest.mark.parametrize("rows", [1, 3, 32, 130])
 @torch.inference_mode()
 def test_kernels_equal_f_linear_within_their_rounding(dtype, n_in, n_out, bias, rows):
     torch.manual_seed(0)
     linear = nn.Linear(n_in, n_out, bias)
-    x = torch.randn(rows, n_in) * torch.logspace(-2, 2, rows)[:, None]  # rows of very different size
+    x = (
+        torch.randn(rows, n_in) * torch.logspace(-2, 2, rows)[:, None]
+    )  # rows of very different size
     found, wanted = fast(linear, dtype)(x), linear(x)
     assert found.dtype == torch.float32
     assert max(map(distance, found, wanted)) < ROUNDING[dtype]
@@ -45,7 +53,10 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype):
     for company in (1, 7, 31, 200):
         for size in (1e-3, 1e3):
             rows = torch.cat([torch.randn(company, 768) * size, row])
-            assert distance(layer(rows)[-1], alone) < {"float32": 1e-6, "bfloat16": 4e-3, "int8": 1e-6}[dtype]
+            assert (
+                distance(layer(rows)[-1], alone)
+                < {"float32": 1e-6, "bfloat16": 4e-3, "int8": 1e-6}[dtype]
+            )
 
 
 @torch.inference_mode()
@@ -64,7 +75,7 @@ def test_int8_without_vnni_uses_seven_bits(monkeypatch):
 
 @torch.inference_mode()
 def test_without_onednn_the_linear_layers_are_plain(monkeypatch):
-    monkeypatch.setattr("gptchat.linear.packs", lambda dtype: False)
+    monkeypatch.setattr("gptchat.inference.linear.packs", lambda dtype: False)
     linear, x = nn.Linear(64, 32), torch.randn(4, 64)
     assert torch.equal(fast(linear, "float32")(x), linear(x))
     assert distance(fast(linear, "bfloat16")(x), linear(x)) < ROUNDING["bfloat16"]
@@ -79,13 +90,19 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
     wanted = model.logits(model(ids, types))
     before = [p.clone() for p in model.parameters()]
     prepared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    cache = KVCache(SMALL, slots=2, length=16, dtype=prepare(prepared, dtype))
-    pieces = [prepared(ids[:, :5], types[:, :5], cache=cache.view(0, torch.zeros(2, dtype=torch.int64), 5, 5)),
-              prepared(ids[:, 5:], types[:, 5:], cache=cache.view(0, torch.full((2,), 5), 4, 9))]
+    cache = model.kv_cache(slots=2, length=16, dtype=prepare(prepared, dtype))
+    pieces = [
+        prepared(
+            ids[:, :5], types[:, :5], cache=cache.view(0, torch.zeros(2, dtype=torch.int64), 5, 5)
+        ),
+        prepared(ids[:, 5:], types[:, 5:], cache=cache.view(0, torch.full((2,), 5), 4, 9)),
+    ]
     for hidden in (prepared(ids, types), torch.cat(pieces, dim=1)):
         logits = prepared.logits(hidden)
         assert logits.dtype == torch.float32 and distance(logits, wanted) < 4 * ROUNDING[dtype]
-    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))  # what it shared is whole
+    assert all(
+        torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)
+    )  # what it shared is whole
     assert torch.equal(model.logits(model(ids, types)), wanted)
 
 

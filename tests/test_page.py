@@ -10,7 +10,10 @@ from serving import Server, tiny_model
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
-    pytest.skip("found no chromium and chromedriver: apt-get install chromium chromium-driver", allow_module_level=True)
+    pytest.skip(
+        "found no chromium and chromedriver: apt-get install chromium chromium-driver",
+        allow_module_level=True,
+    )
 SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 
 
@@ -18,7 +21,8 @@ SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     server = Server(
-        folder / "run", {"chatlm": tiny_model(folder / "chatlm", "chatlm", n_embd=256, n_layer=6, n_positions=256)}
+        folder / "run",
+        {"chatlm": tiny_model(folder / "chatlm", "chatlm", n_embd=256, n_layer=6, n_positions=256)},
     )
     yield server.wait_until_ready()
     server.stop()
@@ -31,7 +35,9 @@ def browser():
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     yield browser
     browser.quit()
 
@@ -68,7 +74,12 @@ def show(browser, server, size="desktop", dark=False):
 def say(browser, words, wait=True):
     find(browser, "#text").send_keys(words + "\n")
     if wait:
-        eventually(lambda: find(browser, "#send").text == "Send" and not browser.find_elements("css selector", ".live"))
+        eventually(
+            lambda: (
+                find(browser, "#send").text == "Send"
+                and not browser.find_elements("css selector", ".live")
+            )
+        )
 
 
 def picture(browser, name):
@@ -78,15 +89,23 @@ def picture(browser, name):
         browser.save_screenshot(f"{folder}/{name}.png")
 
 
-@pytest.mark.parametrize("size, dark", [("desktop", False), ("phone", True), ("desktop", True), ("phone", False)])
+@pytest.mark.parametrize(
+    "size, dark", [("desktop", False), ("phone", True), ("desktop", True), ("phone", False)]
+)
 def test_several_turns_by_keyboard(browser, server, size, dark):
     show(browser, server, size, dark)
     picture(browser, f"{size}-{'dark' if dark else 'light'}-empty")
-    assert browser.title == "chatlm" and browser.switch_to.active_element.get_attribute("id") == "text"
+    assert (
+        browser.title == "chatlm" and browser.switch_to.active_element.get_attribute("id") == "text"
+    )
     say(browser, "Good morning, how are <b>you</b>?")
     say(browser, "Tell me more.")
     said = turns(browser)
-    assert said[0] == "Good morning, how are <b>you</b>?" and said[2] == "Tell me more." and len(said) == 4
+    assert (
+        said[0] == "Good morning, how are <b>you</b>?"
+        and said[2] == "Tell me more."
+        and len(said) == 4
+    )
     assert not browser.find_elements("css selector", ".turn b")
     assert len(browser.execute_script("return turns")) == 4
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
@@ -106,7 +125,9 @@ def test_answer_streams_and_can_be_stopped_and_tried_again(browser, server):
     lengths = set()
     eventually(
         lambda: (
-            len(lengths.add(len(find(browser, ".theirs").text)) or lengths) > 3 if len(turns(browser)) > 1 else False
+            len(lengths.add(len(find(browser, ".theirs").text)) or lengths) > 3
+            if len(turns(browser)) > 1
+            else False
         )
     )
     assert find(browser, "#send").text == "Stop"
@@ -159,7 +180,9 @@ def test_page_asks_nothing_of_other_hosts_and_has_names_for_everything(browser, 
         for entry in browser.get_log("performance")
         if '"Network.requestWillBeSent"' in entry["message"]
     ]
-    assert asked and all(f"127.0.0.1:{server.port}" in message or '"url":"data:' in message for message in asked)
+    assert asked and all(
+        f"127.0.0.1:{server.port}" in message or '"url":"data:' in message for message in asked
+    )
     assert not [
         entry
         for entry in browser.get_log("browser")

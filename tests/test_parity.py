@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from gptchat import pretrained
 from gptchat.config import TrainConfig
-from gptchat.model import GPT2, CrossEntropy, KVCache
-from gptchat.optim import make_optimizers
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2
+from gptchat.model.kv_cache import KVCache
+from gptchat.model.loss import CrossEntropy
+from gptchat.training.optim import make_optimizers
 from tests.hf_models import close, random_gpt2, write
 
 torch.set_num_threads(1)
@@ -41,7 +43,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def make_pair(directory: Path, dtype: torch.dtype) -> Pair:
     theirs = random_gpt2(1, dtype, gptchat={"task": "chatlm", "type_rows": TYPE_ROWS})
-    ours, _, task = pretrained.load(write(theirs, directory), dtype=dtype)
+    ours, _, task = pretrained.load_model(write(theirs, directory), dtype=dtype)
     assert task == "chatlm" and ours.config.type_rows == TYPE_ROWS
     return Pair(theirs, ours, dtype)
 
@@ -63,14 +65,16 @@ def as_rows(types: Tensor | None) -> Tensor | None:
 def our_loss(model: GPT2, ids: Tensor, types: Tensor | None, labels: Tensor) -> Tensor:
     targets = torch.cat([labels[:, 1:], torch.full((len(ids), 1), -100)], 1).flatten()
     where = (targets != -100).nonzero().squeeze(1)
-    return model(ids, types, where=where, targets=targets[where]) / len(where)
+    return model(ids, types, target_positions=where, targets=targets[where]) / len(where)
 
 
 def their_loss(pair: Pair, ids: Tensor, types: Tensor | None, labels: Tensor) -> Tensor:
     output = pair.theirs(ids, token_type_ids=as_rows(types), labels=labels)
     if pair.dtype == torch.float32:
         return output.loss
-    return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # theirs rounds to float32
+    return F.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )  # theirs rounds to float32
 
 
 @pytest.mark.parametrize("typed", [False, True], ids=["no types", "types"])
@@ -113,7 +117,9 @@ def assert_parameters_agree(pair: Pair, bound: float, gradients: bool) -> None:
         found, wanted = (p.grad if gradients else p.detach() for p in (parameter, theirs[name]))
         assert found is not None and wanted is not None, name
         found = found.T if ".c_" in name and name.endswith("weight") else found
-        if name.endswith("c_attn.bias"):  # softmax does not see a key bias: its gradient is zero but for rounding
+        if name.endswith(
+            "c_attn.bias"
+        ):  # softmax does not see a key bias: its gradient is zero but for rounding
             (query, key, value), (query2, key2, value2) = found.chunk(3), wanted.chunk(3)
             assert (key - key2).abs().max() <= bound, name
             found, wanted = torch.cat([query, value]), torch.cat([query2, value2])
@@ -140,14 +146,23 @@ def test_three_adamw_steps_give_equal_losses_and_weights(pair: Pair) -> None:
 def their_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> torch.optim.Optimizer:
     """As transformers' Trainer groups them: no decay for biases and LayerNorm."""
     plain = {name for name, _ in model.named_parameters() if "bias" in name or "ln_" in name}
-    groups = [{"params": [p for name, p in model.named_parameters() if (name in plain) == group],
-               "weight_decay": 0.0 if group else config.weight_decay} for group in (True, False)]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=False)
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if (name in plain) == group],
+            "weight_decay": 0.0 if group else config.weight_decay,
+        }
+        for group in (True, False)
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=False
+    )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(chunks=st.lists(st.integers(1, 17), min_size=1, max_size=12), typed=st.booleans())
-def test_logits_with_a_cache_in_any_split_equal_those_without(exact: Pair, chunks: list[int], typed: bool) -> None:
+def test_logits_with_a_cache_in_any_split_equal_those_without(
+    exact: Pair, chunks: list[int], typed: bool
+) -> None:
     ids, types, _ = batch(2, rows=2)
     chunks = [*chunks, 40]
     with torch.no_grad():
@@ -158,14 +173,18 @@ def test_logits_with_a_cache_in_any_split_equal_those_without(exact: Pair, chunk
             n = new.stop - new.start
             if n:
                 view = cache.view(1, torch.full((2,), at), n, at + n)
-                found.append(exact.ours.logits(exact.ours(ids[:, new], types[:, new] if typed else None, cache=view)))
+                found.append(
+                    exact.ours.logits(
+                        exact.ours(ids[:, new], types[:, new] if typed else None, cache=view)
+                    )
+                )
             at = new.stop
     assert close(torch.cat(found, 1), wanted, 1e-9)
 
 
 def dirty_cache(pair: Pair, slots: int) -> KVCache:
     """A cache that others have used before: what stands in it must not matter."""
-    cache = KVCache(pair.ours.config, slots, 48, pair.dtype)
+    cache = pair.ours.kv_cache(slots, 48, pair.dtype)
     cache.kv.normal_(0, 5)
     return cache
 
@@ -176,8 +195,11 @@ def test_rows_of_different_lengths_decoded_together_equal_each_alone(exact: Pair
     with torch.no_grad():
         wanted = exact.ours(ids, types)
         for row, length in enumerate(lengths):
-            exact.ours(ids[row:row + 1, :length], types[row:row + 1, :length],
-                       cache=cache.view(2 + row, torch.tensor([0]), length, length))
+            exact.ours(
+                ids[row : row + 1, :length],
+                types[row : row + 1, :length],
+                cache=cache.view(2 + row, torch.tensor([0]), length, length),
+            )
         for step in range(10):
             start = torch.tensor(lengths) + step
             each = torch.arange(4), start
@@ -187,13 +209,17 @@ def test_rows_of_different_lengths_decoded_together_equal_each_alone(exact: Pair
 
 
 @torch.no_grad()
-def greedy(model: GPT2, ids: list[int], types: list[int], suppress: list[int], stop: int, n: int) -> list[int]:
+def greedy(
+    model: GPT2, ids: list[int], types: list[int], suppress: list[int], stop: int, n: int
+) -> list[int]:
     """Prefill, then one token at a time; the last type is repeated."""
-    cache, new = KVCache(model.config, 1, 48, torch.float64), list(ids)
+    cache, new = model.kv_cache(1, 48, torch.float64), list(ids)
     for at in [0, *range(len(ids), len(ids) + n - 1)]:
         view = cache.view(0, torch.tensor([at]), len(new) - at, len(new))
-        here = (types + types[-1:] * n)[at:len(new)]
-        logits = model.logits(model(torch.tensor([new[at:]]), torch.tensor([here]), cache=view)[0, -1])
+        here = (types + types[-1:] * n)[at : len(new)]
+        logits = model.logits(
+            model(torch.tensor([new[at:]]), torch.tensor([here]), cache=view)[0, -1]
+        )
         logits[suppress] = -torch.inf
         new.append(int(logits.argmax()))
         if new[-1] == stop:
@@ -207,8 +233,15 @@ def test_greedy_ids_equal_those_of_generate(exact: Pair) -> None:
     seen: set[int] = set()
     for row, kind in zip(ids, types, strict=True):
         wanted = exact.theirs.generate(
-            row[None], token_type_ids=as_rows(kind[None]), attention_mask=torch.ones_like(row[None]),
-            do_sample=False, max_new_tokens=30, suppress_tokens=suppress, eos_token_id=stop, pad_token_id=0)[0].tolist()
+            row[None],
+            token_type_ids=as_rows(kind[None]),
+            attention_mask=torch.ones_like(row[None]),
+            do_sample=False,
+            max_new_tokens=30,
+            suppress_tokens=suppress,
+            eos_token_id=stop,
+            pad_token_id=0,
+        )[0].tolist()
         assert greedy(exact.ours, row.tolist(), kind.tolist(), suppress, stop, 30) == wanted
         assert not set(wanted[12:]) & set(suppress)
         stopped += wanted[-1] == stop
@@ -219,7 +252,9 @@ def test_greedy_ids_equal_those_of_generate(exact: Pair) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [0, 1, 100])
 @pytest.mark.parametrize("spread", [1.0, 1e4])
-def test_our_cross_entropy_and_its_gradient_are_f_cross_entropys(dtype: torch.dtype, n: int, spread: float) -> None:
+def test_our_cross_entropy_and_its_gradient_are_f_cross_entropys(
+    dtype: torch.dtype, n: int, spread: float
+) -> None:
     torch.manual_seed(0)
     logits, targets = (torch.randn(n, 311) * spread).to(dtype), torch.randint(311, (n,))
     targets[::3] = -100
@@ -230,4 +265,6 @@ def test_our_cross_entropy_and_its_gradient_are_f_cross_entropys(dtype: torch.dt
     exact = F.cross_entropy(wanted.to(least), targets, reduction="sum")
     (exact * 0.3).backward()
     assert loss.dtype == least and torch.allclose(loss, exact, rtol=1e-6)
-    assert torch.allclose(found.grad, wanted.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    assert torch.allclose(
+        found.grad, wanted.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
+    )

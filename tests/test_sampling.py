@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from gptchat import sampling
-from gptchat.sampling import Row, Sampling, score, uniform, weigh
+from gptchat.inference import sampling
+from gptchat.inference.sampling import Row, Sampling, score, uniform, weigh
 
 V = 301
 TINY = 1e-11  # ours rounds what is less than 2**-40 of the best down to 0
@@ -64,7 +64,10 @@ def chain(logits, settings):
 
 
 def assert_same(logits, settings):
-    (kept, probabilities), (kept_there, probabilities_there) = ours(logits, settings), chain(logits, settings)
+    (kept, probabilities), (kept_there, probabilities_there) = (
+        ours(logits, settings),
+        chain(logits, settings),
+    )
     assert not (kept & ~kept_there).any()
     assert not (kept_there & ~kept & (probabilities_there > TINY)).any()
     torch.testing.assert_close(probabilities.float(), probabilities_there, rtol=1e-4, atol=TINY)
@@ -95,7 +98,9 @@ def test_a_wide_nucleus_is_found_in_a_large_vocabulary(scale):
     logits = some_logits(3, seed=1, scale=scale, size=20_000).double().float()
     settings = [Sampling(top_p=p) for p in (0.2, 0.9, 0.97)]
     kept = ours(logits, settings)[0].sum(-1)
-    kept_there = chain(logits.double(), settings)[0].sum(-1)  # summed in float32 theirs is off by some ids of 20,000
+    kept_there = chain(logits.double(), settings)[0].sum(
+        -1
+    )  # summed in float32 theirs is off by some ids of 20,000
     assert torch.equal(kept, kept_there)
 
 
@@ -114,7 +119,9 @@ def test_bad_words_and_suppressed_ids_equal_transformers():
     wanted = theirs.NoBadWordsLogitsProcessor(words)(ids, logits.clone())
     wanted = theirs.SuppressTokensLogitsProcessor([0, 300])(ids, wanted)
     scores = logits.clone()
-    process(scores, [row(i, bad_words_ids=tuple(map(tuple, words))) for i in ids.tolist()], (0, 300))
+    process(
+        scores, [row(i, bad_words_ids=tuple(map(tuple, words))) for i in ids.tolist()], (0, 300)
+    )
     assert torch.equal(scores, wanted)
     assert wanted.isinf().sum() == 3 * 3 + 3 + 1  # every kind has met a row
 
@@ -132,7 +139,11 @@ def test_word_filter_forbids_what_it_names():
 def test_drawn_tokens_follow_the_distribution():
     """Chi-square over 20,000 draws of each of three rows of settings, at fixed seeds."""
     logits = some_logits(1, seed=2, scale=1.5, size=40)
-    for settings in ({}, {"temperature": 0.7, "top_k": 12}, {"temperature": 1.4, "top_p": 0.8, "min_p": 0.05}):
+    for settings in (
+        {},
+        {"temperature": 0.7, "top_k": 12},
+        {"temperature": 1.4, "top_p": 0.8, "min_p": 0.05},
+    ):
         expected = chain(logits, [Sampling(**settings)])[1][0].double()
         rows = [row(range(i % 50), i // 50, seed=11, **settings) for i in range(20_000)]
         drawn = torch.tensor([d.token for d in draw(logits.repeat(len(rows), 1), rows)])
@@ -146,20 +157,27 @@ def test_drawn_tokens_follow_the_distribution():
 
 
 def test_noise_of_neighbouring_places_is_uniform_and_uncorrelated():
-    noise = torch.tensor([[[uniform(s, c, p) for p in range(30)] for c in range(10)] for s in range(30)])
+    noise = torch.tensor(
+        [[[uniform(s, c, p) for p in range(30)] for c in range(10)] for s in range(30)]
+    )
     assert 0 <= noise.min() and noise.max() < 1
     counts = (noise.flatten() * 20).long().bincount(minlength=20)
     assert ((counts - 450.0) ** 2 / 450).sum() < 19 + 4 * math.sqrt(38)
     centred = noise - 0.5
     for axis in range(3):
         size = noise.shape[axis]
-        product = (centred.narrow(axis, 0, size - 1) * centred.narrow(axis, 1, size - 1)).flatten() * 12
+        product = (
+            centred.narrow(axis, 0, size - 1) * centred.narrow(axis, 1, size - 1)
+        ).flatten() * 12
         assert abs(product.mean()) < 4 / math.sqrt(product.numel())
 
 
 def test_a_draw_does_not_depend_on_the_other_rows():
     logits = some_logits(len(SETTINGS), seed=3)
-    rows = [Row(s, i % 3, list(range(i))) for i, s in enumerate([*SETTINGS[:-1], Sampling(temperature=0)])]
+    rows = [
+        Row(s, i % 3, list(range(i)))
+        for i, s in enumerate([*SETTINGS[:-1], Sampling(temperature=0)])
+    ]
     together = [d.token for d in draw(logits.clone(), rows)]
     alone = [draw(logits[i : i + 1].clone(), [rows[i]])[0].token for i in range(len(rows))]
     assert together == alone
@@ -172,13 +190,25 @@ def test_seed_candidate_and_position_each_change_the_draw():
         return draw(logits.clone(), [row(range(ids), candidate, seed=seed)])[0].token
 
     assert drawn() == drawn()
-    assert len({drawn(), drawn(ids=11), drawn(candidate=1), drawn(seed=1), drawn(seed=-1), drawn(seed=2**70)}) == 6
+    assert (
+        len(
+            {
+                drawn(),
+                drawn(ids=11),
+                drawn(candidate=1),
+                drawn(seed=1),
+                drawn(seed=-1),
+                drawn(seed=2**70),
+            }
+        )
+        == 6
+    )
 
 
 @pytest.mark.parametrize("noise", [0.0, 1 - 2.0**-52])
 def test_an_id_without_probability_is_never_drawn(monkeypatch, noise):
     """At both ends of the noise, with totals that float64 rounds up and down."""
-    monkeypatch.setattr("gptchat.sampling.uniform", lambda *_: noise)
+    monkeypatch.setattr("gptchat.inference.sampling.uniform", lambda *_: noise)
     for seed, size in itertools.product(range(5), (3, 2_000, 10_000, 29_000)):
         logits = torch.full((1, 50_000), -1e9)
         logits[0, 20_000 : 20_000 + size] = some_logits(1, seed, size=size, scale=0.01)[0]
@@ -209,7 +239,11 @@ def test_nothing_to_draw_is_said_and_leaves_the_neighbour_alone(temperature):
     logits = some_logits(3, size=5)
     logits[1] = math.nan
     everything = tuple((i,) for i in range(5))
-    rows = [row(temperature=temperature, bad_words_ids=everything, top_p=0.9), row(temperature=temperature), row()]
+    rows = [
+        row(temperature=temperature, bad_words_ids=everything, top_p=0.9),
+        row(temperature=temperature),
+        row(),
+    ]
     tokens = [d.token for d in draw(logits.clone(), rows)]
     assert tokens[:2] == [-1, -1]
     assert tokens[2] == draw(logits[2:].clone(), [row()])[0].token
@@ -219,7 +253,11 @@ def test_nothing_to_draw_is_said_and_leaves_the_neighbour_alone(temperature):
 def test_logprobs_are_the_models_before_any_setting(dtype):
     logits = some_logits(3).to(dtype)
     wanted = logits.float().log_softmax(-1)
-    rows = [row(logprobs=3, temperature=0.5, repetition_penalty=2.0), row(), row(logprobs=0, temperature=0)]
+    rows = [
+        row(logprobs=3, temperature=0.5, repetition_penalty=2.0),
+        row(),
+        row(logprobs=0, temperature=0),
+    ]
     drawn = draw(logits.clone(), rows, suppress=tuple(range(100)))
     assert drawn[1].logprob is None and drawn[1].top == ()
     assert [len(d.top) for d in drawn] == [3, 0, 0]
@@ -236,11 +274,22 @@ def test_score_lists_at_most_the_vocabulary():
     assert sum(math.exp(p) for _, p in scored[0].top) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("setting, value", [
-    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_p", 1.1),
-    ("top_p", math.nan), ("min_p", -1), ("repetition_penalty", 0), ("bad_words_ids", ((),)), ("max_new_tokens", -1),
-    ("logprobs", -1),
-])
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", -1),
+        ("repetition_penalty", 0),
+        ("bad_words_ids", ((),)),
+        ("max_new_tokens", -1),
+        ("logprobs", -1),
+    ],
+)
 def test_a_setting_out_of_range_is_refused_by_name(setting, value):
     with pytest.raises(ValueError, match=f"^{setting} (is .*, wanted|has a word)"):
         Sampling(**{setting: value})

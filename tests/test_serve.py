@@ -20,8 +20,8 @@ import transformers
 import yaml
 from serving import ROOT, Server, configs, tiny_model
 
-from gptchat import pretrained
-from gptchat.engine import Engine, Request, generate
+from gptchat.inference.engine import Engine, Request, generate
+from gptchat.model import pretrained
 from handlers import jobs
 
 torch.set_num_threads(1)
@@ -50,8 +50,10 @@ def reference(models):
     """name -> function that answers a body by the engine alone."""
 
     def build(name):
-        model, tokenizer, task = pretrained.load(models[name])
-        engine = Engine(model, 16, suppress=pretrained.never_generated(model.config, tokenizer, task))
+        model, tokenizer, task = pretrained.load_model(models[name])
+        engine = Engine(
+            model, 16, suppress=pretrained.never_generated(model.config, tokenizer, task)
+        )
         served = jobs.Served(name, task, tokenizer, engine.length, SimpleNamespace(**LIMITS), 0)
 
         def answer(path, body):
@@ -60,7 +62,11 @@ def reference(models):
                 Request(ids, types, job.sampling, job.n, [pretrained.stop_id(tokenizer, task)])
                 for ids, types in job.prompts
             ]
-            return [tokenizer.decode(c.ids) for candidates in generate(engine, requests) for c in candidates]
+            return [
+                tokenizer.decode(c.ids)
+                for candidates in generate(engine, requests)
+                for c in candidates
+            ]
 
         return answer
 
@@ -69,12 +75,17 @@ def reference(models):
 
 def client_of(server, name="chatlm"):
     return openai.OpenAI(
-        base_url=f"http://127.0.0.1:{server.port}/predictions/{name}/1.0/v1", api_key="-", max_retries=0
+        base_url=f"http://127.0.0.1:{server.port}/predictions/{name}/1.0/v1",
+        api_key="-",
+        max_retries=0,
     )
 
 
 def gauge(server, name):
-    return sum(float(value) for value in re.findall(rf"^gptchat_{name}{{.*}} (\S+)$", server.metrics(), re.M))
+    return sum(
+        float(value)
+        for value in re.findall(rf"^gptchat_{name}{{.*}} (\S+)$", server.metrics(), re.M)
+    )
 
 
 def eventually(condition, seconds=10):
@@ -85,23 +96,36 @@ def eventually(condition, seconds=10):
 
 
 def test_original_requests_and_answers(server, reference):
-    for name, context in (("chatlm", ["hi", "good morning", "where do you live?"]), ("lm", "where do you")):
+    for name, context in (
+        ("chatlm", ["hi", "good morning", "where do you live?"]),
+        ("lm", "where do you"),
+    ):
         body = {"context": context, "temperature": 0, "max_new_tokens": 12}
         status, answer = server.post(name, body)
         assert status == 200 and set(answer) == {"response", "request", "model_info"}
         assert answer["request"] == {"context": context}
         assert answer["model_info"]["output"] == reference[name]("", body)
         assert len(answer["model_info"]["output"]) == 5
-    status, answer = server.post("chatlm", {"context": "hi", "response": "I am", "max_new_tokens": 4})
+    status, answer = server.post(
+        "chatlm", {"context": "hi", "response": "I am", "max_new_tokens": 4}
+    )
     assert answer["response"].startswith("I am") and answer["request"]["response"] == "I am"
 
 
 def test_stream_arrives_token_by_token(server):
-    body = {"context": "hello", "stream": True, "max_new_tokens": 100, "temperature": 1.5, "seed": 1}
+    body = {
+        "context": "hello",
+        "stream": True,
+        "max_new_tokens": 100,
+        "temperature": 1.5,
+        "seed": 1,
+    }
     events = server.events("chatlm", body)
     times = [at for at, event in events if "token" in event]
     new = events[-1][1]["model_info"]["completion_tokens"][0]
-    assert len(times) > new / 6  # what gathers while a chunk is on its way, 4 tokens at most, goes out together
+    assert (
+        len(times) > new / 6
+    )  # what gathers while a chunk is on its way, 4 tokens at most, goes out together
     assert new < 20 or times[0] < 0.5 * times[-1]
     assert "".join(event.get("token", "") for _, event in events) == events[-1][1]["response"]
 
@@ -112,20 +136,38 @@ def test_openai_client_completes_a_chat(server, reference):
     assert client.models.retrieve("chatlm").id == "chatlm"
     arguments = {
         "model": "chatlm",
-        "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}],
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "hello"},
+        ],
         "max_tokens": 10,
         "temperature": 0,
     }
     expected = reference["chatlm"]("v1/chat/completions", dict(arguments))[0]
     answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
-    assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason in (
+        "stop",
+        "length",
+    )
     assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content)
     assert all(len(token.top_logprobs) == 2 for token in answer.choices[0].logprobs.content)
-    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
-    assert chunks[-1].usage == answer.usage and chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason
+    chunks = list(
+        client.chat.completions.create(
+            **arguments, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        == expected
+    )
+    assert (
+        chunks[-1].usage == answer.usage
+        and chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason
+    )
     two = client.chat.completions.create(**arguments | {"temperature": 1}, n=2, seed=1, stop=["e"])
-    assert [choice.index for choice in two.choices] == [0, 1] and not any("e" in c.message.content for c in two.choices)
+    assert [choice.index for choice in two.choices] == [0, 1] and not any(
+        "e" in c.message.content for c in two.choices
+    )
 
 
 def test_openai_client_completes_texts(server, reference):
@@ -143,7 +185,9 @@ def test_openai_client_completes_texts(server, reference):
 def test_openai_client_gets_its_errors(server):
     client = client_of(server)
     with pytest.raises(openai.BadRequestError, match="temperature") as error:
-        client.chat.completions.create(model="chatlm", messages=[{"role": "user", "content": "a"}], temperature=-1)
+        client.chat.completions.create(
+            model="chatlm", messages=[{"role": "user", "content": "a"}], temperature=-1
+        )
     assert error.value.param == "temperature" and error.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(
@@ -158,13 +202,24 @@ def test_openai_client_gets_its_errors(server):
 
 
 def test_refused_bodies(server):
-    assert server.post("chatlm", b"context=hi", headers={"content-type": "application/x-www-form-urlencoded"})[0] == 415
-    assert server.post("chatlm", b'{"context": "hi"}', headers={"content-type": "text/plain"})[0] == 415
+    assert (
+        server.post(
+            "chatlm", b"context=hi", headers={"content-type": "application/x-www-form-urlencoded"}
+        )[0]
+        == 415
+    )
+    assert (
+        server.post("chatlm", b'{"context": "hi"}', headers={"content-type": "text/plain"})[0]
+        == 415
+    )
     assert server.post("chatlm", b"{bad")[0] == 400
     status, answer = server.post("chatlm", {"context": "x" * 2_000_000})
     assert status == 413
     _, response = server.open("chatlm", method="GET")
-    assert response.headers["content-type"].startswith("text/html") and b"<!doctype html>" in response.read()
+    assert (
+        response.headers["content-type"].startswith("text/html")
+        and b"<!doctype html>" in response.read()
+    )
     assert "access-control-allow-origin" not in {name.lower() for name in response.headers}
 
 
@@ -177,7 +232,9 @@ def test_lm_eval_scores_as_through_transformers(server, models, tmp_path, monkey
         ("where do you live?", [" in a small town", " thank you", " 😀"], 0),
         ("good morning, how are", [" you", " we"], 0),
     ]
-    (tmp_path / "task.jsonl").write_text("\n".join(json.dumps({"q": q, "c": c, "a": a}) for q, c, a in questions * 2))
+    (tmp_path / "task.jsonl").write_text(
+        "\n".join(json.dumps({"q": q, "c": c, "a": a}) for q, c, a in questions * 2)
+    )
     task = {
         "task": "small_talk",
         "dataset_path": "json",
@@ -213,17 +270,23 @@ def test_lm_eval_scores_as_through_transformers(server, models, tmp_path, monkey
             else loglikelihood(models["lm"], *arguments)
             for arguments in sample["arguments"]
         ]
-        for (ours, greedy), (expected, is_greedy) in zip(sample["filtered_resps"], theirs, strict=True):
-            assert float(ours) == pytest.approx(expected, abs=1e-3) and str(greedy) == str(is_greedy)
+        for (ours, greedy), (expected, is_greedy) in zip(
+            sample["filtered_resps"], theirs, strict=True
+        ):
+            assert float(ours) == pytest.approx(expected, abs=1e-3) and str(greedy) == str(
+                is_greedy
+            )
         right += max(range(len(theirs)), key=lambda i: theirs[i][0]) == sample["target"]
-    assert result["results"]["small_talk"]["acc,none"] == right / len(result["samples"]["small_talk"])
+    assert result["results"]["small_talk"]["acc,none"] == right / len(
+        result["samples"]["small_talk"]
+    )
 
 
 @functools.cache
 def theirs(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         folder
-    )
+    ).eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def loglikelihood(folder, context, continuation):
@@ -246,7 +309,9 @@ def ragged(server, reference, number):
         status, answer = server.post(name, {"context": text, "temperature": "hot"})
         return None if status == 400 and "temperature" in answer["error"]["message"] else answer
     if kind == 1:
-        connection, response = server.open(name, {"context": text, "stream": True, "max_tokens": 80, "temperature": 2})
+        connection, response = server.open(
+            name, {"context": text, "stream": True, "max_tokens": 80, "temperature": 2}
+        )
         response.read1(10)
         response.close()
         connection.close()
@@ -261,7 +326,10 @@ def ragged(server, reference, number):
         status, answer = server.post(f"{name}/1.0/{path}", body)
         return None if answer["choices"][0]["text"] == reference[name](path, body)[0] else answer
     if kind == 4 and name == "chatlm":
-        path, body = "v1/chat/completions", {"messages": [{"role": "user", "content": text}]} | settings
+        path, body = (
+            "v1/chat/completions",
+            {"messages": [{"role": "user", "content": text}]} | settings,
+        )
         events = server.events(f"{name}/1.0/{path}", body | {"stream": True})
         got = "".join(event["choices"][0]["delta"].get("content", "") for _, event in events)
         return None if got == reference[name](path, body)[0] else events
@@ -283,7 +351,10 @@ def test_64_ragged_clients_at_once(server, reference):
 
     with ThreadPoolExecutor(64) as pool:
         wrong = list(
-            pool.map(lambda number: ragged(server, {name: known(name) for name in reference}, number), range(128))
+            pool.map(
+                lambda number: ragged(server, {name: known(name) for name in reference}, number),
+                range(128),
+            )
         )
     assert [item for item in wrong if item] == []
     eventually(
@@ -301,8 +372,17 @@ def test_metrics_and_log_tell_figures_and_no_text(server):
     eventually(lambda: "chatlm original 200" in server.log.read_text())
     assert "Zanzibar" not in server.log.read_text()
     text = server.metrics()
-    assert re.search(r'gptchat_requests\{ModelName="chatlm",Kind="original",Result="200",Hostname=".*",?\} [1-9]', text)
-    for name in ("prompt_tokens", "generated_tokens", "first_token_seconds_count", "token_seconds_count", "queued"):
+    assert re.search(
+        r'gptchat_requests\{ModelName="chatlm",Kind="original",Result="200",Hostname=".*",?\} [1-9]',
+        text,
+    )
+    for name in (
+        "prompt_tokens",
+        "generated_tokens",
+        "first_token_seconds_count",
+        "token_seconds_count",
+        "queued",
+    ):
         assert f"gptchat_{name}{{" in text
 
 
@@ -311,7 +391,13 @@ def test_killed_worker_hangs_nobody_and_comes_back(server):
 
     def client(number):
         try:
-            body = {"context": "hello", "temperature": 2, "n": 1, "max_tokens": 120, "stream": number % 2 == 0}
+            body = {
+                "context": "hello",
+                "temperature": 2,
+                "n": 1,
+                "max_tokens": 120,
+                "stream": number % 2 == 0,
+            }
             _, response = server.open("chatlm", body, timeout=30)
             results.append((response.status, len(response.read())))
         except OSError as error:
@@ -343,7 +429,10 @@ def test_killed_worker_hangs_nobody_and_comes_back(server):
 def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
     (tmp_path / "tmp").mkdir()
     server = Server(
-        tmp_path / "run", {"chatlm": models["chatlm"]}, "--auth", environment={"TMPDIR": str(tmp_path / "tmp")}
+        tmp_path / "run",
+        {"chatlm": models["chatlm"]},
+        "--auth",
+        environment={"TMPDIR": str(tmp_path / "tmp")},
     ).wait_until_ready()
     assert list((tmp_path / "tmp").glob("gptchat-*"))
     family = server.family()
@@ -353,7 +442,13 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
     key = {"authorization": f"Bearer {keys['inference']['key']}"}
     connection, response = server.open(
         "chatlm",
-        {"context": "hi", "stream": True, "max_new_tokens": 120, "temperature": 2, "repetition_penalty": 5},
+        {
+            "context": "hi",
+            "stream": True,
+            "max_new_tokens": 120,
+            "temperature": 2,
+            "repetition_penalty": 5,
+        },
         headers=key,
     )
     assert response.status == 200 and response.read1(20)
@@ -364,7 +459,9 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
     reader.join(5)
     assert rest and rest[0].endswith(b"data: [DONE]\n\n")
     assert server.process.returncode == 0 and not psutil.wait_procs(family, 0)[1]
-    assert not (server.run / "key_file.json").exists() and not list((tmp_path / "tmp").glob("gptchat-*"))
+    assert not (server.run / "key_file.json").exists() and not list(
+        (tmp_path / "tmp").glob("gptchat-*")
+    )
     print(f"gone after {seconds:.1f} s")
 
 
@@ -385,7 +482,9 @@ def test_sole_client_that_left_costs_no_more_steps_and_delays_no_stop(tmp_path):
 
     eventually(at_rest, 60)
     server.stop(signal.SIGTERM, 15)
-    found = re.search(r"lm original left: \d+ \+ (\d+) tokens", server.log.read_text())  # told before the stop
+    found = re.search(
+        r"lm original left: \d+ \+ (\d+) tokens", server.log.read_text()
+    )  # told before the stop
     assert found and int(found[1]) < 500, server.log.read_text()
 
 

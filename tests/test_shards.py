@@ -15,10 +15,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptchat import shards
-from gptchat.config import Config, DataConfig, TokenizerConfig, UserError
-from gptchat.shards import Encoder, open_shards, read_documents, write
-from gptchat.tokenizer import Tokenizer, train
+from gptchat.config import Config, DataConfig, TokenizerConfig
+from gptchat.console import UserError
+from gptchat.data import encoding, shards
+from gptchat.data.encoding import Encoder, read_documents
+from gptchat.data.shards import open_shards, write
+from gptchat.data.tokenizer import Tokenizer, train
 
 PROSE = """It is good to see you again, isn't it? We've walked 12 miles today.
 
@@ -32,7 +34,10 @@ def f(x):
                 return   x
 """
 WHITE = " \n\t\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2003\u2028\u2029\u202f\u205f\u200b\u3000\ufeff"
-texts = st.text(st.one_of(st.sampled_from("ab's1.²日é" + WHITE), st.characters(exclude_categories=["Cs"])), max_size=40)
+texts = st.text(
+    st.one_of(st.sampled_from("ab's1.²日é" + WHITE), st.characters(exclude_categories=["Cs"])),
+    max_size=40,
+)
 quick = settings(derandomize=True, deadline=None, max_examples=200)
 
 
@@ -41,9 +46,13 @@ def folder(tmp_path_factory):
     """A folder with prose, dialogues and tokenizers of both kinds."""
     folder = tmp_path_factory.mktemp("shards")
     (folder / "prose.txt").write_text(PROSE * 20, encoding="utf-8")
-    (folder / "chat.tsv").write_text("Hi!\tHello, you.\nHow are you?\tFine.\tGood to hear\\nthat.\n", encoding="utf-8")
+    (folder / "chat.tsv").write_text(
+        "Hi!\tHello, you.\nHow are you?\tFine.\tGood to hear\\nthat.\n", encoding="utf-8"
+    )
     for kind in ("bpe", "unigram"):
-        found = TokenizerConfig(dir=str(folder / kind), kind=kind, vocab_size=400, files=(str(folder / "prose.txt"),))
+        found = TokenizerConfig(
+            dir=str(folder / kind), kind=kind, vocab_size=400, files=(str(folder / "prose.txt"),)
+        )
         train(found).save(folder / kind)
     return folder
 
@@ -51,14 +60,19 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def lm(folder, tmp_path):
     """A config whose only split is the prose."""
-    return Config(tokenizer=TokenizerConfig(dir=str(folder / "bpe")),
-                  data=DataConfig(train=(str(folder / "prose.txt"),), shards=str(tmp_path / "lm")))
+    return Config(
+        tokenizer=TokenizerConfig(dir=str(folder / "bpe")),
+        data=DataConfig(train=(str(folder / "prose.txt"),), shards=str(tmp_path / "lm")),
+    )
 
 
 @pytest.fixture
 def chat(lm, folder, tmp_path):
-    return dataclasses.replace(lm, task="chatlm", data=DataConfig(train=(str(folder / "chat.tsv"),),
-                                                                  shards=str(tmp_path / "chat")))
+    return dataclasses.replace(
+        lm,
+        task="chatlm",
+        data=DataConfig(train=(str(folder / "chat.tsv"),), shards=str(tmp_path / "chat")),
+    )
 
 
 def tokenizer_of(config):
@@ -73,7 +87,9 @@ def with_text(config, tmp_path, text, **changes):
     """The config, its training text being this one."""
     path = tmp_path / "own.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(path),), **changes))
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, train=(str(path),), **changes)
+    )
 
 
 def refused(config, *wanted):
@@ -81,19 +97,29 @@ def refused(config, *wanted):
     with pytest.raises(UserError) as error:
         opened(config)
     line = str(error.value)
-    assert "\n" not in line and "python -m gptchat.shards --config" in line
+    assert "\n" not in line and "gptchat shards --config" in line
     assert all(part in line for part in wanted), line
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@pytest.mark.parametrize("document, expected", [
-    ("block", ["a\nb", "  c", "d\ne"]), ("line", ["a", "b", "  c", "d", "e"]), ("file", ["a\nb\n\n  \n  c\n\n\nd\ne"])])
-def test_documents_are_encoded_and_each_is_followed_by_eos(lm, tmp_path, folder, kind, document, expected):
+@pytest.mark.parametrize(
+    "document, expected",
+    [
+        ("block", ["a\nb", "  c", "d\ne"]),
+        ("line", ["a", "b", "  c", "d", "e"]),
+        ("file", ["a\nb\n\n  \n  c\n\n\nd\ne"]),
+    ],
+)
+def test_documents_are_encoded_and_each_is_followed_by_eos(
+    lm, tmp_path, folder, kind, document, expected
+):
     lm = dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(folder / kind)))
-    config = with_text(lm, tmp_path, "\ufeff\n \na\r\nb\n\n  \n  c\n\n\nd\ne\n\n", document=document)
+    config = with_text(
+        lm, tmp_path, "\ufeff\n \na\r\nb\n\n  \n  c\n\n\nd\ne\n\n", document=document
+    )
     write(config)
     found, tokenizer = opened(config), tokenizer_of(config)
-    documents = [found.tokens(*found.starts[i:i + 2]).tolist() for i in range(found.documents)]
+    documents = [found.tokens(*found.starts[i : i + 2]).tolist() for i in range(found.documents)]
     assert documents == [tokenizer.encode(text) + [tokenizer.eos_id] for text in expected]
     assert found.n_bytes == sum(len(text.encode()) for text in expected)
     assert found.n_tokens == sum(map(len, documents))
@@ -102,14 +128,26 @@ def test_documents_are_encoded_and_each_is_followed_by_eos(lm, tmp_path, folder,
 def test_dialogues_come_back_with_their_speakers(chat):
     write(chat)
     found, tokenizer = opened(chat), tokenizer_of(chat)
-    told = [[(speaker, tokenizer.decode(ids)) for speaker, ids in found.dialogue(i)] for i in range(found.documents)]
-    assert told == [[(0, "Hi!"), (1, "Hello, you.")], [(1, "How are you?"), (0, "Fine."), (1, "Good to hear\nthat.")]]
+    told = [
+        [(speaker, tokenizer.decode(ids)) for speaker, ids in found.dialogue(i)]
+        for i in range(found.documents)
+    ]
+    assert told == [
+        [(0, "Hi!"), (1, "Hello, you.")],
+        [(1, "How are you?"), (0, "Fine."), (1, "Good to hear\nthat.")],
+    ]
 
 
 def test_text_like_a_special_token_stays_text(lm, tmp_path):
     config = with_text(lm, tmp_path, "[EOS] and [SEP]")
     write(config)
-    assert opened(config).tokens(0, opened(config).n_tokens).tolist().count(tokenizer_of(config).eos_id) == 1
+    assert (
+        opened(config)
+        .tokens(0, opened(config).n_tokens)
+        .tolist()
+        .count(tokenizer_of(config).eos_id)
+        == 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -119,7 +157,10 @@ def test_encoding_by_words_equals_encoding_whole_texts(folder, kind):
 
     @quick
     @given(st.lists(texts, max_size=4))
-    @example([f"a{white}{white} b{white}c {white}" for white in WHITE] + [f"a    {white}b" for white in WHITE])
+    @example(
+        [f"a{white}{white} b{white}c {white}" for white in WHITE]
+        + [f"a    {white}b" for white in WHITE]
+    )
     def check(texts):
         ids = [np.frombuffer(data, encoder.dtype).tolist() for data in encoder.encode(texts)]
         assert ids == encoder.tokenizer.encode_batch(texts)
@@ -128,7 +169,7 @@ def test_encoding_by_words_equals_encoding_whole_texts(folder, kind):
 
 
 def test_cached_words_are_bounded(folder, monkeypatch):
-    monkeypatch.setattr(shards, "CACHED", 900)
+    monkeypatch.setattr(encoding, "CACHED", 900)
     encoder = Encoder(Tokenizer.load(folder / "bpe"))
     for i in range(20):
         encoder.encode([" ".join(f"word{j}" for j in range(i * 10, i * 10 + 10))])
@@ -138,7 +179,9 @@ def test_cached_words_are_bounded(folder, monkeypatch):
 
 
 @quick
-@given(st.text("ab \n", max_size=60), st.sampled_from(["block", "line", "file"]), st.integers(8, 30))
+@given(
+    st.text("ab \n", max_size=60), st.sampled_from(["block", "line", "file"]), st.integers(8, 30)
+)
 def test_documents_do_not_depend_on_the_block_size(tmp_path_factory, text, document, size):
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_text(text)
@@ -158,7 +201,10 @@ def test_a_document_longer_than_a_block_has_the_same_tokens(lm, tmp_path, monkey
     whole = opened(config).tokens(0, opened(config).n_tokens).tolist()
     monkeypatch.setattr(shards, "BLOCK", 350)
     write(config)
-    assert opened(config).tokens(0, opened(config).n_tokens).tolist() == whole and opened(config).documents == 1
+    assert (
+        opened(config).tokens(0, opened(config).n_tokens).tolist() == whole
+        and opened(config).documents == 1
+    )
 
 
 def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
@@ -167,8 +213,16 @@ def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
     write(lm)
     found = opened(lm)
-    assert all(len(part) == 100 for part in found.files[:-1]) and len(found.files) == -(-found.n_tokens // 100)
-    for start, stop in ((0, found.n_tokens), (99, 101), (100, 200), (50, 350), (found.n_tokens - 1, found.n_tokens)):
+    assert all(len(part) == 100 for part in found.files[:-1]) and len(found.files) == -(
+        -found.n_tokens // 100
+    )
+    for start, stop in (
+        (0, found.n_tokens),
+        (99, 101),
+        (100, 200),
+        (50, 350),
+        (found.n_tokens - 1, found.n_tokens),
+    ):
         assert found.tokens(start, stop).tolist() == whole[start:stop].tolist()
     monkeypatch.setattr(shards, "SHARD_TOKENS", 1 << 20)
     write(lm)
@@ -191,8 +245,12 @@ def test_a_large_vocabulary_takes_32_bits(lm, monkeypatch):
 
 
 def test_wrong_text_is_refused_with_its_place(lm, chat, tmp_path):
-    for config, text, place in ((lm, b"good\n\nb\xffd", "own.txt: byte 7"), (chat, b"a\tb\nalone\n", "own.txt:2"),
-                                (lm, b"a" * 100 + b"\xc3", "own.txt: byte 100"), (lm, b" \n\n \n", "no text")):
+    for config, text, place in (
+        (lm, b"good\n\nb\xffd", "own.txt: byte 7"),
+        (chat, b"a\tb\nalone\n", "own.txt:2"),
+        (lm, b"a" * 100 + b"\xc3", "own.txt: byte 100"),
+        (lm, b" \n\n \n", "no text"),
+    ):
         with pytest.raises(UserError, match=place):
             write(with_text(config, tmp_path, text))
         assert not list(config.shards_dir.iterdir())
@@ -201,7 +259,9 @@ def test_wrong_text_is_refused_with_its_place(lm, chat, tmp_path):
 def test_invalid_utf8_behind_the_first_block_is_placed_right(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK", 64)
     with pytest.raises(UserError, match="byte 1003"):
-        write(with_text(lm, tmp_path, b"\xef\xbb\xbf" + "é".encode() * 500 + b"\xe9" + b" more" * 100))
+        write(
+            with_text(lm, tmp_path, b"\xef\xbb\xbf" + "é".encode() * 500 + b"\xe9" + b" more" * 100)
+        )
 
 
 def test_missing_shards_are_refused(lm):
@@ -213,22 +273,35 @@ def test_missing_shards_are_refused(lm):
 
 def test_shards_of_another_tokenizer_or_kind_are_refused(lm, folder):
     write(lm)
-    refused(dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(folder / "unigram"))), "meta.json", "tokenizer")
-    refused(dataclasses.replace(lm, data=dataclasses.replace(lm.data, document="line")), "document 'block'", "'line'")
+    refused(
+        dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(folder / "unigram"))),
+        "meta.json",
+        "tokenizer",
+    )
+    refused(
+        dataclasses.replace(lm, data=dataclasses.replace(lm.data, document="line")),
+        "document 'block'",
+        "'line'",
+    )
     refused(dataclasses.replace(lm, task="chatlm"), "task 'lm'")
 
 
 def test_shards_of_other_or_changed_files_are_refused(lm, tmp_path):
     config = with_text(lm, tmp_path, "one")
     write(config)
-    refused(dataclasses.replace(config, data=dataclasses.replace(config.data, train=lm.data.train)), "prose.txt")
+    refused(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, train=lm.data.train)),
+        "prose.txt",
+    )
     with_text(lm, tmp_path, "another")
     refused(config, "own.txt")
     (tmp_path / "own.txt").unlink()
     assert opened(config).documents == 1  # shards may travel without their text
 
 
-@pytest.mark.parametrize("name", ["train-00000.bin", "train-documents.bin", "train-turns.bin", "train-speakers.bin"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "train-documents.bin", "train-turns.bin", "train-speakers.bin"]
+)
 def test_a_truncated_or_missing_file_is_refused_by_name(chat, name):
     write(chat)
     path = chat.shards_dir / name
@@ -241,7 +314,9 @@ def test_a_truncated_or_missing_file_is_refused_by_name(chat, name):
 def test_an_error_leaves_the_old_shards_and_no_rubbish(lm, monkeypatch):
     write(lm)
     before = {path.name: path.read_bytes() for path in lm.shards_dir.iterdir()}
-    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(UserError, match="No space left"):
         write(lm)
     assert {path.name: path.read_bytes() for path in lm.shards_dir.iterdir()} == before
@@ -249,7 +324,9 @@ def test_an_error_leaves_the_old_shards_and_no_rubbish(lm, monkeypatch):
 
 def test_shards_of_which_only_some_were_renamed_are_refused(lm, tmp_path, monkeypatch):
     write(lm)
-    monkeypatch.setattr(Path, "replace", lambda *paths: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        Path, "replace", lambda *paths: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     with pytest.raises(UserError, match="not written"):
         write(lm)
     refused(lm, "meta.json")
@@ -259,18 +336,27 @@ def run_cli(config, tmp_path, text):
     """The command on a config file with this training text."""
     config = with_text(config, tmp_path, text)
     path = tmp_path / "run.toml"
-    path.write_text(f"[tokenizer]\ndir = {json.dumps(config.tokenizer.dir)}\n"
-                    f"[data]\ntrain = {json.dumps(config.data.train)}\nshards = {json.dumps(config.data.shards)}\n"
-                    "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n")
-    return config, subprocess.Popen([sys.executable, "-m", "gptchat.shards", "--config", str(path)], text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    path.write_text(
+        f"[tokenizer]\ndir = {json.dumps(config.tokenizer.dir)}\n"
+        f"[data]\ntrain = {json.dumps(config.data.train)}\nshards = {json.dumps(config.data.shards)}\n"
+        "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
+    )
+    return config, subprocess.Popen(
+        [sys.executable, "-m", "gptchat", "shards", "--config", str(path)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def test_the_command_tells_counts_and_one_line_for_a_mistake(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE)
     assert "4 documents" in process.communicate()[0] and process.returncode == 0
     config, process = run_cli(lm, tmp_path, b"\xff")
-    assert process.communicate()[1].splitlines()[-1].startswith("error: ") and process.returncode == 2
+    assert (
+        process.communicate()[1].splitlines()[-1].startswith("error: ") and process.returncode == 2
+    )
 
 
 def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
@@ -279,7 +365,9 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     try:
-        process.communicate(timeout=20)  # its workers hold the pipes: returns when they have ended, too
+        process.communicate(
+            timeout=20
+        )  # its workers hold the pipes: returns when they have ended, too
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
     assert [path.suffix for path in config.shards_dir.iterdir()] == [".tmp", ".tmp"]
@@ -290,14 +378,24 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
 
 @pytest.mark.parametrize("document", ["block", "line", "file", "row"])
 def test_memory_is_flat_in_the_size_of_the_input(lm, chat, tmp_path, monkeypatch, document):
-    monkeypatch.setattr(shards, "_executor", lambda config, n: shards.ThreadPoolExecutor(
-        1, initializer=shards._start_worker, initargs=(config,)))
+    monkeypatch.setattr(
+        shards,
+        "_executor",
+        lambda config, n: encoding.ThreadPoolExecutor(
+            1, initializer=encoding._start_worker, initargs=(config,)
+        ),
+    )
+    monkeypatch.setattr(encoding, "BLOCK", 1 << 14)
     monkeypatch.setattr(shards, "BLOCK", 1 << 14)
     peaks = []
     for blocks in (8, 64):
         lines = (PROSE.replace("\n", " ") + "\tYes.\n") * (blocks * (1 << 14) // len(PROSE))
-        config = with_text(chat if document == "row" else lm, tmp_path, lines,
-                           **({} if document == "row" else {"document": document}))
+        config = with_text(
+            chat if document == "row" else lm,
+            tmp_path,
+            lines,
+            **({} if document == "row" else {"document": document}),
+        )
         tracemalloc.start()
         write(config)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -312,7 +410,9 @@ def test_default_tokenizers_fall_back_where_words_would_differ(folder):
     changed = Tokenizer(type(tokenizer.backend).from_str(json.dumps(settings)))
     encoder = Encoder(changed)
     assert not encoder.by_words
-    assert np.frombuffer(encoder.encode([PROSE])[0], encoder.dtype).tolist() == changed.encode(PROSE)
+    assert np.frombuffer(encoder.encode([PROSE])[0], encoder.dtype).tolist() == changed.encode(
+        PROSE
+    )
 
 
 def test_files_may_be_named_in_any_way_and_folders_are_passed_over(lm, tmp_path, monkeypatch):

@@ -14,13 +14,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from gptchat import corpora
-from gptchat.config import Config, TokenizerConfig, UserError
-from gptchat.tokenizer import PIECE, SPECIAL, StreamDecoder, Tokenizer, WordFilter, for_config, sample, train
+from gptchat.config import Config, TokenizerConfig
+from gptchat.console import UserError
+from gptchat.data import corpora
+from gptchat.data.tokenizer import PIECE, SPECIAL, Tokenizer, sample, tokenizer_for, train
+from gptchat.inference.text import StreamDecoder, WordFilter
 
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
-TYPED = ("[PAD]", "[SEP]", "[CLS]", " [EOS]", "[UNK]x", "<|endoftext|>", "\u65e5\u672c\u8a9e",
-         "\U0001f469\u200d\U0001f4bb", "e\u0301", "\r\n", "  ", "hello", "\u0130", "\ufb01", "\x00", "'ll")
+TYPED = (
+    "[PAD]",
+    "[SEP]",
+    "[CLS]",
+    " [EOS]",
+    "[UNK]x",
+    "<|endoftext|>",
+    "\u65e5\u672c\u8a9e",
+    "\U0001f469\u200d\U0001f4bb",
+    "e\u0301",
+    "\r\n",
+    "  ",
+    "hello",
+    "\u0130",
+    "\ufb01",
+    "\x00",
+    "'ll",
+)
 TEXT = st.lists(st.sampled_from(TYPED) | st.text(max_size=8), max_size=8).map("".join)
 
 
@@ -34,8 +52,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(text_file: Path) -> dict[str, Tokenizer]:
-    return {kind: train(TokenizerConfig(kind=kind, vocab_size=700, files=(str(text_file),), sample_mb=0.2))
-            for kind in ("bpe", "unigram")}
+    return {
+        kind: train(
+            TokenizerConfig(kind=kind, vocab_size=700, files=(str(text_file),), sample_mb=0.2)
+        )
+        for kind in ("bpe", "unigram")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +66,9 @@ def bpe(trained: dict[str, Tokenizer]) -> Tokenizer:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_special_tokens_come_first_and_every_byte_has_an_entry(trained: dict[str, Tokenizer], kind: str) -> None:
+def test_special_tokens_come_first_and_every_byte_has_an_entry(
+    trained: dict[str, Tokenizer], kind: str
+) -> None:
     tokenizer = trained[kind]
     assert tuple(map(tokenizer.backend.id_to_token, range(6))) == SPECIAL
     assert tuple(tokenizer.special_ids.values()) == tuple(range(6))
@@ -57,11 +81,15 @@ def test_special_tokens_come_first_and_every_byte_has_an_entry(trained: dict[str
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @PROPERTY
 @given(text=TEXT)
-def test_any_text_comes_back_without_special_tokens(trained: dict[str, Tokenizer], kind: str, text: str) -> None:
+def test_any_text_comes_back_without_special_tokens(
+    trained: dict[str, Tokenizer], kind: str, text: str
+) -> None:
     ids = trained[kind].encode(text)
     assert trained[kind].decode(ids) == text
     assert not ids or min(ids) >= len(SPECIAL)
-    assert trained[kind].backend.decode(ids, skip_special_tokens=False) == text  # the library's decoder agrees
+    assert (
+        trained[kind].backend.decode(ids, skip_special_tokens=False) == text
+    )  # the library's decoder agrees
 
 
 @PROPERTY
@@ -84,10 +112,16 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ())
 @PROPERTY
 @given(text=TEXT, single=st.booleans())
 def test_a_stream_never_holds_half_a_character(bpe: Tokenizer, text: str, single: bool) -> None:
-    ids = [bpe.token_bytes.index(bytes([byte])) for byte in text.encode()] if single else bpe.encode(text)
+    ids = (
+        [bpe.token_bytes.index(bytes([byte])) for byte in text.encode()]
+        if single
+        else bpe.encode(text)
+    )
     pieces, sent = streamed(bpe, ids), b""
     assert "".join(pieces) == text
-    for id, piece in zip(ids, pieces, strict=False):  # each character leaves with its last byte, not later
+    for id, piece in zip(
+        ids, pieces, strict=False
+    ):  # each character leaves with its last byte, not later
         sent += bpe.token_bytes[id]
         text_so_far = sent.decode(errors="ignore")
         assert text_so_far.endswith(piece)
@@ -116,14 +150,21 @@ def cut_at_first_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     for end in range(1, len(text) + 1):
         begins = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if begins:
-            return text[:min(begins)], True
+            return text[: min(begins)], True
     return text, False
 
 
 @PROPERTY
-@given(text=st.text(st.sampled_from("ab\n\u65e5\U0001f600\u0301"), max_size=20), seed=st.integers(0, 9),
-       stops=st.lists(st.text(st.sampled_from("ab\n\u65e5\U0001f600\u0301"), min_size=1, max_size=4), max_size=3))
-def test_stop_strings_cut_the_text_whatever_the_tokens(bpe: Tokenizer, text: str, seed: int, stops: list[str]) -> None:
+@given(
+    text=st.text(st.sampled_from("ab\n\u65e5\U0001f600\u0301"), max_size=20),
+    seed=st.integers(0, 9),
+    stops=st.lists(
+        st.text(st.sampled_from("ab\n\u65e5\U0001f600\u0301"), min_size=1, max_size=4), max_size=3
+    ),
+)
+def test_stop_strings_cut_the_text_whatever_the_tokens(
+    bpe: Tokenizer, text: str, seed: int, stops: list[str]
+) -> None:
     decoder = StreamDecoder(bpe, stops)
     joined = "".join(decoder.push(id) for id in tokenized(bpe, text, seed)) + decoder.finish()
     assert (joined, decoder.stopped) == cut_at_first_stop(text, stops)
@@ -133,7 +174,11 @@ def test_stop_strings_cut_the_text_whatever_the_tokens(bpe: Tokenizer, text: str
 def test_of_several_stop_strings_in_one_token_the_first_cuts(bpe: Tokenizer) -> None:
     token = max(bpe.token_bytes, key=len)
     text = token.decode()
-    for stops, end in (((text[3:], text[2:4]), 2), ((text[2:4], text[3:]), 2), ((text[3:5], text[1:5]), 1)):
+    for stops, end in (
+        ((text[3:], text[2:4]), 2),
+        ((text[2:4], text[3:]), 2),
+        ((text[3:5], text[1:5]), 1),
+    ):
         assert streamed(bpe, [bpe.token_bytes.index(token)], stops) == [text[:end], ""]
 
 
@@ -163,15 +208,26 @@ ALPHABET = "aeth \u65e5\u672c"
 
 
 @PROPERTY
-@given(text=st.text(st.sampled_from(ALPHABET), max_size=12), seed=st.integers(0, 9),
-       words=st.lists(st.text(st.sampled_from(ALPHABET), min_size=1, max_size=6), min_size=1, max_size=3))
-def test_banned_are_the_tokens_that_complete_a_word(bpe: Tokenizer, text: str, seed: int, words: list[str]) -> None:
+@given(
+    text=st.text(st.sampled_from(ALPHABET), max_size=12),
+    seed=st.integers(0, 9),
+    words=st.lists(
+        st.text(st.sampled_from(ALPHABET), min_size=1, max_size=6), min_size=1, max_size=3
+    ),
+)
+def test_banned_are_the_tokens_that_complete_a_word(
+    bpe: Tokenizer, text: str, seed: int, words: list[str]
+) -> None:
     ids = tokenized(bpe, text, seed)
     before = text.encode()
     completing = []
     for id, piece in enumerate(bpe.token_bytes):
         after = before + piece
-        if any(after[:end].endswith(word.encode()) for word in words for end in range(len(before) + 1, len(after) + 1)):
+        if any(
+            after[:end].endswith(word.encode())
+            for word in words
+            for end in range(len(before) + 1, len(after) + 1)
+        ):
             completing.append(id)
     banned = WordFilter(bpe, words).banned(ids)
     assert sorted(banned) == completing and len(set(banned)) == len(banned)
@@ -189,7 +245,9 @@ def test_random_text_without_banned_tokens_never_holds_a_word(bpe: Tokenizer) ->
 def test_a_word_does_not_reach_across_special_tokens(bpe: Tokenizer) -> None:
     word_filter = WordFilter(bpe, ["ab"])
     b = bpe.encode("b")[0]
-    assert b in word_filter.banned(bpe.encode("a")) and b not in word_filter.banned([*bpe.encode("a"), bpe.sep_id])
+    assert b in word_filter.banned(bpe.encode("a")) and b not in word_filter.banned(
+        [*bpe.encode("a"), bpe.sep_id]
+    )
 
 
 def test_only_the_end_of_a_long_text_is_looked_at(bpe: Tokenizer) -> None:
@@ -212,32 +270,49 @@ def foreign(bpe: Tokenizer, tmp_path: Path) -> Path:
     """GPT-2's layout: vocab.json, merges.txt, the end of text the last and only special entry."""
     state = json.loads(bpe.backend.to_str())["model"]
     pieces = [piece for piece in state["vocab"] if piece not in SPECIAL] + ["<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({piece: n for n, piece in enumerate(pieces)}), encoding="utf-8")
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({piece: n for n, piece in enumerate(pieces)}), encoding="utf-8"
+    )
     merges = "".join(" ".join(pair) + "\n" for pair in state["merges"])
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
     return tmp_path
 
 
-def test_a_foreign_vocabulary_loads_as_it_is_and_can_be_completed(foreign: Path, bpe: Tokenizer) -> None:
+def test_a_foreign_vocabulary_loads_as_it_is_and_can_be_completed(
+    foreign: Path, bpe: Tokenizer
+) -> None:
     tokenizer = Tokenizer.load(foreign)
     text = "The President, <|endoftext|> [SEP] \u65e5"
     assert tokenizer.encode(text) == [id - 6 for id in bpe.encode(text)]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.cls_id) == (695, 694, -1)
-    with pytest.raises(UserError, match=r"found no \[PAD\], \[UNK\], \[BOS\], \[CLS\], \[SEP\]; wanted"):
+    with pytest.raises(
+        UserError, match=r"found no \[PAD\], \[UNK\], \[BOS\], \[CLS\], \[SEP\]; wanted"
+    ):
         tokenizer.require_specials()
     assert tokenizer.add_missing_specials() == ["[PAD]", "[UNK]", "[BOS]", "[CLS]", "[SEP]"]
-    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.eos_id, tokenizer.vocab_size) == (695, 699, 694, 700)
+    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.eos_id, tokenizer.vocab_size) == (
+        695,
+        699,
+        694,
+        700,
+    )
     assert tokenizer.add_missing_specials() == []
     assert tokenizer.encode("[SEP]") == [id - 6 for id in bpe.encode("[SEP]")]
     tokenizer.save(foreign / "completed")
-    again = for_config(Config(init_from=str(foreign / "completed")))
-    assert again.hash == tokenizer.hash == for_config(Config(tokenizer=TokenizerConfig(dir=str(foreign)))).hash
+    again = tokenizer_for(Config(init_from=str(foreign / "completed")))
+    assert (
+        again.hash
+        == tokenizer.hash
+        == tokenizer_for(Config(tokenizer=TokenizerConfig(dir=str(foreign)))).hash
+    )
     assert again.special_ids == tokenizer.special_ids and again.decode([694, 699]) == ""
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_saved_and_loaded_again_it_is_the_same(trained: dict[str, Tokenizer], kind: str, tmp_path: Path) -> None:
+def test_saved_and_loaded_again_it_is_the_same(
+    trained: dict[str, Tokenizer], kind: str, tmp_path: Path
+) -> None:
     trained[kind].save(tmp_path / "new", model_max_length=99)
     again = Tokenizer.load(tmp_path / "new")
     assert again.hash == trained[kind].hash and again.token_bytes == trained[kind].token_bytes
@@ -245,19 +320,34 @@ def test_saved_and_loaded_again_it_is_the_same(trained: dict[str, Tokenizer], ki
         scores = [score for _, score in json.loads(again.backend.to_str())["model"]["vocab"]]
         assert scores == [round(score, 6) for score in scores]
     assert again.encode("no [SEP] here") == trained[kind].encode("no [SEP] here")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_transformers_loads_it_with_the_same_ids(trained: dict[str, Tokenizer], kind: str, tmp_path: Path) -> None:
+def test_transformers_loads_it_with_the_same_ids(
+    trained: dict[str, Tokenizer], kind: str, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     ours = trained[kind]
     ours.save(tmp_path, model_max_length=99)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("Hello,  world!\n\t I'll", "\u65e5\u672c\u8a9e \U0001f600e\u0301 caf\u00e9", " x ", "don 't . stop"):
-        assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    for text in (
+        "Hello,  world!\n\t I'll",
+        "\u65e5\u672c\u8a9e \U0001f600e\u0301 caf\u00e9",
+        " x ",
+        "don 't . stop",
+    ):
+        assert (
+            theirs(text)["input_ids"] == ours.encode(text)
+            and theirs.decode(ours.encode(text)) == text
+        )
     names = ("pad", "unk", "bos", "eos", "cls", "sep")
-    assert [getattr(theirs, f"{name}_token_id") for name in names] == [getattr(ours, f"{name}_id") for name in names]
+    assert [getattr(theirs, f"{name}_token_id") for name in names] == [
+        getattr(ours, f"{name}_id") for name in names
+    ]
     assert theirs.model_max_length == 99 and len(theirs) == ours.vocab_size
 
 
@@ -282,7 +372,9 @@ def test_a_tokenizer_that_loses_text_is_refused(bpe: Tokenizer, kind: str, tmp_p
 
 
 def test_missing_and_broken_files_are_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found neither tokenizer.json nor merges.txt; `make tokenizer`"):
+    with pytest.raises(
+        UserError, match="found neither tokenizer.json nor merges.txt; `make tokenizer`"
+    ):
         Tokenizer.load(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"\n', encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read as a tokenizer") as raised:
@@ -299,11 +391,19 @@ def write_lines(path: Path, n: int, line: str = "line {} of a file, \u65e5\u672c
 
 
 def test_a_sample_under_the_limit_is_all_of_the_text(tmp_path: Path) -> None:
-    paths = [write_lines(tmp_path / "a", 9000), write_lines(tmp_path / "b", 3), write_lines(tmp_path / "c", 0)]
-    (tmp_path / "d").write_text("\u65e5" * 90_001, encoding="utf-8")  # one line, longer than several pieces
+    paths = [
+        write_lines(tmp_path / "a", 9000),
+        write_lines(tmp_path / "b", 3),
+        write_lines(tmp_path / "c", 0),
+    ]
+    (tmp_path / "d").write_text(
+        "\u65e5" * 90_001, encoding="utf-8"
+    )  # one line, longer than several pieces
     paths.append(tmp_path / "d")
     pieces = list(sample(paths, 10**9))
-    assert "".join(text for text, _ in pieces) == "".join(path.read_text(encoding="utf-8") for path in paths)
+    assert "".join(text for text, _ in pieces) == "".join(
+        path.read_text(encoding="utf-8") for path in paths
+    )
     assert all(used == len(text.encode()) <= PIECE for text, used in pieces)
 
 
@@ -338,7 +438,9 @@ def test_sampling_takes_flat_memory(tmp_path: Path) -> None:
     assert total == path.stat().st_size > 15e6 and peak < 2e6
 
 
-@pytest.mark.parametrize(("content", "byte"), [(b"fine\nnot \xff!\n", 9), (b"x" * PIECE + b"\n\xe6\x97", PIECE + 1)])
+@pytest.mark.parametrize(
+    ("content", "byte"), [(b"fine\nnot \xff!\n", 9), (b"x" * PIECE + b"\n\xe6\x97", PIECE + 1)]
+)
 def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, byte: int) -> None:
     path = tmp_path / "broken.txt"
     path.write_bytes(content)
@@ -346,12 +448,18 @@ def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, 
         train(TokenizerConfig(files=(str(path),)))
 
 
-def test_training_gives_the_same_bpe_in_another_process(text_file: Path, bpe: Tokenizer, tmp_path: Path) -> None:
+def test_training_gives_the_same_bpe_in_another_process(
+    text_file: Path, bpe: Tokenizer, tmp_path: Path
+) -> None:
     config = tmp_path / "lm.toml"
-    config.write_text(f'[tokenizer]\nfiles = "{text_file}"\nvocab_size = 700\nsample_mb = 0.2\ndir = "{tmp_path}/out"\n'
-                      "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n")
-    command = [sys.executable, "-m", "gptchat.tokenizer", "--config", str(config)]
+    config.write_text(
+        f'[tokenizer]\nfiles = "{text_file}"\nvocab_size = 700\nsample_mb = 0.2\ndir = "{tmp_path}/out"\n'
+        "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
+    )
+    command = [sys.executable, "-m", "gptchat", "tokenizer", "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert Tokenizer.load(tmp_path / "out").hash == bpe.hash and "bpe, 700 entries" in done.stdout
-    wrong = subprocess.run([*command, "tokenizer.files=nowhere.txt"], capture_output=True, text=True)
+    wrong = subprocess.run(
+        [*command, "tokenizer.files=nowhere.txt"], capture_output=True, text=True
+    )
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "nowhere.txt" in wrong.stderr

@@ -18,31 +18,44 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptchat import checkpoint, pretrained
-from gptchat.batches import Batches
-from gptchat.config import Config, UserError, load
-from gptchat.model import GPT2, GPT2Config
-from gptchat.optim import lr_scale, make_optimizers
-from gptchat.runlog import step_flops
-from gptchat.shards import open_shards
-from gptchat.tokenizer import Tokenizer, for_config
+from gptchat.config import Config, load_config
+from gptchat.console import UserError
+from gptchat.data.batches import Batches
+from gptchat.data.shards import open_shards
+from gptchat.data.tokenizer import Tokenizer, tokenizer_for
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.train import Run
-from gptchat.world import World
+from gptchat.training import checkpoint
+from gptchat.training.distributed import World
+from gptchat.training.monitor import step_flops
+from gptchat.training.optim import lr_scale, make_optimizers
 
 TASKS = ("lm", "chatlm")
 
 
 def config_of(small: Path, task: str, folder: Path, *overrides: str) -> Config:
-    return load(str(small / f"{task}.toml"), [f"run={folder}", *overrides])
+    return load_config(str(small / f"{task}.toml"), [f"run={folder}", *overrides])
 
 
-def start(small: Path, task: str, folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen:
+def start(
+    small: Path, task: str, folder: Path, *overrides: str, processes: int = 1
+) -> subprocess.Popen:
     arguments = command("train", "--config", small / f"{task}.toml", f"run={folder}", *overrides)
     if processes > 1:
-        arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                     *arguments[1:]]
+        arguments = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *arguments[1:],
+        ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -53,8 +66,16 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 def small_model(vocab_size: int = 50, **changes: object) -> GPT2:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=vocab_size, n_positions=256, n_embd=32, n_layer=2, n_head=2, embd_pdrop=0.0,
-                        attn_pdrop=0.0, resid_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=256,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
     model = GPT2(dataclasses.replace(config, **changes)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,7 +89,9 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: float) -> None:
+def assert_close(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: float
+) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).abs().max() <= bound * max(1e-3, tensor.abs().max()), name
@@ -78,11 +101,14 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 
 
 def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small: Path) -> None:
-    config = load(str(small / "chatlm.toml"))
-    tokenizer = for_config(config)
+    config = load_config(str(small / "chatlm.toml"))
+    tokenizer = tokenizer_for(config)
     shards = open_shards(config, "train", tokenizer)
     model = small_model(tokenizer.vocab_size)
-    packed, single = (Batches(shards, tokenizer, 256, size, packed=packed) for size, packed in ((4, True), (1, False)))
+    packed, single = (
+        Batches(shards, tokenizer, 256, size, packed=packed)
+        for size, packed in ((4, True), (1, False))
+    )
     dialogues = {i for row in range(4) for i in packed._row(0, row)}
     loss = model(**packed.micro_batch(0).inputs("cpu"))
     loss.backward()
@@ -99,20 +125,31 @@ def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small
 def test_a_micro_batch_without_targets_gives_zero(small: Path) -> None:
     model = small_model()
     nothing = torch.zeros(0, dtype=torch.int64)
-    loss = model(torch.zeros(2, 8, dtype=torch.int64), where=nothing, targets=nothing)
+    loss = model(torch.zeros(2, 8, dtype=torch.int64), target_positions=nothing, targets=nothing)
     loss.backward()
     assert float(loss.detach()) == 0
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients(model).values())
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_accumulated_micro_batches_give_the_gradient_of_the_whole(small: Path, tmp_path: Path, task: str) -> None:
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
+    small: Path, tmp_path: Path, task: str
+) -> None:
     """Targets are spread unevenly over the micro-batches of chat; each must weigh the same."""
     found = []
     for number, (rows, accumulation) in enumerate(((12, 1), (4, 3), (1, 12))):
         folder = tmp_path / str(number)
-        trained = Run(config_of(small, task, folder, f"train.batch_size={rows}", f"train.accumulation={accumulation}",
-                                "model.dropout=0"), World("cpu"))
+        trained = Run(
+            config_of(
+                small,
+                task,
+                folder,
+                f"train.batch_size={rows}",
+                f"train.gradient_accumulation_steps={accumulation}",
+                "model.dropout=0",
+            ),
+            World("cpu"),
+        )
         micro_batches = [trained.batches.micro_batch(i) for i in range(accumulation)]
         for optimizer in trained.optimizers:
             optimizer.zero_grad = lambda: None
@@ -128,8 +165,11 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(small: Path, t
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, torch.Tensor]]:
-    return (load_file(folder / "checkpoint.safetensors"), (folder / "log.jsonl").read_text(),
-            load_file(folder / "model" / "model.safetensors"))
+    return (
+        load_file(folder / "checkpoint.safetensors"),
+        (folder / "log.jsonl").read_text(),
+        load_file(folder / "model" / "model.safetensors"),
+    )
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
@@ -141,7 +181,9 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_run_killed_ten_times_equals_an_uninterrupted_one(small: Path, tmp_path: Path, task: str) -> None:
+def test_a_run_killed_ten_times_equals_an_uninterrupted_one(
+    small: Path, tmp_path: Path, task: str
+) -> None:
     settings = ["train.num_steps=600", "train.eval_interval=10"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(small, task, whole, *settings))
@@ -164,11 +206,16 @@ def test_a_run_killed_ten_times_equals_an_uninterrupted_one(small: Path, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(small: Path, tmp_path: Path, number: int) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    small: Path, tmp_path: Path, number: int
+) -> None:
     settings = ["train.num_steps=300", "train.eval_interval=1000"]
     finish(start(small, "chatlm", tmp_path / "whole", *settings))
     process = start(small, "chatlm", tmp_path / "stopped", *settings)
-    while not (tmp_path / "stopped/log.jsonl").exists() or not (tmp_path / "stopped/log.jsonl").stat().st_size:
+    while (
+        not (tmp_path / "stopped/log.jsonl").exists()
+        or not (tmp_path / "stopped/log.jsonl").stat().st_size
+    ):
         time.sleep(0.01)
     process.send_signal(number)
     assert "goes on from here" in finish(process, 130)
@@ -176,7 +223,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(small: Path, tmp_path: Path
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(small: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(
+    small: Path, tmp_path: Path
+) -> None:
     finish(start(small, "lm", tmp_path))
     before = outcome(tmp_path)
     assert "finished at step 40 of 40" in finish(start(small, "lm", tmp_path))
@@ -195,13 +244,22 @@ def test_a_log_that_was_cut_by_hand_is_not_filled_up(small: Path, tmp_path: Path
 
 def test_a_chat_run_does_not_go_on_from_another_lm(small: Path, tmp_path: Path) -> None:
     finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
-    chat = [f"init_from={tmp_path / 'lm/model'}", "model.n_layer=0", "model.n_head=0", "model.n_embd=0"]
+    chat = [
+        f"init_from={tmp_path / 'lm/model'}",
+        "model.n_layer=0",
+        "model.n_head=0",
+        "model.n_embd=0",
+    ]
     finish(start(small, "chatlm", tmp_path / "chat", *chat, "train.num_steps=5"))
     finish(start(small, "lm", tmp_path / "lm", "train.num_steps=40"))
-    assert "text.init was" in finish(start(small, "chatlm", tmp_path / "chat", *chat, "train.num_steps=5"), status=2)
+    assert "text.init was" in finish(
+        start(small, "chatlm", tmp_path / "chat", *chat, "train.num_steps=5"), status=2
+    )
 
 
-def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(small: Path, tmp_path: Path) -> None:
+def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(
+    small: Path, tmp_path: Path
+) -> None:
     held = checkpoint.lock(tmp_path)
     assert "another run is training here" in finish(start(small, "lm", tmp_path), 2)
     held.close()
@@ -209,11 +267,21 @@ def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(small: 
 
 
 def test_early_stopping_keeps_the_best_model(small: Path, tmp_path: Path) -> None:
-    settings = ["train.num_steps=2000", "train.eval_interval=10", "train.patience=2", "train.learning_rate=0.03",
-                "train.schedule=constant", "train.precision=bf16", "train.optimizer=muon"]
+    settings = [
+        "train.num_steps=2000",
+        "train.eval_interval=10",
+        "train.patience=2",
+        "train.learning_rate=0.03",
+        "train.schedule=constant",
+        "train.precision=bf16",
+        "train.optimizer=muon",
+    ]
     finish(start(small, "chatlm", tmp_path, *settings))
-    held_out = [line["loss"] for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-                if line["kind"] == "valid"]
+    held_out = [
+        line["loss"]
+        for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+        if line["kind"] == "valid"
+    ]
     best = held_out.index(min(held_out))
     assert len(held_out) == best + 3 < 200
     assert "finished" in finish(start(small, "chatlm", tmp_path, *settings))
@@ -222,12 +290,17 @@ def test_early_stopping_keeps_the_best_model(small: Path, tmp_path: Path) -> Non
 # --- switches
 
 
-def test_activation_checkpointing_and_compilation_change_no_result(small: Path, tmp_path: Path) -> None:
+def test_activation_checkpointing_and_compilation_change_no_result(
+    small: Path, tmp_path: Path
+) -> None:
     """Dropout on: the recomputed activations must be the same."""
     found = []
     for number, switch in enumerate(("seed=0", "activation_checkpointing=true", "compile=true")):
         dropout = "model.dropout=0" if "compile" in switch else "model.dropout=0.1"
-        trained = Run(config_of(small, "chatlm", tmp_path / str(number), f"train.{switch}", dropout), World("cpu"))
+        trained = Run(
+            config_of(small, "chatlm", tmp_path / str(number), f"train.{switch}", dropout),
+            World("cpu"),
+        )
         for optimizer in trained.optimizers:
             optimizer.zero_grad = lambda: None
         trained.step([trained.batches.micro_batch(0)])
@@ -240,10 +313,24 @@ def test_activation_checkpointing_and_compilation_change_no_result(small: Path, 
     assert_close(found[2], gradients(plain.model), 1e-4)
 
 
-def test_without_a_compiler_one_line_says_so_and_training_is_eager(small: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_one_line_says_so_and_training_is_eager(
+    small: Path, tmp_path: Path
+) -> None:
     environment = os.environ | {"PATH": str(Path(sys.executable).parent), "CXX": "no-such-compiler"}
-    done = subprocess.run(command("train", "--config", small / "lm.toml", f"run={tmp_path}", "train.compile=true",
-                                  "train.num_steps=2"), capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        command(
+            "train",
+            "--config",
+            small / "lm.toml",
+            f"run={tmp_path}",
+            "train.compile=true",
+            "train.num_steps=2",
+        ),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("training eagerly") == 1
 
@@ -253,7 +340,10 @@ def test_half_precision_learns_as_fp32_does(small: Path, tmp_path: Path, precisi
     losses = {}
     for name in ("fp32", precision):
         finish(start(small, "lm", tmp_path / name, f"train.precision={name}", "model.dropout=0"))
-        losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses[name] = [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
     assert losses["fp32"][-1] < losses["fp32"][0] - 0.5
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.02)
 
@@ -262,7 +352,12 @@ def test_half_precision_learns_as_fp32_does(small: Path, tmp_path: Path, precisi
 
 
 def test_two_processes_equal_one(small: Path, tmp_path: Path) -> None:
-    settings = ["model.dropout=0", "train.accumulation=3", "train.num_steps=20", "train.eval_interval=10"]
+    settings = [
+        "model.dropout=0",
+        "train.gradient_accumulation_steps=3",
+        "train.num_steps=20",
+        "train.eval_interval=10",
+    ]
     for processes in (1, 2):
         finish(start(small, "chatlm", tmp_path / str(processes), *settings, processes=processes))
     (one, log, _), (two, their_log, _) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
@@ -273,15 +368,25 @@ def test_two_processes_equal_one(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_path: Path) -> None:
-    settings = ["model.dropout=0", "train.accumulation=2", "train.num_steps=40", "train.eval_interval=20"]
+    settings = [
+        "model.dropout=0",
+        "train.gradient_accumulation_steps=2",
+        "train.num_steps=40",
+        "train.eval_interval=20",
+    ]
     finish(start(small, "lm", tmp_path / "one", *settings))
     process = start(small, "lm", tmp_path / "two", *settings, "train.log_interval=1")
-    while not (tmp_path / "two/log.jsonl").exists() or not (tmp_path / "two/log.jsonl").stat().st_size:
+    while (
+        not (tmp_path / "two/log.jsonl").exists() or not (tmp_path / "two/log.jsonl").stat().st_size
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     finish(process, 130)
     finish(start(small, "lm", tmp_path / "two", *settings, "train.log_interval=5", processes=2))
-    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])
+        for name in ("one", "two")
+    )
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
@@ -291,14 +396,18 @@ def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_p
 def unwritable(kind: str, folder: Path) -> None:
     """Make this process fail to write there as the operating system does; root needs another user for it."""
     if kind == "full":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
     else:
         folder.chmod(0o555)
         os.seteuid(65534)
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
-def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(small: Path, tmp_path: Path, kind: str) -> None:
+def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
+    small: Path, tmp_path: Path, kind: str
+) -> None:
     config = config_of(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=5")
     finish(start(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=5"))
     before = outcome(tmp_path)
@@ -315,7 +424,9 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(small: Path,
             with pytest.raises(UserError, match="cannot be written") as told:
                 trained.save(log)
             with pytest.raises(UserError, match="cannot be written"):
-                pretrained.save_weights(tmp_path / "model" if kind == "full" else tmp_path, trained.model)
+                pretrained.save_weights(
+                    tmp_path / "model" if kind == "full" else tmp_path, trained.model
+                )
         finally:
             os.seteuid(user)
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -328,7 +439,7 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(small: Path,
     assert trained.lock is not None
     trained.lock.close()
     assert Run(config, World("cpu")).progressed.step == 10
-    pretrained.load(tmp_path / "model")
+    pretrained.load_model(tmp_path / "model")
 
 
 # --- the start
@@ -336,27 +447,41 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(small: Path,
 
 def test_chatlm_starts_from_the_lm_with_type_rows_drawn_anew(small: Path, tmp_path: Path) -> None:
     finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
-    lm, _, _ = pretrained.load(tmp_path / "lm/model")
-    settings = [f"init_from={tmp_path / 'lm/model'}", "model.n_layer=0", "model.n_head=0", "model.n_embd=0"]
+    lm, _, _ = pretrained.load_model(tmp_path / "lm/model")
+    settings = [
+        f"init_from={tmp_path / 'lm/model'}",
+        "model.n_layer=0",
+        "model.n_head=0",
+        "model.n_embd=0",
+    ]
     config = config_of(small, "chatlm", tmp_path / "chat", *settings)
     for keep in (False, True):
-        kept = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_type_rows=keep))
+        kept = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, keep_type_rows=keep)
+        )
         rows = Run(kept, World("cpu")).model.wte.weight
         assert torch.equal(rows[2:], lm.wte.weight[2:])
         assert torch.equal(rows[:2], lm.wte.weight[:2]) == keep
     with pytest.raises(UserError, match="n_layer is 3"):
-        Run(dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=3)), World("cpu"))
+        Run(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=3)),
+            World("cpu"),
+        )
 
 
 def test_decay_is_on_matrices_only_and_muon_takes_those_of_the_blocks(small: Path) -> None:
     model = small_model()
     for kind in ("adamw", "muon"):
-        config = load(str(small / "lm.toml"), [f"train.optimizer={kind}"]).train
+        config = load_config(str(small / "lm.toml"), [f"train.optimizer={kind}"]).train
         optimizers = make_optimizers(model, config)
         decayed, plain = optimizers[0].param_groups
-        assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() == 1 for p in plain["params"])
+        assert all(p.dim() >= 2 for p in decayed["params"]) and all(
+            p.dim() == 1 for p in plain["params"]
+        )
         assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-        count = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+        count = sum(
+            len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups
+        )
         assert count == len(list(model.parameters()))
         if kind == "muon":
             assert len(optimizers[1].param_groups[0]["params"]) == 8
@@ -364,7 +489,9 @@ def test_decay_is_on_matrices_only_and_muon_takes_those_of_the_blocks(small: Pat
 
 def test_the_learning_rate_warms_up_and_follows_its_schedule(small: Path) -> None:
     for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
-        config = load(str(small / "lm.toml"), ["train.warmup_rate=0.1", f"train.schedule={schedule}"]).train
+        config = load_config(
+            str(small / "lm.toml"), ["train.warmup_ratio=0.1", f"train.schedule={schedule}"]
+        ).train
         assert [lr_scale(step, 100, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
         assert lr_scale(55, 100, config) == pytest.approx(middle)
         assert lr_scale(100, 100, config) == pytest.approx(1.0 if schedule == "constant" else 0.0)
@@ -375,27 +502,34 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
     model = small_model().float()
     x = torch.zeros(2, 64, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(x, where=torch.arange(128), targets=x.flatten()).backward()
-    assert step_flops(model.config, 128, 128, 64) == pytest.approx(counter.get_total_flops(), rel=0.05)
+        model(x, target_positions=torch.arange(128), targets=x.flatten()).backward()
+    assert step_flops(model.config, 128, 128, 64) == pytest.approx(
+        counter.get_total_flops(), rel=0.05
+    )
 
 
 # --- wrong use
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
-    (["train.learning_rat=1"], "unknown key"),
-    (["train.learning_rate=fast"], "wanted a value of type float"),
-    (["train.precision=fp8"], "wanted one of"),
-    (["model.n_head=3"], "no multiple of n_head"),
-    (["train.num_epochs=1"], "exactly one of num_epochs and num_steps"),
-    (["tokenizer.dir=nowhere"], "nowhere"),
-    (["data.shards=nowhere"], "nowhere"),
-    (["init_from=nowhere"], "nowhere"),
-    (["train.device=abacus"], "train.device"),
-    (["run=/dev/null"], "/dev/null: File exists"),
-    (["data.valid=[]"], "[data] valid: found no files named"),
-])
-def test_wrong_use_is_one_line_and_exit_status_2(small: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train.learning_rat=1"], "unknown key"),
+        (["train.learning_rate=fast"], "wanted a value of type float"),
+        (["train.precision=fp8"], "wanted one of"),
+        (["model.n_head=3"], "no multiple of n_head"),
+        (["train.num_epochs=1"], "exactly one of num_epochs and num_steps"),
+        (["tokenizer.dir=nowhere"], "nowhere"),
+        (["data.shards=nowhere"], "nowhere"),
+        (["init_from=nowhere"], "nowhere"),
+        (["train.device=abacus"], "train.device"),
+        (["run=/dev/null"], "/dev/null: File exists"),
+        (["data.valid=[]"], "[data] valid: found no files named"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_status_2(
+    small: Path, tmp_path: Path, arguments: list[str], told: str
+) -> None:
     output = run("train", "--config", small / "lm.toml", f"run={tmp_path}", *arguments, status=2)
     assert told in output and output.startswith("error: ") and output.count("\n") == 1, output
 
@@ -403,7 +537,20 @@ def test_wrong_use_is_one_line_and_exit_status_2(small: Path, tmp_path: Path, ar
 def test_shards_of_another_tokenizer_are_refused(small: Path, tmp_path: Path) -> None:
     Tokenizer.load(small / "tokenizer").save(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text()
-    run("tokenizer", "--config", small / "lm.toml", f"tokenizer.dir={tmp_path}", "tokenizer.vocab_size=390")
+    run(
+        "tokenizer",
+        "--config",
+        small / "lm.toml",
+        f"tokenizer.dir={tmp_path}",
+        "tokenizer.vocab_size=390",
+    )
     assert text != (tmp_path / "tokenizer.json").read_text()
-    output = run("train", "--config", small / "lm.toml", f"run={tmp_path}/run", f"tokenizer.dir={tmp_path}", status=2)
+    output = run(
+        "train",
+        "--config",
+        small / "lm.toml",
+        f"run={tmp_path}/run",
+        f"tokenizer.dir={tmp_path}",
+        status=2,
+    )
     assert "found shards of tokenizer" in output and output.count("\n") == 1, output

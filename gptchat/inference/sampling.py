@@ -17,11 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptchat.tokenizer import WordFilter
+from gptchat.inference.text import WordFilter
 
 WEIGHT_OF_THE_BEST = 2.0**40  # times less than 2**23 ids stays within int64
-RANGES = {"temperature": (0, 100), "top_k": (0, inf), "top_p": (0, 1), "min_p": (0, 1), "max_new_tokens": (0, inf),
-          "repetition_penalty": (0.01, 100), "logprobs": (0, inf)}
+RANGES = {
+    "temperature": (0, 100),
+    "top_k": (0, inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "max_new_tokens": (0, inf),
+    "repetition_penalty": (0.01, 100),
+    "logprobs": (0, inf),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,9 @@ class Sampling:
     word_filter: WordFilter | None = None
     seed: int = 0
     max_new_tokens: int = 64
-    logprobs: int | None = None  # that many best ids beside the drawn one; None: no log-probabilities at all
+    logprobs: int | None = (
+        None  # that many best ids beside the drawn one; None: no log-probabilities at all
+    )
 
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
@@ -76,7 +85,9 @@ def draw(logits: Tensor, rows: Sequence[Row], suppress: Tensor) -> list[Scored]:
     if asked:
         k = max(rows[i].sampling.logprobs or 0 for i in asked)
         for i, scored in zip(asked, score(untouched, ids[asked].clamp_min(0), k), strict=True):
-            drawn[i] = Scored(drawn[i].token, scored.logprob, scored.top[: rows[i].sampling.logprobs])
+            drawn[i] = Scored(
+                drawn[i].token, scored.logprob, scored.top[: rows[i].sampling.logprobs]
+            )
     return drawn
 
 
@@ -84,7 +95,9 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
     """The log-probability of ids (N,) under logits (N, V), and the k best of each row."""
     logprobs = logits.float().log_softmax(-1)
     best, best_ids = logprobs.topk(min(k, logits.shape[1]))  # (N, k)
-    tops = [list(zip(*pair, strict=True)) for pair in zip(best_ids.tolist(), best.tolist(), strict=True)]
+    tops = [
+        list(zip(*pair, strict=True)) for pair in zip(best_ids.tolist(), best.tolist(), strict=True)
+    ]
     return list(map(Scored, ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist(), tops))
 
 
@@ -95,8 +108,14 @@ def process(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> None:
         if s.repetition_penalty != 1:
             seen = torch.tensor(row.ids, device=scores.device)
             old = scores[i, seen]
-            scores[i, seen] = torch.where(old < 0, old * s.repetition_penalty, old / s.repetition_penalty)
-        banned = [w[-1] for w in s.bad_words_ids if len(w) == 1 or tuple(row.ids[1 - len(w) :]) == tuple(w[:-1])]
+            scores[i, seen] = torch.where(
+                old < 0, old * s.repetition_penalty, old / s.repetition_penalty
+            )
+        banned = [
+            w[-1]
+            for w in s.bad_words_ids
+            if len(w) == 1 or tuple(row.ids[1 - len(w) :]) == tuple(w[:-1])
+        ]
         banned += s.word_filter.banned(row.ids) if s.word_filter else []
         if banned:
             scores[i, banned] = -inf
@@ -111,7 +130,9 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
         alike.setdefault(row.sampling.top_k if row.sampling.temperature else -1, []).append(i)
     for top_k, places in alike.items():
         some = scores if len(places) == len(rows) else scores[places]  # (R, V)
-        ids[places] = some.argmax(-1, True) if top_k < 0 else sample(some, top_k, [rows[i] for i in places])
+        ids[places] = (
+            some.argmax(-1, True) if top_k < 0 else sample(some, top_k, [rows[i] for i in places])
+        )
     return ids.masked_fill_(none_left, -1)[:, 0]
 
 
@@ -120,20 +141,31 @@ def sample(scores: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
     if top_k:
         scores, ids = scores.topk(min(top_k, scores.shape[1]))
     cumulative = weigh(scores, [row.sampling for row in rows]).cumsum(-1)  # (R, K)
-    noise = column([uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows], scores, torch.float64)
+    noise = column(
+        [uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows],
+        scores,
+        torch.float64,
+    )
     aim = (noise * cumulative[:, -1:]).long()  # less than the sum, rounded too
-    place = torch.searchsorted(cumulative, aim, right=True).clamp_max_(scores.shape[1] - 1)  # clamped where all is NaN
+    place = torch.searchsorted(cumulative, aim, right=True).clamp_max_(
+        scores.shape[1] - 1
+    )  # clamped where all is NaN
     return ids.gather(1, place) if top_k else place
 
 
 def uniform(seed: int, candidate: int, position: int) -> float:
     """A number in [0, 1) of 52 bits, by BLAKE2b: a pure function of the seed and of the token's place."""
-    return (int.from_bytes(blake2b(f"{seed} {candidate} {position}".encode(), digest_size=8).digest()) >> 12) * 2.0**-52
+    return (
+        int.from_bytes(blake2b(f"{seed} {candidate} {position}".encode(), digest_size=8).digest())
+        >> 12
+    ) * 2.0**-52
 
 
 def weigh(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Whole numbers (R, K) in proportion to the probabilities, 0 outside top-p and min-p. `scores` is overwritten."""
-    scores.sub_(scores.amax(-1, keepdim=True)).div_(column([max(s.temperature, 1e-30) for s in settings], scores))
+    scores.sub_(scores.amax(-1, keepdim=True)).div_(
+        column([max(s.temperature, 1e-30) for s in settings], scores)
+    )
     mass = weights(scores)
     bound = column([log(s.min_p) if s.min_p else -inf for s in settings], scores)
     if narrow := [i for i, s in enumerate(settings) if s.top_p < 1]:

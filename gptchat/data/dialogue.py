@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptchat.config import UserError
+from gptchat.console import UserError
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # OpenAI's roles
@@ -33,6 +33,7 @@ _MEANT = {written: character for character, written in _WRITTEN.items()}
 @dataclass(frozen=True)
 class Example:
     """One dialogue as arrays (T,), T <= n_ctx: `targets[i]` is the id that follows `input_ids[i]`, or -100."""
+
     input_ids: np.ndarray
     token_type_ids: np.ndarray
     targets: np.ndarray
@@ -59,19 +60,22 @@ def _joined(turns: Sequence[Turn], sep_id: int) -> tuple[np.ndarray, np.ndarray]
     return ids, np.repeat(np.array([speaker for speaker, _ in turns]), lengths)
 
 
-def encode_example(turns: Sequence[Turn], cls_id: int, sep_id: int, n_ctx: int, targets: str = "response") -> Example:
+def encode_example(
+    turns: Sequence[Turn], cls_id: int, sep_id: int, n_ctx: int, targets: str = "response"
+) -> Example:
     """A training example of two turns or more. Targets are the response and `[CLS]`, or every token for "all"."""
     first, cut, length = fit([len(ids) for _, ids in turns], n_ctx)
     ids, types = _joined(turns[first:], sep_id)
-    ids, types = np.append(ids, cls_id)[1 + cut:], types[1 + cut:]
-    following = ids[1:length + 1].copy()
+    ids, types = np.append(ids, cls_id)[1 + cut :], types[1 + cut :]
+    following = ids[1 : length + 1].copy()
     if targets == "response":
-        following[:len(types) - len(turns[-1][1]) - 1] = IGNORE
+        following[: len(types) - len(turns[-1][1]) - 1] = IGNORE
     return Example(ids[:length], types[:length], following)
 
 
-def encode_prompt(turns: Sequence[Turn], beginning: Sequence[int], cls_id: int, sep_id: int,
-                  room: int) -> tuple[list[int], list[int]]:
+def encode_prompt(
+    turns: Sequence[Turn], beginning: Sequence[int], cls_id: int, sep_id: int, room: int
+) -> tuple[list[int], list[int]]:
     """(input_ids, token_type_ids) of the turns so far and the response's first tokens, `room` ids at most.
 
     The oldest turns go first. Raises UserError if the last turn and the beginning alone do not fit.
@@ -93,7 +97,9 @@ def escape(text: str) -> str:
 
 def unescape(column: str) -> str:
     """The turn that a TSV column stands for; the inverse of `escape`."""
-    return re.sub(r"\\[tnr\\]", lambda match: _MEANT[match[0]], column) if "\\" in column else column
+    return (
+        re.sub(r"\\[tnr\\]", lambda match: _MEANT[match[0]], column) if "\\" in column else column
+    )
 
 
 def read_rows(path: str | Path, least: int = 2) -> Iterator[list[str]]:
@@ -104,14 +110,22 @@ def read_rows(path: str | Path, least: int = 2) -> Iterator[list[str]]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}: byte {offset + error.start}: found invalid UTF-8 in line {number}") from None
+                raise UserError(
+                    f"{path}: byte {offset + error.start}: found invalid UTF-8 in line {number}"
+                ) from None
             offset += len(raw)
             if not line:
                 continue
             columns = line.lstrip("\t").split("\t")
             if len(columns) < least or not all(columns):
-                found = "one column" if len(columns) < least else f"an empty column {columns.index('') + 1}"
-                raise UserError(f"{path}:{number}: found {found}; wanted turns divided by tabs, the response last")
+                found = (
+                    "one column"
+                    if len(columns) < least
+                    else f"an empty column {columns.index('') + 1}"
+                )
+                raise UserError(
+                    f"{path}:{number}: found {found}; wanted turns divided by tabs, the response last"
+                )
             yield [unescape(column) for column in columns]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gptchat.config import UserError, cli, swapped
-from gptchat.model import ACTIVATIONS, GPT2, GPT2Config
-from gptchat.tokenizer import Tokenizer
+from gptchat.console import UserError
+from gptchat.data.tokenizer import Tokenizer
+from gptchat.files import atomic_write
+from gptchat.model.gpt2 import ACTIVATIONS, GPT2, GPT2Config
 
 PREFIX = "transformer."
 NO_TYPE_ROWS = (-1, -1)  # a foreign model before `adapt`
@@ -34,8 +35,12 @@ WANTED = {  # config.json: what each of these must be where it stands; `reorder_
 }
 
 
-def load(directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-         dropout: float | None = None) -> tuple[GPT2, Tokenizer, str]:
+def load_model(
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    dropout: float | None = None,
+) -> tuple[GPT2, Tokenizer, str]:
     """The model (in evaluation mode), its tokenizer, and its task, "lm" or "chatlm".
 
     `dropout` replaces the three rates of config.json. A foreign model is an "lm" and has no type rows until `adapt`.
@@ -45,10 +50,16 @@ def load(directory: str | Path, device: torch.device | str = "cpu", dtype: torch
     found = _read_json(directory / "config.json", directory)
     config = _model_config(directory / "config.json", found)
     if dropout is not None:
-        config = dataclasses.replace(config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+        config = dataclasses.replace(
+            config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout
+        )
     tokenizer = Tokenizer.load(directory)
-    if any(tokenizer.token_bytes[config.vocab_size:]):  # special tokens alone may be added to the model later
-        raise UserError(f"{directory}: the tokenizer has {tokenizer.vocab_size} entries; wanted {config.vocab_size}")
+    if any(
+        tokenizer.token_bytes[config.vocab_size :]
+    ):  # special tokens alone may be added to the model later
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries; wanted {config.vocab_size}"
+        )
     with torch.device("meta"):
         model = GPT2(config)
     model = model.to(dtype).to_empty(device=device)
@@ -60,8 +71,10 @@ def load(directory: str | Path, device: torch.device | str = "cpu", dtype: torch
 
 def _read_json(path: Path, directory: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{directory}: {f'found no {path.name}' if directory.is_dir() else 'no such directory'}; "
-                        "wanted a model directory in Hugging Face layout")
+        raise UserError(
+            f"{directory}: {f'found no {path.name}' if directory.is_dir() else 'no such directory'}; "
+            "wanted a model directory in Hugging Face layout"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         return {**value}
@@ -72,18 +85,26 @@ def _read_json(path: Path, directory: Path) -> dict[str, Any]:
 def _model_config(path: Path, found: dict[str, Any]) -> GPT2Config:
     for key, wanted in WANTED.items():
         if found.get(key, wanted[0]) not in wanted:
-            raise UserError(f"{path}: {key} is {found.get(key)!r}; wanted {' or '.join(map(str, wanted))}")
+            raise UserError(
+                f"{path}: {key} is {found.get(key)!r}; wanted {' or '.join(map(str, wanted))}"
+            )
     values: dict[str, Any] = {}
     for field in dataclasses.fields(GPT2Config):
         kind: Any = int if field.name == "n_inner" else type(field.default)
-        value = found.get(field.name, field.default)  # keys that are missing have transformers' defaults
+        value = found.get(
+            field.name, field.default
+        )  # keys that are missing have transformers' defaults
         value = float(value) if kind is float and type(value) is int else value
         if value is not field.default and (type(value) is not kind or kind is int and value < 1):
-            raise UserError(f"{path}: {field.name} is {value!r}; wanted {kind.__name__}, 1 or more if it is an int")
+            raise UserError(
+                f"{path}: {field.name} is {value!r}; wanted {kind.__name__}, 1 or more if it is an int"
+            )
         values[field.name] = value
     values["type_rows"] = tuple(found.get("gptchat", {}).get("type_rows", NO_TYPE_ROWS))
     if values["n_embd"] % values["n_head"]:
-        raise UserError(f"{path}: n_embd {values['n_embd']} is no multiple of n_head {values['n_head']}")
+        raise UserError(
+            f"{path}: n_embd {values['n_embd']} is no multiple of n_head {values['n_head']}"
+        )
     return GPT2Config(**values)
 
 
@@ -99,15 +120,23 @@ def _load_weights(model: GPT2, directory: Path, tied: bool) -> None:
             head = (file, tensor)
             continue
         if (parameter := missing.pop(key, None)) is None:
-            raise UserError(f"{file}: found the tensor {name}; wanted those of GPT2LMHeadModel alone, each once")
+            raise UserError(
+                f"{file}: found the tensor {name}; wanted those of GPT2LMHeadModel alone, each once"
+            )
         target = parameter.T if _is_conv1d(key) else parameter
         if target.shape != tensor.shape or not tensor.is_floating_point():
-            raise UserError(f"{file}: {name} is {tensor.dtype} {[*tensor.shape]}; wanted floats {[*target.shape]}")
+            raise UserError(
+                f"{file}: {name} is {tensor.dtype} {[*tensor.shape]}; wanted floats {[*target.shape]}"
+            )
         target.copy_(tensor)
     if missing or (head is None and not tied):
-        raise UserError(f"{directory}: the weights lack {', '.join(missing) or 'lm_head.weight'}; wanted all of them")
+        raise UserError(
+            f"{directory}: the weights lack {', '.join(missing) or 'lm_head.weight'}; wanted all of them"
+        )
     if head is not None and not torch.equal(head[1].to(model.wte.weight), model.wte.weight):
-        raise UserError(f"{head[0]}: lm_head.weight differs from wte.weight; wanted a head tied to the embedding")
+        raise UserError(
+            f"{head[0]}: lm_head.weight differs from wte.weight; wanted a head tied to the embedding"
+        )
 
 
 def _is_conv1d(key: str) -> bool:
@@ -127,7 +156,9 @@ def _tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
         for file in files:
             yield from _tensors_of(directory / file)
         return
-    raise UserError(f"{directory}: found no weights; wanted model.safetensors or pytorch_model.bin, or an index of it")
+    raise UserError(
+        f"{directory}: found no weights; wanted model.safetensors or pytorch_model.bin, or an index of it"
+    )
 
 
 def _tensors_of(file: Path) -> Iterator[tuple[Path, str, Tensor]]:
@@ -137,10 +168,21 @@ def _tensors_of(file: Path) -> Iterator[tuple[Path, str, Tensor]]:
                 for name in opened.keys():
                     yield file, name, opened.get_tensor(name)
             return
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        loaded = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+        if not isinstance(loaded, dict) or not all(
+            isinstance(value, Tensor) for value in loaded.values()
+        ):
             raise ValueError("no dictionary of tensors")
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file}: not a whole file of weights: {reason}") from None
     yield from ((file, name, tensor) for name, tensor in loaded.items())
@@ -148,8 +190,11 @@ def _tensors_of(file: Path) -> Iterator[tuple[Path, str, Tensor]]:
 
 def never_generated(config: GPT2Config, tokenizer: Tokenizer, task: str) -> list[int]:
     """The ids that are no text, but for the one that ends it: special tokens, type rows, rows without a token."""
-    return [i for i in range(config.vocab_size)
-            if i != stop_id(tokenizer, task) and not any(tokenizer.token_bytes[i:i + 1])]
+    return [
+        i
+        for i in range(config.vocab_size)
+        if i != stop_id(tokenizer, task) and not any(tokenizer.token_bytes[i : i + 1])
+    ]
 
 
 def stop_id(tokenizer: Tokenizer, task: str) -> int:
@@ -161,20 +206,37 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
     """Write all of a model directory but the weights: config.json, generation_config.json and the tokenizer's files."""
     values = dataclasses.asdict(config)
     ours = {"task": task, "type_rows": values.pop("type_rows")}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    about = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "tie_word_embeddings": True, "gptchat": ours}
-    generation = {"eos_token_id": stop_id(tokenizer, task), "suppress_tokens": never_generated(config, tokenizer, task)}
-    for name, content in (("config.json", values | ids | about), ("generation_config.json", ids | generation)):
-        with swapped(Path(directory, name)) as temporary:
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    about = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "tie_word_embeddings": True,
+        "gptchat": ours,
+    }
+    generation = {
+        "eos_token_id": stop_id(tokenizer, task),
+        "suppress_tokens": never_generated(config, tokenizer, task),
+    }
+    for name, content in (
+        ("config.json", values | ids | about),
+        ("generation_config.json", ids | generation),
+    ):
+        with atomic_write(Path(directory, name)) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(directory, model_max_length=config.n_positions)
 
 
 def save_weights(directory: str | Path, model: GPT2) -> None:
     """Swap in `model.safetensors`, in the model's dtype. Raises UserError where it cannot; the old file then stays."""
-    tensors = {PREFIX + key: (value.T if _is_conv1d(key) else value).detach().contiguous()
-               for key, value in model.named_parameters()}  # the tied head stands here once, as wte
-    with swapped(Path(directory, "model.safetensors")) as temporary:
+    tensors = {
+        PREFIX + key: (value.T if _is_conv1d(key) else value).detach().contiguous()
+        for key, value in model.named_parameters()
+    }  # the tied head stands here once, as wte
+    with atomic_write(Path(directory, "model.safetensors")) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -198,8 +260,10 @@ def adapt(model: GPT2, tokenizer: Tokenizer, seed: int) -> dict[str, int]:
         config, end = dataclasses.replace(config, type_rows=(end, end + 1)), end + 2
     if added or end > len(old):
         wte = old.new_empty(max(config.vocab_size, end), config.n_embd)
-        wte[:len(old)] = old
-        noise = torch.randn(end - first, config.n_embd, generator=torch.Generator().manual_seed(seed)).to(old)
+        wte[: len(old)] = old
+        noise = torch.randn(
+            end - first, config.n_embd, generator=torch.Generator().manual_seed(seed)
+        ).to(old)
         wte[first:end] = old[:first].mean(0) + 0.1 * old[:first].std(0) * noise
         model.wte.weight = model.lm_head.weight = nn.Parameter(wte)
         model.wte.num_embeddings = model.lm_head.out_features = len(wte)
@@ -208,23 +272,27 @@ def adapt(model: GPT2, tokenizer: Tokenizer, seed: int) -> dict[str, int]:
     return added
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a GPT-2 directory of Hugging Face's layout ready for gptchat")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Make a GPT-2 directory of Hugging Face's layout ready for gptchat"
+    )
     parser.add_argument("--from", dest="source", required=True, help="anyone's GPT-2")
     parser.add_argument("--to", dest="target", required=True, help="the new directory")
-    parser.add_argument("--task", choices=("lm", "chatlm"), help="default: what the directory says, else lm")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--task", choices=("lm", "chatlm"), help="default: what the directory says, else lm"
+    )
+    arguments = parser.parse_args(argv)
     target = Path(arguments.target)
     if target.is_file() or target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target}: is there already; wanted a new or an empty folder")
-    model, tokenizer, task = load(arguments.source)
+    model, tokenizer, task = load_model(arguments.source)
     added = adapt(model, tokenizer, seed=0)
     save_static(target, model.config, tokenizer, arguments.task or task)
     save_weights(target, model)
-    rows = ", ".join(f"{name} = row {row}" for name, row in added.items()) or "nothing, all was there"
-    print(f"{arguments.source}: {sum(p.numel() for p in model.parameters()):,} parameters, [EOS] is row "
-          f"{tokenizer.eos_id}\nadded: {rows}; vocab_size is {model.config.vocab_size}\nwritten: {target}")
-
-
-if __name__ == "__main__":
-    cli(main)
+    rows = (
+        ", ".join(f"{name} = row {row}" for name, row in added.items()) or "nothing, all was there"
+    )
+    print(
+        f"{arguments.source}: {sum(p.numel() for p in model.parameters()):,} parameters, [EOS] is row "
+        f"{tokenizer.eos_id}\nadded: {rows}; vocab_size is {model.config.vocab_size}\nwritten: {target}"
+    )

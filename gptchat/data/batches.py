@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptchat.dialogue import IGNORE, encode_example, fit
-from gptchat.shards import Shards, in_order
-from gptchat.tokenizer import Tokenizer
+from gptchat.data.dialogue import IGNORE, encode_example, fit
+from gptchat.data.encoding import in_order
+from gptchat.data.shards import Shards
+from gptchat.data.tokenizer import Tokenizer
 
 POOL = 1024  # dialogues packed together
 ROUNDED = 256  # to a multiple of this, targets are given to the model
@@ -34,6 +35,7 @@ ROUNDED = 256  # to a multiple of this, targets are given to the model
 class Batch:
     """Rows of tokens, (B, T), int64: `targets` holds the id that follows each position, or -100; `segments` (int32)
     numbers the dialogues in a row, -1 where there is none. `n_tokens` counts the positions that hold a token."""
+
     input_ids: Tensor
     targets: Tensor
     n_targets: int
@@ -43,16 +45,28 @@ class Batch:
     segments: Tensor | None = None
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor | None]:
-        """The model's arguments: also `where` (N,), the flat positions that have a target (None: all have), and those
+        """The model's arguments: also `target_positions` (N,), the flat positions that have a target (None: all have), and those
         targets (N,). N is rounded up by ignored ones: an allocator that meets new sizes each time hoards memory."""
-        flat, where = self.targets.flatten(), None
+        flat, target_positions = self.targets.flatten(), None
         if self.n_targets < len(flat):
-            where = torch.cat([(flat != IGNORE).nonzero()[:, 0],
-                               (flat == IGNORE).nonzero()[:-self.n_targets % ROUNDED, 0]])
-        tensors = {"input_ids": self.input_ids, "token_type_ids": self.token_type_ids, "segments": self.segments,
-                   "position_ids": self.position_ids, "where": where, "targets": flat if where is None else flat[where]}
-        return {key: tensor if tensor is None else tensor.to(device, non_blocking=True)
-                for key, tensor in tensors.items()}
+            target_positions = torch.cat(
+                [
+                    (flat != IGNORE).nonzero()[:, 0],
+                    (flat == IGNORE).nonzero()[: -self.n_targets % ROUNDED, 0],
+                ]
+            )
+        tensors = {
+            "input_ids": self.input_ids,
+            "token_type_ids": self.token_type_ids,
+            "segments": self.segments,
+            "position_ids": self.position_ids,
+            "target_positions": target_positions,
+            "targets": flat if target_positions is None else flat[target_positions],
+        }
+        return {
+            key: tensor if tensor is None else tensor.to(device, non_blocking=True)
+            for key, tensor in tensors.items()
+        }
 
 
 def draw_key(*parts: object) -> int:
@@ -106,9 +120,22 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 class Batches:
     """The micro-batches of a split: rows of `n_ctx` positions, `batch_size` rows each."""
 
-    def __init__(self, shards: Shards, tokenizer: Tokenizer, n_ctx: int, batch_size: int, seed: int = 0,
-                 targets: str = "response", packed: bool = True):
-        self.shards, self.tokenizer, self.n_ctx, self.batch_size = shards, tokenizer, n_ctx, batch_size
+    def __init__(
+        self,
+        shards: Shards,
+        tokenizer: Tokenizer,
+        n_ctx: int,
+        batch_size: int,
+        seed: int = 0,
+        targets: str = "response",
+        packed: bool = True,
+    ):
+        self.shards, self.tokenizer, self.n_ctx, self.batch_size = (
+            shards,
+            tokenizer,
+            n_ctx,
+            batch_size,
+        )
         self.seed, self.targets, self.packed = seed, targets, packed
         self._pool_order = lru_cache(2)(self._order_pools)
         self._pool_rows = lru_cache(2)(self._pack_pool)
@@ -121,7 +148,9 @@ class Batches:
         """The micro-batch of that number in the endless sequence."""
         rows = range(number * self.batch_size, (number + 1) * self.batch_size)
         if self.shards.task == "lm":
-            return self._windows([self._window_start(*divmod(row, self.rows_per_epoch)) for row in rows])
+            return self._windows(
+                [self._window_start(*divmod(row, self.rows_per_epoch)) for row in rows]
+            )
         return self._dialogues([self._row(*divmod(row, self.rows_per_epoch)) for row in rows])
 
     def evaluation(self) -> Iterator[Batch]:
@@ -129,12 +158,12 @@ class Batches:
         if self.shards.task == "lm":
             starts = range(0, self.shards.n_tokens, self.n_ctx)
             for i in range(0, len(starts), self.batch_size):
-                yield self._windows(starts[i:i + self.batch_size], stop=self.shards.n_tokens)
+                yield self._windows(starts[i : i + self.batch_size], stop=self.shards.n_tokens)
             return
         for first in range(0, self.shards.documents, POOL):
             rows = self._rows(np.arange(first, min(first + POOL, self.shards.documents)))
             for i in range(0, len(rows), self.batch_size):
-                yield self._dialogues(rows[i:i + self.batch_size])
+                yield self._dialogues(rows[i : i + self.batch_size])
 
     def empty(self) -> Batch:
         """A micro-batch without a target, for a process that has none left in a step."""
@@ -146,11 +175,18 @@ class Batches:
         if self.shards.task == "lm":
             return self.shards.n_bytes
         lengths = torch.tensor([len(data) for data in self.tokenizer.token_bytes])
-        return sum(int(lengths[batch.targets[batch.targets != IGNORE]].sum()) for batch in self.evaluation())
+        return sum(
+            int(lengths[batch.targets[batch.targets != IGNORE]].sum())
+            for batch in self.evaluation()
+        )
 
     @cached_property
     def rows_per_epoch(self) -> int:
-        return -(-self.shards.n_tokens // self.n_ctx) if self.shards.task == "lm" else int(self._rows_per_pool.sum())
+        return (
+            -(-self.shards.n_tokens // self.n_ctx)
+            if self.shards.task == "lm"
+            else int(self._rows_per_pool.sum())
+        )
 
     # lm
 
@@ -160,7 +196,9 @@ class Batches:
 
     def _windows(self, starts: Sequence[int], stop: int | None = None) -> Batch:
         """Windows whose first targets stand at `starts`; none from `stop` on, where it is given."""
-        ids = torch.from_numpy(np.stack([self._circle(start - 1, self.n_ctx + 1) for start in starts]))
+        ids = torch.from_numpy(
+            np.stack([self._circle(start - 1, self.n_ctx + 1) for start in starts])
+        )
         targets = ids[:, 1:].clone()
         if stop is not None:
             targets[torch.tensor(starts)[:, None] + torch.arange(self.n_ctx) >= stop] = IGNORE
@@ -180,18 +218,24 @@ class Batches:
 
     @cached_property
     def _rows_per_pool(self) -> np.ndarray:
-        return np.array([len(self._rows(self._pool(i))) for i in range(-(-self.shards.documents // POOL))])
+        return np.array(
+            [len(self._rows(self._pool(i))) for i in range(-(-self.shards.documents // POOL))]
+        )
 
     def _pool(self, number: int) -> np.ndarray:
         """The dialogues of a pool."""
         n = self.shards.documents
-        return permute(np.arange(number * POOL, min((number + 1) * POOL, n)), n, draw_key(self.seed, "pools"))
+        return permute(
+            np.arange(number * POOL, min((number + 1) * POOL, n)), n, draw_key(self.seed, "pools")
+        )
 
     def _rows(self, dialogues: np.ndarray) -> list[list[int]]:
         """These dialogues in rows."""
         if not self.packed:
             return dialogues[:, None].tolist()
-        return [dialogues[row].tolist() for row in pack(self._lengths(dialogues).tolist(), self.n_ctx)]
+        return [
+            dialogues[row].tolist() for row in pack(self._lengths(dialogues).tolist(), self.n_ctx)
+        ]
 
     def _lengths(self, dialogues: np.ndarray) -> np.ndarray:
         """Input tokens of each dialogue: its turns' and the [SEP]s between; where that is too much, what `fit` says."""
@@ -199,7 +243,7 @@ class Batches:
         first, last = starts[dialogues], starts[dialogues + 1]
         lengths = turns[last] - turns[first] + last - first - 1
         for i in (lengths > self.n_ctx).nonzero()[0]:
-            lengths[i] = fit(np.diff(turns[first[i]:last[i] + 1]).tolist(), self.n_ctx)[2]
+            lengths[i] = fit(np.diff(turns[first[i] : last[i] + 1]).tolist(), self.n_ctx)[2]
         return lengths
 
     def _order_pools(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,15 +261,28 @@ class Batches:
     def _row(self, epoch: int, row: int) -> list[int]:
         order, ends = self._pool_order(epoch)
         at = int(np.searchsorted(ends, row, side="right"))
-        return self._pool_rows(epoch, int(order[at]))[row - int(ends[at])]  # counted from the pool's end
+        return self._pool_rows(epoch, int(order[at]))[
+            row - int(ends[at])
+        ]  # counted from the pool's end
 
     def _dialogues(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Rows of dialogues, one behind the other."""
         cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
-        examples = [[encode_example(self.shards.dialogue(i), cls_id, sep_id, self.n_ctx, self.targets) for i in row]
-                    for row in rows]
-        length = self.n_ctx if self.packed else max(len(example.targets) for row in examples for example in row)
-        ids, types, positions, segments, targets = (np.zeros((len(rows), length), np.int64) for _ in range(5))
+        examples = [
+            [
+                encode_example(self.shards.dialogue(i), cls_id, sep_id, self.n_ctx, self.targets)
+                for i in row
+            ]
+            for row in rows
+        ]
+        length = (
+            self.n_ctx
+            if self.packed
+            else max(len(example.targets) for row in examples for example in row)
+        )
+        ids, types, positions, segments, targets = (
+            np.zeros((len(rows), length), np.int64) for _ in range(5)
+        )
         segments -= 1
         targets += IGNORE
         for row, packed in enumerate(examples):
@@ -235,18 +292,28 @@ class Batches:
                 ids[row, span], types[row, span] = example.input_ids, example.token_type_ids
                 targets[row, span], segments[row, span] = example.targets, number
                 positions[row, span] = np.arange(len(example.targets))
-        arrays = [torch.from_numpy(array) for array in (ids, targets, types, positions, segments.astype(np.int32))]
+        arrays = [
+            torch.from_numpy(array)
+            for array in (ids, targets, types, positions, segments.astype(np.int32))
+        ]
         n_targets, n_tokens = int((targets != IGNORE).sum()), int((segments >= 0).sum())
-        return Batch(arrays[0], arrays[1], n_targets, n_tokens, *(arrays[2:] if self.packed else arrays[2:3]))
+        return Batch(
+            arrays[0], arrays[1], n_targets, n_tokens, *(arrays[2:] if self.packed else arrays[2:3])
+        )
 
 
 @contextmanager
-def prefetch(batches: Batches, first: int, last: int, per_step: int,
-             indices: Sequence[int]) -> Iterator[Iterator[list[Batch]]]:
+def prefetch(
+    batches: Batches, first: int, last: int, per_step: int, indices: Sequence[int]
+) -> Iterator[Iterator[list[Batch]]]:
     """Yields an iterator over the steps first..last-1: this process's micro-batches, by their `indices` in the step; a
     thread makes those of the next step meanwhile. An index of `per_step` or more is an empty micro-batch."""
+
     def step(number: int) -> list[Batch]:
-        return [batches.micro_batch(number * per_step + i) if i < per_step else batches.empty() for i in indices]
+        return [
+            batches.micro_batch(number * per_step + i) if i < per_step else batches.empty()
+            for i in indices
+        ]
 
     with ThreadPoolExecutor(1) as executor:
         yield in_order(executor, step, range(first, last), ahead=2)

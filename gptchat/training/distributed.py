@@ -1,13 +1,16 @@
 """The processes that train together: torchrun's environment variables, the device, and sums of host numbers."""
 
-import ctypes
-import gc
 import os
+import shutil
+import sys
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from gptchat.config import UserError
+from gptchat.config import TrainConfig
+from gptchat.console import UserError
+from gptchat.model.gpt2 import GPT2
 
 
 class World:
@@ -22,13 +25,17 @@ class World:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"train.device: found {device!r}; wanted auto, cpu or cuda ({reason})") from None
+            raise UserError(
+                f"train.device: found {device!r}; wanted auto, cpu or cuda ({reason})"
+            ) from None
         if self.device.type == "cuda" and self.size > 1:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         if self.size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.host = dist.new_group(backend="gloo")  # numbers that stay on the host never wait for the device
+            self.host = dist.new_group(
+                backend="gloo"
+            )  # numbers that stay on the host never wait for the device
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number's sum over all processes."""
@@ -43,15 +50,21 @@ class World:
             dist.destroy_process_group()
 
 
-def settle() -> None:
-    """For a process that has loaded all it needs: Python's collector passes over what there is (its walks through all
-    of torch cost a decoding step 6 %), and glibc keeps what is freed. Else every large tensor goes back to the kernel,
-    to be faulted in again, which doubles a training step. Constants: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD."""
-    gc.collect()
-    gc.freeze()
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
-        mallopt(parameter, value)
+def wrap_model(model: GPT2, config: TrainConfig, world: World) -> torch.nn.Module:
+    """The model as it is trained: with activation checkpointing, compilation and DDP as the config says."""
+    model.activation_checkpointing = config.activation_checkpointing
+    trained: torch.nn.Module = model
+    if config.compile and has_compiler():
+        trained = torch.compile(model)  # type: ignore[assignment]
+    return DistributedDataParallel(trained) if world.size > 1 else trained
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can work here; says so in one line if not."""
+    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if not found:
+        print(
+            "train.compile: no C++ compiler found (g++ or clang++); training eagerly",
+            file=sys.stderr,
+        )
+    return bool(found)

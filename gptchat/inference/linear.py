@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptchat.config import UserError
-from gptchat.model import GPT2, gelu_tanh
+from gptchat.console import UserError
+from gptchat.model.gpt2 import GPT2, gelu_tanh
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -66,7 +66,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
-        y = self.kernel(x / largest, 1 / self.levels, self.levels + 1, self.weight)  # of 0 / 0 any number, times 0
+        y = self.kernel(
+            x / largest, 1 / self.levels, self.levels + 1, self.weight
+        )  # of 0 / 0 any number, times 0
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
@@ -83,7 +85,11 @@ def pack(model: GPT2, dtype: str) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 gelu = dtype != "int8" and name == "c_fc" and parent.activation is gelu_tanh
-                fast = Int8Linear(child) if dtype == "int8" else PackedLinear(child, getattr(torch, dtype), gelu)
+                fast = (
+                    Int8Linear(child)
+                    if dtype == "int8"
+                    else PackedLinear(child, getattr(torch, dtype), gelu)
+                )
                 setattr(parent, name, fast)
                 if gelu:
                     parent.activation = nn.Identity()

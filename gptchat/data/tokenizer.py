@@ -1,6 +1,6 @@
 """Train and load a tokenizer; streaming decode; forbidden words.
 
-    python -m gptchat.tokenizer --config configs/lm.toml [section.key=value ...]
+    gptchat tokenizer --config configs/lm.toml [section.key=value ...]
 
 Two kinds, both on the bytes of UTF-8, so that nothing is unknown and decoding gives the text back: byte-level BPE
 (Radford et al. 2019) and Unigram (Kudo 2018), on the `tokenizers` library. A directory holds `tokenizer.json`, and
@@ -13,8 +13,6 @@ import argparse
 import codecs
 import hashlib
 import json
-import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -24,15 +22,32 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gptchat.config import Config, Progress, TokenizerConfig, UserError, cli, expand, load, swapped
+from gptchat.config import Config, TokenizerConfig, load_config
+from gptchat.console import Progress, UserError
+from gptchat.files import atomic_write, expand
 
-SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0..5 in a tokenizer trained here
+SPECIAL = (
+    "[PAD]",
+    "[UNK]",
+    "[BOS]",
+    "[EOS]",
+    "[CLS]",
+    "[SEP]",
+)  # ids 0..5 in a tokenizer trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
 PIECE = 1 << 16  # bytes of text read at once for training
 PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "  # must come back
-_SAME = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that a vocabulary writes as that character
-_OTHER = sorted(set(range(256)) - set(_SAME))  # the others are written from U+0100 on, as in GPT-2's encoder.py
-BYTE_OF = {chr(byte): byte for byte in _SAME} | {chr(256 + n): byte for n, byte in enumerate(_OTHER)}
+_SAME = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+]  # bytes that a vocabulary writes as that character
+_OTHER = sorted(
+    set(range(256)) - set(_SAME)
+)  # the others are written from U+0100 on, as in GPT-2's encoder.py
+BYTE_OF = {chr(byte): byte for byte in _SAME} | {
+    chr(256 + n): byte for n, byte in enumerate(_OTHER)
+}
 
 
 class Tokenizer:
@@ -44,12 +59,21 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._read_vocabulary()
-        if not BYTE_OF.keys() <= backend.get_vocab().keys() or self.decode(self.encode(PROBE)) != PROBE:
-            raise UserError(f"{source}: does not give every text back; wanted byte-level BPE, as GPT-2's, or Unigram")
+        if (
+            not BYTE_OF.keys() <= backend.get_vocab().keys()
+            or self.decode(self.encode(PROBE)) != PROBE
+        ):
+            raise UserError(
+                f"{source}: does not give every text back; wanted byte-level BPE, as GPT-2's, or Unigram"
+            )
 
     def _read_vocabulary(self) -> None:
         vocabulary = self.backend.get_vocab()
-        special = {token.content: id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        special = {
+            token.content: id
+            for id, token in self.backend.get_added_tokens_decoder().items()
+            if token.special
+        }
         self.vocab_size = max(vocabulary.values()) + 1
         self.token_bytes = [b""] * self.vocab_size  # id -> bytes; none for special tokens
         for piece, id in vocabulary.items():
@@ -57,18 +81,26 @@ class Tokenizer:
         self.special_ids = {name: special.get(name, -1) for name in SPECIAL}
         if self.special_ids["[EOS]"] < 0:
             self.special_ids["[EOS]"] = special.get(END_OF_TEXT, -1)
-        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.cls_id, self.sep_id = self.special_ids.values()
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.cls_id, self.sep_id = (
+            self.special_ids.values()
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Read `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`. Raises UserError for any other kind."""
         path, merges = Path(directory) / "tokenizer.json", Path(directory) / "merges.txt"
         if not path.exists() and not merges.exists():
-            raise UserError(f"{directory}: found neither tokenizer.json nor merges.txt; `make tokenizer` trains one")
+            raise UserError(
+                f"{directory}: found neither tokenizer.json nor merges.txt; `make tokenizer` trains one"
+            )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else _from_merges(merges)
+            backend = (
+                tokenizers.Tokenizer.from_file(str(path)) if path.exists() else _from_merges(merges)
+            )
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{directory}: cannot be read as a tokenizer: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"{directory}: cannot be read as a tokenizer: {str(error).splitlines()[0]}"
+            ) from None
         return cls(backend, str(directory))
 
     @property
@@ -81,7 +113,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, on all cores unless TOKENIZERS_PARALLELISM=false."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are skipped, bytes that are not UTF-8 become U+FFFD."""
@@ -90,8 +125,10 @@ class Tokenizer:
     def require_specials(self) -> None:
         """Raises UserError if a special token is missing, as in a vocabulary made elsewhere."""
         if missing := [name for name, id in self.special_ids.items() if id < 0]:
-            raise UserError(f"{self.source}: found no {', '.join(missing)}; wanted a tokenizer trained here or adapted "
-                            "by python -m gptchat.pretrained")
+            raise UserError(
+                f"{self.source}: found no {', '.join(missing)}; wanted a tokenizer trained here or adapted "
+                "by gptchat convert"
+            )
 
     def add_missing_specials(self) -> list[str]:
         """Append the special tokens that the vocabulary lacks, in their order; returns their names."""
@@ -102,14 +139,20 @@ class Tokenizer:
         return names
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
-        """Write the two files that transformers' AutoTokenizer loads; `tokenizer.json`, swapped in, comes last."""
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        """Write the two files that transformers' AutoTokenizer loads; `tokenizer.json`, atomic_write in, comes last."""
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         settings |= {"model_max_length": model_max_length} if model_max_length else {}
-        settings |= {f"{name[1:4].lower()}_token": self.backend.id_to_token(id)
-                     for name, id in self.special_ids.items() if id >= 0}
-        with swapped(Path(directory) / "tokenizer_config.json") as temporary:
+        settings |= {
+            f"{name[1:4].lower()}_token": self.backend.id_to_token(id)
+            for name, id in self.special_ids.items()
+            if id >= 0
+        }
+        with atomic_write(Path(directory) / "tokenizer_config.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        with swapped(Path(directory) / "tokenizer.json") as temporary:
+        with atomic_write(Path(directory) / "tokenizer.json") as temporary:
             self.backend.save(str(temporary))
 
     @cached_property
@@ -117,10 +160,15 @@ class Tokenizer:
         """All tokens' bytes, sorted; their ids; them joined by 0xff, which UTF-8 never has; where each ends there."""
         ids = sorted(range(self.vocab_size), key=self.token_bytes.__getitem__)
         pieces = [self.token_bytes[id] for id in ids]
-        return pieces, ids, b"\xff".join(pieces), list(accumulate(len(piece) + 1 for piece in pieces))
+        return (
+            pieces,
+            ids,
+            b"\xff".join(pieces),
+            list(accumulate(len(piece) + 1 for piece in pieces)),
+        )
 
 
-def for_config(config: Config) -> Tokenizer:
+def tokenizer_for(config: Config) -> Tokenizer:
     """The tokenizer of a run: its model's, if it starts from one, or the config's; with every special token."""
     tokenizer = Tokenizer.load(config.init_from or config.tokenizer.dir)
     tokenizer.add_missing_specials()
@@ -142,80 +190,10 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
 def _from_merges(merges: Path) -> tokenizers.Tokenizer:
     """GPT-2's two files; its end of text, an ordinary entry there, is marked as special."""
     backend = _byte_level(models.BPE.from_file(str(merges.with_name("vocab.json")), str(merges)))
-    backend.add_special_tokens([token for token in (END_OF_TEXT,) if backend.token_to_id(token) is not None])
+    backend.add_special_tokens(
+        [token for token in (END_OF_TEXT,) if backend.token_to_id(token) is not None]
+    )
     return backend
-
-
-class StreamDecoder:
-    """Text of a growing list of ids, in pieces that hold no half code point and no part of a stop string.
-
-    The joined pieces are the decoded text up to the stop string that is complete first (the longest, if several end
-    there), whatever the token boundaries; `stopped` is then true. What may yet become a stop string is held back.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        if "" in stop:
-            raise ValueError("a stop string must not be empty")
-        self.stop, self.stopped, self._held = tuple(stop), False, ""
-        self._token_bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        """The text that is certain once `id` is known, often empty; nothing after a stop string."""
-        return self._release(self._decoder.decode(self._token_bytes[id]))
-
-    def finish(self) -> str:
-        """What was held back: the stream has ended."""
-        text, held = self._release(self._decoder.decode(b"", final=True)), self._held
-        self._held = ""
-        return text + held
-
-    def _release(self, new: str) -> str:
-        text, held = self._held + new, 0
-        if self.stopped or not text:
-            return ""
-        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, text = True, text[:min(found)[1]]
-        else:
-            held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - held:]
-        return text[:len(text) - held]
-
-
-class WordFilter:
-    """Ids that must not come next if none of `words` (exact bytes, inside longer words too) may ever be completed.
-
-    A token may contain a word, or begin with what the end of the text lacks of one: both are tables, made once.
-    Special tokens end the text: no word reaches across turns.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, words: Sequence[str]):
-        if "" in words:
-            raise ValueError("a forbidden word must not be empty")
-        self._token_bytes = tokenizer.token_bytes
-        pieces, ids, joined, after = tokenizer.pieces
-        after_all = b"\xff" * (max(map(len, pieces)) + 1)
-        targets = [word.encode() for word in dict.fromkeys(words)]
-        self._always = {ids[bisect_right(after, match.start())]
-                        for word in targets for match in re.finditer(re.escape(word), joined)}
-        ends = {word[n:] for word in targets for n in range(1, len(word))}
-        beginning = {end: ids[bisect_left(pieces, end):bisect_right(pieces, end + after_all)] for end in ends}
-        self._after: dict[bytes, list[list[int]]] = {}  # the end of the text -> lists of ids
-        for word in targets:
-            for n in range(1, len(word)):
-                self._after.setdefault(word[:n], []).append(beginning[word[n:]])
-        self._lengths = sorted({len(start) for start in self._after})
-
-    def banned(self, ids: Sequence[int]) -> list[int]:
-        """The ids that would complete a word after the text of `ids`, of which only the end is looked at."""
-        tail, longest = b"", self._lengths[-1] if self._lengths else 0
-        for id in reversed(ids):
-            if len(tail) >= longest or not self._token_bytes[id]:
-                break
-            tail = self._token_bytes[id] + tail
-        found = [more for n in self._lengths if n <= len(tail) for more in self._after.get(tail[-n:], ())]
-        return list(self._always.union(*found))
 
 
 def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
@@ -224,20 +202,26 @@ def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
     Pieces are whole lines where lines are short. Raises UserError with file and byte where they are not UTF-8.
     """
     total, start = sum(path.stat().st_size for path in paths), 0
-    step = -(-total // max(1, limit // PIECE)) if limit < total else 0  # 0: everything, without gaps
+    step = (
+        -(-total // max(1, limit // PIECE)) if limit < total else 0
+    )  # 0: everything, without gaps
     for path in paths:
         size = path.stat().st_size
         with path.open("rb") as file:
             while start < size:
                 file.seek(start)
                 data, last = file.read(PIECE), start + PIECE >= size
-                begin = data.find(b"\n") + 1 or len(data) - len(data.lstrip(bytes(range(0x80, 0xC0))))
+                begin = data.find(b"\n") + 1 or len(data) - len(
+                    data.lstrip(bytes(range(0x80, 0xC0)))
+                )
                 begin = begin if step and start else 0
                 end = len(data) if last else data.rfind(b"\n") + 1 or len(data)
                 try:
                     text, used = codecs.utf_8_decode(data[begin:end], "strict", last)
                 except UnicodeDecodeError as error:
-                    raise UserError(f"{path}: byte {start + begin + error.start}: found invalid UTF-8") from None
+                    raise UserError(
+                        f"{path}: byte {start + begin + error.start}: found invalid UTF-8"
+                    ) from None
                 yield text, used
                 start += step or used
         start -= size
@@ -249,11 +233,19 @@ def train(settings: TokenizerConfig) -> Tokenizer:
     BPE comes out the same every time. Unigram does not quite: the library sums in the random order of a hash table.
     """
     paths, limit = expand(settings.files, "[tokenizer] files"), int(settings.sample_mb * 1e6)
-    options: dict[str, Any] = {"vocab_size": settings.vocab_size, "special_tokens": list(SPECIAL),
-                               "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    options: dict[str, Any] = {
+        "vocab_size": settings.vocab_size,
+        "special_tokens": list(SPECIAL),
+        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+        "show_progress": False,
+    }
     bpe = settings.kind == "bpe"
     backend = _byte_level(models.BPE() if bpe else models.Unigram())
-    trainer: Any = trainers.BpeTrainer(**options) if bpe else trainers.UnigramTrainer(unk_token="[UNK]", **options)
+    trainer: Any = (
+        trainers.BpeTrainer(**options)
+        if bpe
+        else trainers.UnigramTrainer(unk_token="[UNK]", **options)
+    )
 
     def texts(bar: Progress) -> Iterator[str]:
         for text, used in sample(paths, limit):
@@ -272,16 +264,12 @@ def _rounded(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gptchat.tokenizer", description="Train a tokenizer.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gptchat tokenizer", description="Train a tokenizer.")
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
-    settings = load(arguments.config, arguments.overrides).tokenizer
+    arguments = parser.parse_args(argv)
+    settings = load_config(arguments.config, arguments.overrides).tokenizer
     tokenizer = train(settings)
     tokenizer.save(settings.dir)
     print(f"{settings.dir}: {settings.kind}, {tokenizer.vocab_size:,} entries")
-
-
-if __name__ == "__main__":
-    cli(main)

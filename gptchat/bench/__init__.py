@@ -1,0 +1,1 @@
+"""gptchat beside what you would use instead. `gptchat bench` runs it."""
