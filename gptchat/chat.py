@@ -11,6 +11,7 @@ An answer depends on its dialogue, the settings and the seed, not on the rows be
 
 import argparse
 import os
+import random
 import re
 import readline  # line editing and history for input()
 import signal
@@ -21,23 +22,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from gptchat.console import Progress, UserError, cli
-from gptchat.data.dialogue import escape, read_rows, rows_to_turns
+from gptchat.data.dialogue import alternate, format_row, read_rows
 from gptchat.files import atomic_write
 from gptchat.inference.engine import Request
-from gptchat.inference.generate import CANDIDATES, CHAT, Talk
+from gptchat.inference.generate import (
+    CANDIDATES,
+    CHAT_SAMPLING,
+    SLOTS,
+    TextGenerator,
+    load_generator,
+)
 from gptchat.inference.linear import DTYPES
+from gptchat.inference.sampling import SETTINGS, Sampling
+from gptchat.inference.text import WordFilter
 from gptchat.runtime import settle
 
-SLOTS = 16  # rows of --input that are answered at once
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
-SETTINGS = {
-    "temperature": "0 takes the likeliest token",
-    "top_k": "draw from so many likeliest tokens; 0: from all",
-    "top_p": "draw from the likeliest that have this share",
-    "min_p": "of the likeliest's probability",
-    "repetition_penalty": "1 is none",
-    "max_new_tokens": "of one answer",
-}
 HELP = """/set             the settings
 /set NAME VALUE  change one, such as: /set temperature 0.7
 /reset           forget the conversation
@@ -55,13 +55,13 @@ def settings_parser() -> Parser:
     """How answers are drawn: options of the command line and names of /set."""
     parser = Parser(add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    for name, told in SETTINGS.items():
-        default = getattr(CHAT, name)
+    for name, declared in SETTINGS.items():
+        default = getattr(CHAT_SAMPLING, name)
         add(
             f"--{name.replace('_', '-')}",
             type=type(default),
             default=default,
-            help=f"{told} (default %(default)s)",
+            help=f"{declared.metadata['help']} (default %(default)s)",
         )
     add(
         "--seed",
@@ -86,11 +86,37 @@ def settings_parser() -> Parser:
     return parser
 
 
+def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sampling:
+    """The settings as the engine takes them. Raises UserError for one that is out of its range."""
+    numbers = {name: getattr(settings, name) for name in SETTINGS}
+    seed = random.getrandbits(63) if settings.seed < 0 else settings.seed
+    words = [word for word in settings.forbid if word]
+    word_filter = WordFilter(generator.tokenizer, words) if words else None
+    try:
+        return Sampling(**numbers, seed=seed, word_filter=word_filter)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def make_request(
+    generator: TextGenerator, turns: Sequence[tuple[int, str]], settings: argparse.Namespace
+) -> Request:
+    """What is to be answered. Raises UserError for a last turn that is too long."""
+    encode = generator.tokenizer.encode
+    encoded = [(speaker, encode(text.encode(errors="replace").decode())) for speaker, text in turns]
+    n = CANDIDATES if settings.pick == "median" else 1
+    return generator.request(encoded, make_sampling(generator, settings), n)
+
+
+def stop_strings(settings: argparse.Namespace) -> list[str]:
+    return [text for text in settings.stop if text]
+
+
 class Conversation:
     """The chat in a terminal: lines in, commands obeyed, messages answered."""
 
-    def __init__(self, talk: Talk, settings: argparse.Namespace, colour: bool):
-        self.talk, self.settings, self.turns = talk, settings, list[tuple[int, str]]()
+    def __init__(self, generator: TextGenerator, settings: argparse.Namespace, colour: bool):
+        self.generator, self.settings, self.turns = generator, settings, list[tuple[int, str]]()
         paint = "\x1b[1;36m{}\x1b[0m " if colour else "{} "
         self.label, self.prompt = (
             (paint.format("bot>"), paint.format("you>")) if sys.stdin.isatty() else ("", "")
@@ -128,7 +154,7 @@ class Conversation:
             if name in ("forbid", "stop"):
                 setattr(changed, name, [])
             settings_parser().parse_args([f"--{name.replace('_', '-')}={value}"], changed)
-            self.talk.sampling(changed)
+            make_sampling(self.generator, changed)
             self.settings = changed
         elif command in ("/set", "/help"):
             print(
@@ -141,20 +167,20 @@ class Conversation:
 
     def reply(self, message: str) -> None:
         """Stream the answer; Ctrl-C ends it, and what was said by then is the turn."""
-        if not message and self.talk.task == "chatlm":
+        if not message and self.generator.task == "chatlm":
             return
         turns, text = [*self.turns, (0, message)], ""
-        request = self.talk.request(turns, self.settings)
+        request = make_request(self.generator, turns, self.settings)
         print(self.label, end="", flush=True)
         pressed: list[int] = []  # Ctrl-C is only noted, so that no step of the engine is torn
         before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-        with closing(self.talk.answers([request], self.settings.stop)) as pieces:
+        with closing(self.generator.stream([request], stop_strings(self.settings))) as pieces:
             while not pressed and (answered := next(pieces, None)):
-                say(answered[1])
-                text += answered[1]
+                say(answered.text)
+                text += answered.text
         signal.signal(signal.SIGINT, before)
         print()
-        if text and self.talk.task == "chatlm":
+        if text and self.generator.task == "chatlm":
             self.turns = [*turns, (1, text)]
 
 
@@ -163,7 +189,9 @@ def say(piece: str) -> None:
     print(CONTROL.sub("\ufffd", piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
 
-def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: str) -> None:
+def answer_file(
+    generator: TextGenerator, settings: argparse.Namespace, source: str, output: str
+) -> None:
     """Write each row of a file and its answer as a row of `output`. Raises UserError with file and row."""
     if not Path(source).is_file():
         raise UserError(
@@ -172,33 +200,34 @@ def answer_file(talk: Talk, settings: argparse.Namespace, source: str, output: s
     rows, requests = list(read_rows(source, 1)), list[Request]()
     for number, row in enumerate(rows, 1):
         try:
-            requests.append(talk.request(rows_to_turns([*row, ""])[:-1], settings))
+            requests.append(make_request(generator, alternate(row, last_speaker=0), settings))
         except UserError as error:
             raise UserError(f"{source}: row {number}: {error}") from None
     texts = [""] * len(rows)
     with atomic_write(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
-        for index, piece, ended in talk.answers(requests, settings.stop):
-            texts[index] += piece
-            bar.update(ended)
-        lines = [
-            "\t".join(map(escape, [*row, text])) + "\n"
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        for piece in generator.stream(requests, stop_strings(settings)):
+            texts[piece.index] += piece.text
+            bar.update(piece.last)
+        lines = [format_row([*row, text]) for row, text in zip(rows, texts, strict=True)]
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def chat(talk: Talk, settings: argparse.Namespace, directory: str, colour: bool) -> None:
+def chat(
+    generator: TextGenerator, settings: argparse.Namespace, directory: str, colour: bool
+) -> None:
     """Talk in the terminal (or from a pipe, a line each); the lines typed are kept beside the model directory."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not sys.stdin.isatty():
-        return Conversation(talk, settings, colour=False).run()
+        return Conversation(generator, settings, colour=False).run()
     history = Path(directory).resolve().parent / "chat_history"
     with suppress(OSError):
         readline.read_history_file(history)
     readline.set_history_length(1000)
-    print(f"{directory}: {talk.task}, {talk.size:,} parameters. /help lists the commands.")
+    print(
+        f"{directory}: {generator.task}, {generator.n_parameters:,} parameters. /help lists the commands."
+    )
     try:
-        Conversation(talk, settings, colour).run()
+        Conversation(generator, settings, colour).run()
     finally:
         with suppress(OSError):
             readline.write_history_file(history)
@@ -228,18 +257,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.input is None) != (args.output is None) or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    talk = Talk(args.model, SLOTS if args.input else CANDIDATES, args.dtype)
+    generator = load_generator(args.model, SLOTS if args.input else CANDIDATES, args.dtype)
     settle()
-    talk.sampling(chosen)
+    make_sampling(generator, chosen)
     if args.input:
-        answer_file(talk, chosen, args.input, args.output)
+        answer_file(generator, chosen, args.input, args.output)
     elif args.prompt is not None:
-        for _, piece, _ in talk.answers([talk.request([(0, args.prompt)], chosen)], chosen.stop):
-            say(piece)
+        requests = [make_request(generator, [(0, args.prompt)], chosen)]
+        for piece in generator.stream(requests, stop_strings(chosen)):
+            say(piece.text)
         print()
     else:
         colour = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
-        chat(talk, chosen, args.model, colour)
+        chat(generator, chosen, args.model, colour)
 
 
 if __name__ == "__main__":

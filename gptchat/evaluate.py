@@ -29,7 +29,7 @@ from gptchat.data import shards
 from gptchat.data.batches import Batch, Batches
 from gptchat.data.tokenizer import tokenizer_for
 from gptchat.files import expand
-from gptchat.inference.generate import answers
+from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
 from gptchat.training.metrics import metrics, sum_losses
@@ -62,12 +62,9 @@ def evaluate(model: GPT2, config: Config, path: Path) -> dict[str, float]:
         if config.task == "lm":
             return found
         spread = range(0, split.documents, -(-split.documents // N_ANSWERS))
-        words = [
-            text.split()
-            for text in answers(
-                model, tokenizer, "chatlm", [split.dialogue(i)[:-1] for i in spread]
-            )
-        ]
+        contexts = [split.dialogue(i)[:-1] for i in spread]
+        generator = TextGenerator(model, tokenizer, "chatlm")
+        words = [text.split() for text in generator.sample_answers(contexts)]
     return found | {
         "distinct_1": distinct(words, 1),
         "distinct_2": distinct(words, 2),

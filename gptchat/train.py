@@ -31,7 +31,7 @@ from gptchat.data.dialogue import Turn
 from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write
-from gptchat.inference.generate import answers
+from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import settle
@@ -212,7 +212,7 @@ class Run:
                 else [(0, shards.tokens(start, min(start + prompt, shards.n_tokens)).tolist())]
             )
         told = [" / ".join(self.tokenizer.decode(ids) for _, ids in turns) for turns in prompts]
-        texts = answers(self.model, self.tokenizer, task, prompts)
+        texts = TextGenerator(self.model, self.tokenizer, task).sample_answers(prompts)
         return [f"{asked} -> {text}" for asked, text in zip(told, texts, strict=True)]
 
     def logging(self) -> Monitor:

@@ -10,8 +10,8 @@ from typing import Any
 from gptchat.console import UserError
 from gptchat.data.dialogue import SPEAKERS, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
-from gptchat.inference.generate import CHAT
-from gptchat.inference.sampling import RANGES, Sampling
+from gptchat.inference.generate import CHAT_SAMPLING
+from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import WordFilter
 
 NEUTRAL: dict[
@@ -34,7 +34,7 @@ NEUTRAL: dict[
     "response_format": {"type": "text"},
     "modalities": ["text"],
 }
-NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+NUMBERS = tuple(name for name, declared in SETTINGS.items() if declared.type is float)
 LONGEST_WORD = (
     200  # characters of a stop string or forbidden word: their tables grow with the square
 )
@@ -125,7 +125,7 @@ class Reader:
         if path not in kinds:
             raise Refusal(f"no such path: {path[:60]}", 404)
         self.usual = (
-            Sampling() if path else CHAT
+            Sampling() if path else CHAT_SAMPLING
         )  # OpenAI's clients expect settings that change nothing
         if path:
             if (
@@ -173,7 +173,8 @@ class Reader:
         )
 
     def number(self, name: str) -> Any:  # a float
-        (low, high), default = RANGES[name], getattr(self.usual, name)
+        low, high = SETTINGS[name].metadata["low"], SETTINGS[name].metadata["high"]
+        default = getattr(self.usual, name)
         wanted = f"a number, {low} to {high}"
         return float(
             self.take(name, lambda x: type(x) in (int, float) and low <= x <= high, wanted, default)

@@ -17,6 +17,7 @@ from gptchat import chat
 from gptchat.console import cli
 from gptchat.data.dialogue import read_rows
 from gptchat.inference.engine import generate
+from gptchat.inference.generate import Piece, load_generator
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
@@ -219,32 +220,32 @@ def test_one_prompt(bot, monkeypatch, capsys):
 
 
 def test_the_median_of_five(bot):
-    talk = chat.Talk(bot, chat.CANDIDATES, "float32")
+    generator = load_generator(bot, chat.CANDIDATES, "float32")
     settings = chat.settings_parser().parse_args(
         ["--seed", "1", "--max-new-tokens", "30", "--stop", " "]
     )
-    request = replace(talk.request([(0, "hello")], settings), n=5)
-    (candidates,) = generate(talk.engine, [request])
-    texts = [talk.tokenizer.decode(candidate.ids).split(" ")[0] for candidate in candidates]
+    request = replace(chat.make_request(generator, [(0, "hello")], settings), n=5)
+    (candidates,) = generate(generator.engine, [request])
+    texts = [generator.tokenizer.decode(candidate.ids).split(" ")[0] for candidate in candidates]
     settings.pick = "median"
-    *waiting, (_, picked, ended) = talk.answers(
-        [talk.request([(0, "hello")], settings)], settings.stop
+    *waiting, last = generator.stream(
+        [chat.make_request(generator, [(0, "hello")], settings)], settings.stop
     )
-    assert waiting and all(
-        piece == (0, "", False) for piece in waiting
-    )  # so that Ctrl-C is seen between them
-    assert ended and picked == sorted(texts, key=len)[2] and len(set(map(len, texts))) > 2
-    assert talk.engine.idle
+    # so that Ctrl-C is seen between them
+    assert waiting and all(piece == Piece(0, "", False) for piece in waiting)
+    assert last.last and last.text == sorted(texts, key=len)[2]
+    assert len(set(map(len, texts))) > 2
+    assert generator.engine.idle
 
 
 def test_an_unfinished_answer_frees_its_slot(bot):
-    talk = chat.Talk(bot, 2, "float32")
+    generator = load_generator(bot, 2, "float32")
     settings = chat.settings_parser().parse_args([])
-    pieces = talk.answers([talk.request([(0, "hello")], settings)] * 3, [])
+    pieces = generator.stream([chat.make_request(generator, [(0, "hello")], settings)] * 3)
     next(pieces)
-    assert talk.engine.live + talk.engine.queued == 3
+    assert generator.engine.live + generator.engine.queued == 3
     pieces.close()
-    assert talk.engine.idle
+    assert generator.engine.idle
 
 
 def test_a_file_of_prompts(bot, tmp_path, monkeypatch, capsys):

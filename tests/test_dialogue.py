@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from gptchat.console import UserError
 from gptchat.data.dialogue import (
     IGNORE,
+    alternate,
     encode_example,
     encode_prompt,
     escape,
     fit,
     read_rows,
-    rows_to_turns,
     unescape,
 )
 
@@ -215,5 +215,5 @@ def test_a_bad_row_is_named_by_file_and_place(tmp_path, content: bytes, message:
 
 
 def test_speakers_alternate_backwards_from_the_response() -> None:
-    assert rows_to_turns(["a", "b"]) == [(0, "a"), (1, "b")]
-    assert rows_to_turns(["a", "b", "c"]) == [(1, "a"), (0, "b"), (1, "c")]
+    assert alternate(["a", "b"]) == [(0, "a"), (1, "b")]
+    assert alternate(["a", "b", "c"]) == [(1, "a"), (0, "b"), (1, "c")]

@@ -16,6 +16,7 @@ from gptchat.config import Config, TokenizerConfig
 from gptchat.console import cli
 from gptchat.data import tokenizer
 from gptchat.data.batches import Batches
+from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
@@ -181,11 +182,12 @@ def test_answers_are_the_same_each_time_and_each_has_its_own_noise():
     ).train()
     dialogues = [[(0, vocabulary.encode("Hi, how are you?"))]] * 20
     for task in ("chatlm", "lm"):
-        found = evaluate.answers(model, vocabulary, task, dialogues)
+        found = TextGenerator(model, vocabulary, task).sample_answers(dialogues)
         assert (
-            found == evaluate.answers(model, vocabulary, task, dialogues) and len(set(found)) == 20
+            found == TextGenerator(model, vocabulary, task).sample_answers(dialogues)
+            and len(set(found)) == 20
         )
-    assert model.training and evaluate.answers(model, vocabulary, "lm", []) == []
+    assert model.training and TextGenerator(model, vocabulary, "lm").sample_answers([]) == []
 
 
 def test_distinct_counts_ngrams_over_all_texts():

@@ -642,7 +642,7 @@ batch_size = 2
     )
     for command in ("shards", "train"):
         done = subprocess.run(
-            [sys.executable, "-m", f"gptchat.{command}", "--config", str(tmp_path / "run.toml")],
+            [sys.executable, "-m", "gptchat", command, "--config", str(tmp_path / "run.toml")],
             capture_output=True,
             text=True,
             timeout=240,

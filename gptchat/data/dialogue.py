@@ -129,6 +129,12 @@ def read_rows(path: str | Path, least: int = 2) -> Iterator[list[str]]:
             yield [unescape(column) for column in columns]
 
 
-def rows_to_turns(columns: Sequence[str]) -> list[tuple[int, str]]:
-    """(speaker, text) of each turn: the last column is the responder's, before it they alternate."""
-    return [((len(columns) - n) % 2, text) for n, text in enumerate(columns)]
+def alternate(texts: Sequence[str], last_speaker: int = 1) -> list[tuple[int, str]]:
+    """(speaker, text) of each turn: the speakers alternate backwards from the last one."""
+    n = len(texts)
+    return [((last_speaker + n - 1 - i) % 2, text) for i, text in enumerate(texts)]
+
+
+def format_row(turns: Sequence[str]) -> str:
+    """The TSV line of a dialogue's turns; the inverse of what `read_rows` does with a line."""
+    return "\t".join(escape(turn) for turn in turns) + "\n"

@@ -18,7 +18,7 @@ import numpy as np
 
 from gptchat.config import Config
 from gptchat.console import UserError
-from gptchat.data.dialogue import rows_to_turns
+from gptchat.data.dialogue import alternate
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
 A = TypeVar("A")
@@ -166,7 +166,7 @@ class Encoder:
 
     def rows(self, block: list[list[str]]) -> Encoded:
         """The turns of dialogues. Rows that tell a longer and longer history repeat turns: each is encoded once."""
-        dialogues = [rows_to_turns(row) for row in block]
+        dialogues = [alternate(row) for row in block]
         speakers, texts = zip(*(turn for dialogue in dialogues for turn in dialogue), strict=True)
         distinct = list(dict.fromkeys(texts))
         encoded = dict(zip(distinct, self.encode(distinct), strict=True))

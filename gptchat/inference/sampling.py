@@ -8,10 +8,10 @@ distribution in whole numbers: their sums are exact in any order on any device, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from math import inf, log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,41 +20,52 @@ from torch import Tensor
 from gptchat.inference.text import WordFilter
 
 WEIGHT_OF_THE_BEST = 2.0**40  # times less than 2**23 ids stays within int64
-RANGES = {
-    "temperature": (0, 100),
-    "top_k": (0, inf),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "max_new_tokens": (0, inf),
-    "repetition_penalty": (0.01, 100),
-    "logprobs": (0, inf),
-}
+
+
+def _setting(default: float, low: float, high: float, meaning: str) -> Any:
+    """A number that a person may choose: the terminal chat and the server take range and help from here."""
+    return field(default=default, metadata={"low": low, "high": high, "help": meaning})
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How one request draws its tokens. Raises ValueError with the reason if a setting is out of its range."""
 
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # Keskar et al. 2019 (CTRL), over prompt and answer
+    temperature: float = _setting(1.0, 0, 100, "0 takes the likeliest token")
+    top_k: int = _setting(0, 0, inf, "draw from this many of the likeliest tokens; 0: from all")
+    top_p: float = _setting(
+        1.0, 0, 1, "draw from the likeliest tokens that have this probability together"
+    )
+    min_p: float = _setting(
+        0.0, 0, 1, "leave out tokens below this share of the likeliest one's probability"
+    )
+    repetition_penalty: float = _setting(
+        1.0, 0.01, 100, "1 is none (Keskar et al. 2019); counts prompt and answer"
+    )
+    max_new_tokens: int = _setting(64, 0, inf, "of one answer")
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     word_filter: WordFilter | None = None
     seed: int = 0
-    max_new_tokens: int = 64
     logprobs: int | None = (
-        None  # that many best ids beside the drawn one; None: no log-probabilities at all
+        None  # how many best ids beside the drawn one; None: no log-probabilities
     )
 
     def __post_init__(self) -> None:
-        for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
-            if not (least <= value <= most if value is not None else name == "logprobs"):
-                raise ValueError(f"{name} is {value}, wanted from {least} to {most}")
+        for name, declared in SETTINGS.items():
+            value, low, high = (
+                getattr(self, name),
+                declared.metadata["low"],
+                declared.metadata["high"],
+            )
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}, wanted from {low} to {high}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs is {self.logprobs}, wanted from 0 to {inf}")
         if not all(self.bad_words_ids):
             raise ValueError("bad_words_ids has a word without ids")
+
+
+SETTINGS = {declared.name: declared for declared in fields(Sampling) if "help" in declared.metadata}
 
 
 @dataclass
