@@ -1,8 +1,10 @@
 """What every command shares: errors of one line, and progress."""
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -20,6 +22,22 @@ def cli(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of `gptchat COMMAND`: its help ends with an example, and wrong use is a UserError, one line."""
+
+    def __init__(self, command: str, description: str, example: str, **options: Any):
+        super().__init__(
+            prog=f"gptchat {command}",
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists what there is")
 
 
 class Progress:
