@@ -1,12 +1,25 @@
-"""A model directory that answers: what the terminal chat, the evaluation and the server share.
+"""From a model directory to text: what the terminal chat, the evaluation and the server share.
 
-`load_generator` reads a directory and starts an engine over it. Its `TextGenerator` turns dialogues into requests
-(`request`), and runs them to text, in pieces as they come (`stream`) or whole (`complete`). `CandidateText` is the
-text of one candidate as its tokens arrive, up to a stop string.
+`load_generator` reads a directory and starts an engine over its model. The `TextGenerator` that it
+returns turns encoded dialogues into requests (`request`) and runs requests to text: in pieces as
+they come (`stream`), as whole answers (`complete`), or with fixed settings and seeds
+(`sample_answers`). `CandidateText` is the text of one candidate while its tokens arrive. The server
+has a decoding loop of its own, and uses `CandidateText`, `prompt_room` and `pick_median` directly.
+
+Promises and invariants:
+- Ids that stand for no text (special tokens, type rows, rows without a token) are never generated,
+  except the one that ends a text: [CLS] for a ChatLM, [EOS] for an LM.
+- A prompt leaves room for the answer (`prompt_room`): an LM's text that is longer is refused, a
+  ChatLM's dialogue loses its oldest turns and is refused only if its last turn is too long.
+- Text holds whole characters and no stop string. What may become either is held back; at the end of
+  an answer an incomplete character is U+FFFD.
+- An answer depends on its prompt, settings and seed, not on the requests that run beside it.
+- A TextGenerator is for one thread, and for one stream at a time.
 """
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,59 +33,74 @@ from gptchat.inference.text import StreamDecoder
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
 
-CANDIDATES = 5  # answers of which the one of median length is picked, as the original program did
-SLOTS = 16  # sequences that are decoded at once, where nobody says otherwise
-# Suits small models: what the terminal chat, the evaluation and the original's API use unless told otherwise.
+SLOTS = 16  # default number of sequences that are decoded at once
+CANDIDATES = 5  # answers among which the median is picked, as in the original program
+# Default settings of the terminal chat, the evaluation and the original's API; for small models.
 CHAT_SAMPLING = Sampling(
     temperature=0.6, top_k=40, top_p=0.95, repetition_penalty=1.15, max_new_tokens=100
 )
 
 
 def pick_median(texts: Sequence[str]) -> str:
-    """The text of median length; of two in the middle the longer one."""
+    """The text of median length in characters; of two in the middle the longer one."""
     return sorted(texts, key=len)[len(texts) // 2]
 
 
 def prompt_room(n_ctx: int, max_new_tokens: int) -> int:
-    """How many tokens a prompt may have: the answer's tokens are kept free, but never more than half of `n_ctx`."""
+    """How many of `n_ctx` tokens a prompt may take: all but the answer's, and at least half."""
     return n_ctx - min(max_new_tokens, n_ctx // 2)
 
 
 class CandidateText:
-    """The text of one candidate as its tokens come, up to a stop string or to the candidate's end.
+    """The text of one candidate as its tokens arrive, up to a stop string or the candidate's end.
 
-    `text` is all of it so far, `finish_reason` is "" until it has ended. `beginning` are ids of the answer that were
-    given with the prompt: they count as text.
+    `text` is everything so far. It starts with `echo`, a prompt to be repeated, in which stop
+    strings do not count; then comes the text of `beginning`, ids of the answer that were given with
+    the prompt, in which they do. A caller who wants to know where each token stands notes
+    `len(text)` before `take`; characters that are held back at that moment come with a later token.
+
+    `n_tokens` counts the generated tokens. `finish_reason` is "" until the candidate has ended,
+    then "stop" (also for a stop string) or "length". `must_cancel` is true if a stop string ended
+    the candidate while the engine, which knows no text, goes on with it: the caller cancels it.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), beginning: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        beginning: Sequence[int] = (),
+        echo: str = "",
     ):
-        self.decoder = StreamDecoder(tokenizer, stop)
-        self.text = "".join(self.decoder.push(id) for id in beginning)
-        self.finish_reason = ""
+        self._decoder = StreamDecoder(tokenizer, stop)
+        self.text = echo
+        for id in beginning:
+            self.text += self._decoder.push(id)
         self.n_tokens = 0
+        self.finish_reason = ""
+        self.must_cancel = False
 
     def take(self, output: Output) -> str:
-        """Add what the engine says of the candidate. Returns the piece of text that is certain now."""
+        """Add the engine's next output. Returns the piece of text that is certain now."""
         if self.finish_reason:
             return ""
         piece = ""
         if output.token is not None:
             self.n_tokens += 1
-            piece = self.decoder.push(output.token)
-        if self.decoder.stopped:
+            piece = self._decoder.push(output.token)
+        if output.finish_reason:
+            piece += self._decoder.finish()
+        if self._decoder.stopped:
             self.finish_reason = "stop"
+            self.must_cancel = output.finish_reason is None
         elif output.finish_reason:
-            piece += self.decoder.finish()
-            self.finish_reason = "stop" if self.decoder.stopped else output.finish_reason
+            self.finish_reason = output.finish_reason
         self.text += piece
         return piece
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What `stream` has to say about a request: the next piece of its answer, and whether it is the last."""
+    """The next piece of text of the request at `index`, and whether its answer ends with it."""
 
     index: int
     text: str
@@ -80,10 +108,11 @@ class Piece:
 
 
 class TextGenerator:
-    """A model, its tokenizer and task ("lm" or "chatlm"), and an engine that runs it.
+    """A model, its tokenizer and its task ("lm" or "chatlm"), with an engine that runs the model.
 
-    `dtype` is what the engine packs the layers as (`linear.DTYPES`); None takes the model as it is, which then stays
-    fit for training.
+    `slots` is how many sequences are decoded at once, `dtype` (of `linear.DTYPES`) how the engine
+    packs a copy of the layers; with None it uses the model's own weights, which may then be trained
+    further. Raises UserError for a ChatLM whose tokenizer lacks a special token.
     """
 
     def __init__(
@@ -96,9 +125,10 @@ class TextGenerator:
     ):
         if task == "chatlm":
             tokenizer.require_specials()
-        self.tokenizer, self.task = tokenizer, task
-        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.tokenizer = tokenizer
+        self.task = task
         self.stop_id = pretrained.stop_id(tokenizer, task)
+        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         never_generated = pretrained.never_generated(model.config, tokenizer, task)
         self.engine = Engine(model, slots, dtype=dtype, suppress=never_generated)
         self.n_ctx = self.engine.length
@@ -110,54 +140,53 @@ class TextGenerator:
         n: int = 1,
         beginning: Sequence[int] = (),
     ) -> Request:
-        """The request that answers encoded turns, or, for an LM, continues them as one text.
+        """The request for `n` candidates of the answer to encoded turns.
 
-        The oldest turns are dropped until `prompt_room` is kept. Raises UserError where the last turn (for an LM: the
-        text) is too long.
+        The answer starts with the ids in `beginning`, which are part of the prompt. An LM continues all turns and the beginning as one text, an empty one from [EOS]. A ChatLM
+        drops the oldest turns until the rest fits into `prompt_room`. Raises UserError if the LM's
+        text, or the ChatLM's last turn with the beginning, does not fit.
         """
         room = prompt_room(self.n_ctx, sampling.max_new_tokens)
+        stop_ids = (self.stop_id,)
         if self.task == "chatlm":
-            tokenizer = self.tokenizer
-            ids, types = encode_prompt(turns, beginning, tokenizer.cls_id, tokenizer.sep_id, room)
-            return Request(ids, types, sampling, n, (self.stop_id,))
-        text = [id for _, turn in turns for id in turn] or [self.tokenizer.eos_id]
+            cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
+            ids, types = encode_prompt(turns, beginning, cls_id, sep_id, room)
+            return Request(ids, types, sampling, n=n, stop_ids=stop_ids)
+        text = [*chain.from_iterable(turn_ids for _, turn_ids in turns), *beginning]
         if len(text) > room:
             raise UserError(f"prompt: the text takes {len(text)} tokens; wanted {room} at most")
-        return Request(text, None, sampling, n, (self.stop_id,))
+        text = text or [self.tokenizer.eos_id]
+        return Request(text, None, sampling, n=n, stop_ids=stop_ids)
 
     def stream(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> Generator[Piece]:
-        """The pieces of all answers as they come, all requests at once.
+        """Run all requests at once, and yield the pieces of their answers as they come.
 
-        A request with several candidates gives one piece, the candidate of median length, when all have ended.
-        Closing the generator cancels what is unfinished.
+        A piece may be empty: a step of the engine yields one for every live candidate. A request
+        for several candidates has empty pieces until all of them have ended; its last piece is the
+        candidate of median length. Closing the generator cancels the unfinished requests. Raises
+        ValueError if the engine can never serve a request (see `Engine.submit`).
         """
-        index_of: dict[int, int] = {}  # the engine's request id -> index in `requests`
-        candidates = [
-            [CandidateText(self.tokenizer, stop) for _ in range(request.n)] for request in requests
-        ]
-        unfinished: set[tuple[int, int]] = set()  # (request id, candidate)
+        unfinished: dict[int, tuple[int, list[CandidateText]]] = {}  # by the engine's request id
         try:
             for index, request in enumerate(requests):
-                request_id = self.engine.submit(request)
-                index_of[request_id] = index
-                unfinished |= {(request_id, candidate) for candidate in range(request.n)}
+                candidates = [CandidateText(self.tokenizer, stop) for _ in range(request.n)]
+                unfinished[self.engine.submit(request)] = (index, candidates)
             while unfinished:
                 for output in self.engine.step():
-                    key = (output.request_id, output.candidate)
-                    index = index_of[output.request_id]
-                    candidate = candidates[index][output.candidate]
-                    piece = candidate.take(output)
-                    if candidate.finish_reason:
-                        self.engine.cancel(*key)
-                        unfinished.discard(key)
-                    last = all(candidate.finish_reason for candidate in candidates[index])
-                    if len(candidates[index]) > 1:
-                        texts = [candidate.text for candidate in candidates[index]]
-                        piece = pick_median(texts) if last else ""
-                    yield Piece(index, piece, last)
+                    index, candidates = unfinished[output.request_id]
+                    candidate = candidates[output.candidate]
+                    text = candidate.take(output)
+                    if candidate.must_cancel:
+                        self.engine.cancel(output.request_id, output.candidate)
+                    last = all(candidate.finish_reason for candidate in candidates)
+                    if last:
+                        del unfinished[output.request_id]
+                    if len(candidates) > 1:
+                        text = pick_median([c.text for c in candidates]) if last else ""
+                    yield Piece(index, text, last)
         finally:
-            for key in unfinished:
-                self.engine.cancel(*key)
+            for request_id in unfinished:
+                self.engine.cancel(request_id)
 
     def complete(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> list[str]:
         """The whole answer to each request, in order."""
@@ -167,25 +196,31 @@ class TextGenerator:
         return texts
 
     def sample_answers(self, dialogues: Iterable[Sequence[Turn]]) -> list[str]:
-        """An answer to each dialogue (for an LM: its continuation), drawn as in a chat, the same each time.
+        """An answer to each encoded dialogue (an LM's continuation), the same ones at every call.
 
-        Turns that are too long are cut from the front, as training cuts them.
+        They are drawn with `CHAT_SAMPLING`; the seed is the dialogue's number. Turns that are too
+        long lose their front, as in training.
         """
-        longest = self.n_ctx // 2 - 1
+        max_turn = self.n_ctx // 2 - 1
         requests = []
         for seed, turns in enumerate(dialogues):
-            kept = [(speaker, ids[-longest:]) for speaker, ids in turns]
-            requests.append(self.request(kept, replace(CHAT_SAMPLING, seed=seed)))
+            cut_turns = [(speaker, ids[-max_turn:]) for speaker, ids in turns]
+            requests.append(self.request(cut_turns, replace(CHAT_SAMPLING, seed=seed)))
         return self.complete(requests)
 
 
 def default_device() -> str:
+    """The GPU where there is one, else the CPU, as torch names it."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_generator(
     directory: str | Path, slots: int = SLOTS, dtype: str = "auto", device: str = ""
 ) -> TextGenerator:
-    """Read a model directory and start an engine over it. Raises UserError where it cannot be read."""
+    """Read a model directory and start an engine over its model.
+
+    `dtype` is one of `linear.DTYPES`, or "auto": bfloat16 where that is fast. The device is that of
+    `default_device` if none is given. Raises UserError for a directory that cannot be read.
+    """
     model, tokenizer, task = pretrained.load_model(directory, device or default_device())
     return TextGenerator(model, tokenizer, task, slots, dtype)

@@ -1,7 +1,8 @@
-"""The figures of a model on text: token-weighted loss, perplexity and bits per byte; and the precisions of its passes.
+"""The figures of a model on text: token-weighted loss, perplexity and bits per byte.
 
-`sum_losses` adds up the cross-entropies of batches, `metrics` turns such a sum into figures. A sum and its number of
-targets may be added to those of other batches or processes first: the mean weighs every target token alike.
+`sum_losses` adds up the cross-entropies of batches; `metrics` turns such a sum into figures. Sums and
+their numbers of targets may be added up over batches and processes first, so that every target
+token counts alike. `PRECISIONS` and `autocast` say in which dtype a forward pass multiplies.
 """
 
 import math
@@ -13,31 +14,40 @@ import torch
 
 from gptchat.data.batches import Batch
 
+# The values of [train] precision.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Of target tokens: mean loss in nats, perplexity e^loss, bits per byte of what the targets stand for."""
+    """Figures over all target tokens."""
 
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
+    loss: float  # mean cross-entropy in nats
+    perplexity: float  # e^loss
+    bits_per_byte: float | None  # the loss of all targets in bits / n_bytes
     n_targets: int
-    n_bytes: int | None
+    n_bytes: int | None  # UTF-8 bytes of the text that the targets stand for
 
 
 def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metrics:
-    """Figures of a sum of cross-entropies in nats; NaN where there is no target."""
-    loss = loss_sum / n_targets if n_targets else math.nan
-    bits_per_byte = loss_sum / math.log(2) / n_bytes if n_bytes else None
-    return Metrics(
-        loss, math.inf if loss > 700 else math.exp(loss), bits_per_byte, n_targets, n_bytes
-    )
+    """Figures of a sum of cross-entropies in nats.
+
+    The loss is NaN if there are no targets, bits per byte None if the bytes are not known.
+    """
+    loss = math.nan
+    if n_targets:
+        loss = loss_sum / n_targets
+    perplexity = math.inf
+    if not loss > 700:  # e^710 is beyond a float; a NaN stays NaN
+        perplexity = math.exp(loss)
+    bits_per_byte = None
+    if n_bytes:
+        bits_per_byte = loss_sum / math.log(2) / n_bytes
+    return Metrics(loss, perplexity, bits_per_byte, n_targets, n_bytes)
 
 
 def autocast(device: torch.device | str, precision: str) -> AbstractContextManager:
-    """The context in which a forward pass runs in a precision of `PRECISIONS`; "fp32" is no autocast."""
+    """The context of a forward pass in one of `PRECISIONS`; with "fp32" it does nothing."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, PRECISIONS[precision])
@@ -50,7 +60,10 @@ def sum_losses(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
 ) -> tuple[float, int]:
-    """The sum of the cross-entropies (nats) over all targets of `batches`, without dropout, and their number."""
+    """The sum of the cross-entropies (nats) of all targets of `batches`, and their number.
+
+    The model runs without dropout, and afterwards is in training mode again if it was before.
+    """
     was_training = model.training
     model.eval()
     n_targets = 0
