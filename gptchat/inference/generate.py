@@ -142,9 +142,10 @@ class TextGenerator:
     ) -> Request:
         """The request for `n` candidates of the answer to encoded turns.
 
-        The answer starts with the ids in `beginning`, which are part of the prompt. An LM continues all turns and the beginning as one text, an empty one from [EOS]. A ChatLM
-        drops the oldest turns until the rest fits into `prompt_room`. Raises UserError if the LM's
-        text, or the ChatLM's last turn with the beginning, does not fit.
+        The answer starts with the ids in `beginning`, which are part of the prompt. An LM continues
+        all turns and the beginning as one text, an empty one from [EOS]. A ChatLM drops the oldest
+        turns until the rest fits into `prompt_room`. Raises UserError if the LM's text, or the
+        ChatLM's last turn with the beginning, does not fit.
         """
         room = prompt_room(self.n_ctx, sampling.max_new_tokens)
         stop_ids = (self.stop_id,)

@@ -1,8 +1,8 @@
 """The figures of a model on text: token-weighted loss, perplexity and bits per byte.
 
-`sum_losses` adds up the cross-entropies of batches; `metrics` turns such a sum into figures. Sums and
-their numbers of targets may be added up over batches and processes first, so that every target
-token counts alike. `PRECISIONS` and `autocast` say in which dtype a forward pass multiplies.
+`sum_losses` adds up the cross-entropies of batches; `metrics` turns such a sum into figures. Sums
+and numbers of targets may be added up over batches and processes before that, so every target token
+counts alike. `PRECISIONS` and `autocast` say in which dtype a forward pass multiplies.
 """
 
 import math
@@ -37,9 +37,7 @@ def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metr
     loss = math.nan
     if n_targets:
         loss = loss_sum / n_targets
-    perplexity = math.inf
-    if not loss > 700:  # e^710 is beyond a float; a NaN stays NaN
-        perplexity = math.exp(loss)
+    perplexity = math.inf if loss > 700 else math.exp(loss)  # a float ends at e^709
     bits_per_byte = None
     if n_bytes:
         bits_per_byte = loss_sum / math.log(2) / n_bytes
