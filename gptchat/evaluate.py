@@ -1,135 +1,187 @@
-"""Token-weighted loss, perplexity, bits per byte; for a ChatLM also the diversity of its answers.
+"""Loss, perplexity and bits per byte of a model on text; for a ChatLM also its answers' diversity.
 
-    python -m gptchat.evaluate --config configs/lm.toml [--split test] [--model DIR] [section.key=value ...]
-    python -m gptchat.evaluate --model DIR --text FILE [FILE ...]
+    gptchat evaluate --config FILE [--split test] [--model DIR] [section.key=value ...]
+    gptchat evaluate --model DIR --text FILE [FILE ...]
 
-The first evaluates a run on the files of a split; the second any model directory, anyone's GPT-2 too, on any text (TSV
-for a ChatLM). Each file is encoded with the model's own tokenizer and told by itself. It is read as in training:
-documents, each followed by [EOS], are one stream that begins behind an [EOS] and is cut into consecutive windows of the
-context. So every token is a target once, and the first ones of a window have little context; a plain loop over these
-windows with transformers' model gives the same figures.
+The first form evaluates a run on the files of one split; the second evaluates any model directory,
+anyone's GPT-2 too, on any text (TSV for a ChatLM). Each file is encoded with the model's own
+tokenizer, and has figures of its own.
 
-Bits per byte: the loss of all targets, [EOS] included, over the UTF-8 bytes of the documents' text. It is what an ideal
-compressor would need, so models with different tokenizers may be compared by it, unlike by loss and perplexity.
+Text is read as in training: documents, each followed by [EOS], form one stream that begins after an
+[EOS] and is cut into consecutive windows of the context length. So every token is a target once,
+and the first tokens of a window have little context. A plain loop over these windows with
+transformers' model gives the same figures. A ChatLM's targets are its responses, each followed by
+[CLS], unless the config says otherwise. Every target token counts alike.
+
+Bits per byte is the loss of all targets, [EOS] included, divided by the UTF-8 bytes of their text:
+what an ideal compressor would need. Unlike loss and perplexity it may be compared between models
+with different tokenizers.
+
+A ChatLM also answers up to 200 dialogues spread evenly over the file, the same way each time.
 """
 
 import argparse
 import glob
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from gptchat.config import Config, load_config
-from gptchat.console import Progress, UserError, cli
+from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data import shards
 from gptchat.data.batches import Batch, Batches
-from gptchat.data.tokenizer import tokenizer_for
+from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import expand
-from gptchat.inference.generate import TextGenerator
+from gptchat.inference.generate import TextGenerator, default_device
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
 from gptchat.training.metrics import metrics, sum_losses
 
-N_ANSWERS = 200  # to dialogues spread evenly over the file
+MAX_ANSWERS = 200  # per file
+BATCH_SIZE = 8  # rows
+Figures = dict[str, Any]  # by name, in the order in which they are printed: numbers
 
 
 def distinct(texts: Iterable[Sequence], n: int) -> float:
-    """Distinct n-grams over all n-grams of the texts, given as words or ids (Li et al. 2016, distinct-1 and -2)."""
-    grams = [gram for text in texts for gram in zip(*(text[i:] for i in range(n)), strict=False)]
-    return len(set(grams)) / max(1, len(grams))
+    """Distinct n-grams over all n-grams of the texts, which are sequences of words or ids.
+
+    Known as distinct-1 and distinct-2 (Li et al. 2016); 0 if there are no n-grams.
+    """
+    ngrams: list[tuple] = []
+    for text in texts:
+        starts = range(len(text) - n + 1)
+        ngrams += [tuple(text[start : start + n]) for start in starts]
+    return len(set(ngrams)) / max(1, len(ngrams))
 
 
-def evaluate(model: GPT2, config: Config, path: Path) -> dict[str, float]:
-    """Figures of a file, and of answers to its dialogues; `config` names the task and, as `init_from`, the model."""
-    n_ctx, device = model.config.n_positions, model.wte.weight.device
+def evaluate_file(model: GPT2, config: Config, path: Path) -> Figures:
+    """The figures of one file. `config` names the task and, as `init_from`, the model's directory.
+
+    Raises UserError for a file that cannot be read as that task's text, or has none.
+    """
+    tokenizer = tokenizer_for(config)
     with tempfile.TemporaryDirectory() as folder:
-        data = replace(
-            config.data, train=(), valid=(), test=(glob.escape(str(path)),), shards=folder
-        )
-        config, tokenizer = replace(config, data=data), tokenizer_for(config)
+        test = (glob.escape(str(path)),)
+        data = replace(config.data, train=(), valid=(), test=test, shards=folder)
+        config = replace(config, data=data)
         shards.write(config)
         split = shards.open_shards(config, "test", tokenizer)
-        batches = Batches(
-            split, tokenizer, min(config.model.n_ctx or n_ctx, n_ctx), 8, targets=data.targets
-        )
-        found = asdict(
-            metrics(*sum_losses(model, shown(batches, path.name), device), batches.n_bytes)
-        )
-        if config.task == "lm":
-            return found
-        spread = range(0, split.documents, -(-split.documents // N_ANSWERS))
-        contexts = [split.dialogue(i)[:-1] for i in spread]
-        generator = TextGenerator(model, tokenizer, "chatlm")
-        words = [text.split() for text in generator.sample_answers(contexts)]
-    return found | {
-        "distinct_1": distinct(words, 1),
-        "distinct_2": distinct(words, 2),
-        "n_answers": len(words),
-        "words_per_answer": sum(map(len, words)) / len(words),
-    }
+        figures = loss_figures(model, config, split, tokenizer, path.name)
+        if config.task == "chatlm":
+            figures |= answer_figures(model, split, tokenizer)
+    return figures
 
 
-def shown(batches: Batches, name: str) -> Iterator[Batch]:
-    """The batches of an evaluation, with progress."""
+def loss_figures(
+    model: GPT2, config: Config, split: shards.Shards, tokenizer: Tokenizer, name: str
+) -> Figures:
+    """Loss, perplexity and bits per byte of a split; progress is shown under `name`."""
+    n_ctx = model.config.n_positions
+    if config.model.n_ctx:
+        n_ctx = min(config.model.n_ctx, n_ctx)
+    batches = Batches(split, tokenizer, n_ctx, BATCH_SIZE, targets=config.data.targets)
+    device = model.wte.weight.device
+    loss_sum, n_targets = sum_losses(model, with_progress(batches, name), device)
+    return asdict(metrics(loss_sum, n_targets, batches.n_bytes))
+
+
+def with_progress(batches: Batches, name: str) -> Iterator[Batch]:
+    """The batches of an evaluation; the progress is shown while they are taken."""
     with Progress(batches.rows_per_epoch, name, "row") as bar:
         for batch in batches.evaluation():
             yield batch
             bar.update(len(batch.input_ids))
 
 
-def prepare(args: argparse.Namespace) -> tuple[GPT2, Config, list[Path]]:
-    """The model, a config with its task and directory, and the files. Raises UserError where they do not fit."""
-    if not args.config and (args.overrides or not (args.model and args.text)):
+def answer_figures(model: GPT2, split: shards.Shards, tokenizer: Tokenizer) -> Figures:
+    """Diversity and length of a ChatLM's answers to dialogues spread evenly over the split."""
+    stride = math.ceil(split.documents / MAX_ANSWERS)
+    contexts = [split.dialogue(number)[:-1] for number in range(0, split.documents, stride)]
+    answers = TextGenerator(model, tokenizer, "chatlm").sample_answers(contexts)
+    words = [answer.split() for answer in answers]
+    return {
+        "distinct_1": distinct(words, 1),
+        "distinct_2": distinct(words, 2),
+        "n_answers": len(answers),
+        "words_per_answer": sum(map(len, words)) / len(answers),
+    }
+
+
+def resolve(args: argparse.Namespace) -> tuple[GPT2, Config, list[Path]]:
+    """What the arguments ask to evaluate: the model, a config for `evaluate_file`, and the files.
+
+    Raises UserError where something is missing or does not fit together.
+    """
+    config = Config()
+    if args.config:
+        config = load_config(args.config, args.overrides)
+    elif args.overrides or not (args.model and args.text):
         raise UserError(
             "wanted --config FILE, or --model DIR and --text FILE without section.key=value"
         )
-    config = load_config(args.config, args.overrides) if args.config else Config()
-    patterns = [glob.escape(name) for name in args.text or []] or getattr(config.data, args.split)
-    if not patterns:
-        raise UserError(f"[data] {args.split}: found no files named; wanted some, or --text FILE")
-    files = expand(patterns, "--text" if args.text else f"[data] {args.split}")
     directory = args.model or f"{config.run}/model"
-    model, tokenizer, task = pretrained.load_model(
-        directory, "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    files = text_files(args, config)
+    model, tokenizer, task = pretrained.load_model(directory, default_device())
     if args.config and task != config.task:
         raise UserError(
-            f"{directory}: found a model of task {task}; wanted {config.task}, the task of {args.config}"
+            f"{directory}: found a model of task {task}; "
+            f"wanted {config.task}, the task of {args.config}"
         )
     if not 0 <= tokenizer.eos_id < model.config.vocab_size:
         raise UserError(
-            f"{directory}: found no [EOS] or <|endoftext|> in the vocabulary; wanted one to end documents"
+            f"{directory}: found no [EOS] or <|endoftext|> in the vocabulary; "
+            "wanted one to end documents"
         )
     return model, replace(config, task=task, init_from=directory), files
 
 
+def text_files(args: argparse.Namespace, config: Config) -> list[Path]:
+    """The files of --text, or else of the config's split. Raises UserError if there are none."""
+    if args.text:
+        return expand([glob.escape(name) for name in args.text], "--text")
+    key = f"[data] {args.split}"
+    patterns = getattr(config.data, args.split)
+    if not patterns:
+        raise UserError(f"{key}: found no files named; wanted some, or --text FILE")
+    return expand(patterns, key)
+
+
+def format_figures(figures: Figures) -> str:
+    """`name value` of each figure: four decimals, none where the value is a whole number."""
+    parts = []
+    for key, value in figures.items():
+        number = f"{value:,.4f}".removesuffix(".0000")
+        parts.append(f"{key.replace('_', ' ')} {number}")
+    return ", ".join(parts)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gptchat.evaluate", description="Loss, perplexity, bits per byte."
+    parser = CommandParser(
+        "evaluate",
+        "Measure loss, perplexity and bits per byte of a model on each file of a run's split,\n"
+        "or on any text; of a ChatLM also the diversity of its answers.",
+        "gptchat evaluate --config configs/lm.toml --split valid\n"
+        "  gptchat evaluate --model out/chatlm/model --text dialogues.tsv",
     )
-    parser.add_argument("--config", metavar="FILE")
-    parser.add_argument("--model", metavar="DIR", help="default: that of the config's run")
-    parser.add_argument("--split", choices=shards.SPLITS, default="test")
-    parser.add_argument(
-        "--text", metavar="FILE", nargs="+", help="these instead of a split's; TSV for a ChatLM"
-    )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="of the run whose model and files are evaluated")
+    add("--model", metavar="DIR", help="model directory (default: that of the config's run)")
+    add("--split", choices=shards.SPLITS, default="test", help="of the config (default: test)")
+    add("--text", metavar="FILE", nargs="+", help="files instead of a split; TSV for a ChatLM")
+    add("--json", action="store_true", help="print one JSON object")
+    add("overrides", nargs="*", metavar="section.key=value", help="changes a key of the config")
     args = parser.parse_intermixed_args(argv)
-    model, config, files = prepare(args)
-    figures = {str(path): evaluate(model, config, path) for path in files}
+    model, config, paths = resolve(args)
+    figures_of = {str(path): evaluate_file(model, config, path) for path in paths}
     if args.json:
-        return print(json.dumps({"model": config.init_from, "files": figures}, indent=2))
-    for path, found in figures.items():
-        told = (
-            f"{key.replace('_', ' ')} {value:,.4f}".removesuffix(".0000")
-            for key, value in found.items()
-        )
-        print(f"{path}: {', '.join(told)}")
+        print(json.dumps({"model": config.init_from, "files": figures_of}, indent=2))
+        return
+    for name, figures in figures_of.items():
+        print(f"{name}: {format_figures(figures)}")
 
 
 if __name__ == "__main__":

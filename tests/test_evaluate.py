@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from transformers import GPT2LMHeadModel
 from gptchat import evaluate
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import cli
-from gptchat.data import tokenizer
+from gptchat.data import shards, tokenizer
 from gptchat.data.batches import Batches
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.training.metrics import metrics, sum_losses
 
 torch.set_num_threads(1)
 
@@ -153,23 +155,23 @@ def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text)
     vocabulary = byte_tokenizer()
     vocabulary.save(tmp_path / "tokenizer")
     config = Config(init_from=str(tmp_path / "tokenizer"))
-    config = evaluate.replace(
-        config, data=evaluate.replace(config.data, test=(str(text),), shards=str(tmp_path / "s"))
+    config = replace(
+        config, data=replace(config.data, test=(str(text),), shards=str(tmp_path / "s"))
     )
-    evaluate.shards.write(config)
-    split = evaluate.shards.open_shards(config, "test", vocabulary)
+    shards.write(config)
+    split = shards.open_shards(config, "test", vocabulary)
     model = GPT2(
         GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)
     ).train()
     sums = [
-        evaluate.sum_losses(model, Batches(split, vocabulary, 32, size).evaluation())
+        sum_losses(model, Batches(split, vocabulary, 32, size).evaluation())
         for size in (1, 2, 100)
     ]
     assert model.training
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-6) == pytest.approx(sums[2][0], rel=1e-6)
     assert {n for _, n in sums} == {split.n_tokens}
-    assert evaluate.sum_losses(model, []) == (0.0, 0) and math.isnan(evaluate.metrics(0.0, 0).loss)
-    half = evaluate.sum_losses(
+    assert sum_losses(model, []) == (0.0, 0) and math.isnan(metrics(0.0, 0).loss)
+    half = sum_losses(
         model, Batches(split, vocabulary, 32, 2).evaluation(), precision="bf16"
     )[0]
     assert half != sums[0][0] and half == pytest.approx(sums[0][0], rel=0.01)
