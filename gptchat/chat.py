@@ -1,12 +1,20 @@
-"""Talk to a model in the terminal, streaming; or answer one prompt, or a file of them.
+"""Talk to a model in the terminal, or answer one prompt, or a file of dialogues.
 
-    python -m gptchat.chat --model out/chatlm/model [--temperature 0.7] [--pick median] ...
-    python -m gptchat.chat --model DIR --prompt TEXT
-    python -m gptchat.chat --model DIR --input prompts.tsv --output answers.tsv
+    gptchat chat --model out/chatlm/model [--temperature 0.7] [--pick median] ...
+    gptchat chat --model DIR --prompt TEXT
+    gptchat chat --model DIR --input prompts.tsv --output answers.tsv
 
-A ChatLM keeps the turns, the oldest leaving when the context is full; an LM goes on with each text by itself. A row of
---input is a dialogue, its last column what is to be answered; --output has the answer behind it, as training data has.
-An answer depends on its dialogue, the settings and the seed, not on the rows beside it.
+In the terminal the answer streams. A ChatLM keeps the turns of the conversation, and drops the
+oldest ones when the context is full; an LM continues each line by itself. Ctrl-C ends an answer,
+and what was said by then is kept as the turn. The lines typed are saved in `chat_history` beside
+the model directory.
+
+A row of --input is a dialogue whose last column is to be answered; --output repeats the row with
+the answer behind it, which is the format of training data. It is written whole or not at all.
+
+All settings are options of the command line and names of /set; those of `Sampling` come from
+`sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
+rows of its file.
 """
 
 import argparse
@@ -21,7 +29,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from gptchat.console import Progress, UserError, cli
+from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data.dialogue import alternate, format_row, read_rows
 from gptchat.files import atomic_write
 from gptchat.inference.engine import Request
@@ -37,61 +45,61 @@ from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import WordFilter
 from gptchat.runtime import settle
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line feed
+PROMPT, LABEL = "you> ", "bot> "
+# \x01 and \x02 enclose what readline must not count as columns of the prompt.
+COLOURED_PROMPT = "\x01\x1b[1;36m\x02you>\x01\x1b[0m\x02 "
+COLOURED_LABEL = "\x1b[1;36mbot>\x1b[0m "
 HELP = """/set             the settings
 /set NAME VALUE  change one, such as: /set temperature 0.7
 /reset           forget the conversation
 /quit            leave, as Ctrl-D does; Ctrl-C ends an answer"""
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong option in one line, like all wrong use."""
+class SettingsParser(argparse.ArgumentParser):
+    """A parser whose errors, also those of /set, are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def settings_parser() -> Parser:
-    """How answers are drawn: options of the command line and names of /set."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+def settings_parser() -> SettingsParser:
+    """The settings of an answer: options of the command line, and names of /set."""
+    parser = SettingsParser(add_help=False, allow_abbrev=False)
     add = parser.add_argument
     for name, declared in SETTINGS.items():
         default = getattr(CHAT_SAMPLING, name)
-        add(
-            f"--{name.replace('_', '-')}",
-            type=type(default),
-            default=default,
-            help=f"{declared.metadata['help']} (default %(default)s)",
-        )
-    add(
-        "--seed",
-        type=int,
-        default=-1,
-        help="gives the same answer again; -1: another one each time (default)",
-    )
-    add("--forbid", action="append", default=[], metavar="WORD", help="never said; may be repeated")
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="ends an answer, unsaid; may be repeated",
-    )
-    add(
-        "--pick",
-        choices=("first", "median"),
-        default="first",
-        help=f"median: of {CANDIDATES} answers the one of median length, which does not stream",
-    )
+        meaning = f"{declared.metadata['help']} (default %(default)s)"
+        add(option(name), type=type(default), default=default, help=meaning)
+    seed_help = "gives the same answer again; -1: another one each time (default)"
+    add("--seed", type=int, default=-1, help=seed_help)
+    forbid_help = "never said; may be repeated"
+    add("--forbid", action="append", default=[], metavar="WORD", help=forbid_help)
+    stop_help = "ends an answer, unsaid; may be repeated"
+    add("--stop", action="append", default=[], metavar="TEXT", help=stop_help)
+    pick_help = f"median: of {CANDIDATES} answers the one of median length, which does not stream"
+    add("--pick", choices=("first", "median"), default="first", help=pick_help)
     return parser
 
 
+def option(name: str) -> str:
+    """The option of the command line for a setting."""
+    return "--" + name.replace("_", "-")
+
+
 def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sampling:
-    """The settings as the engine takes them. Raises UserError for one that is out of its range."""
+    """The settings as the engine takes them, with a random seed for -1.
+
+    Raises UserError for a setting that is out of its range.
+    """
     numbers = {name: getattr(settings, name) for name in SETTINGS}
-    seed = random.getrandbits(63) if settings.seed < 0 else settings.seed
+    seed = settings.seed
+    if seed < 0:
+        seed = random.getrandbits(63)
+    word_filter = None
     words = [word for word in settings.forbid if word]
-    word_filter = WordFilter(generator.tokenizer, words) if words else None
+    if words:
+        word_filter = WordFilter(generator.tokenizer, words)
     try:
         return Sampling(**numbers, seed=seed, word_filter=word_filter)
     except ValueError as error:
@@ -101,175 +109,231 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
 def make_request(
     generator: TextGenerator, turns: Sequence[tuple[int, str]], settings: argparse.Namespace
 ) -> Request:
-    """What is to be answered. Raises UserError for a last turn that is too long."""
-    encode = generator.tokenizer.encode
-    encoded = [(speaker, encode(text.encode(errors="replace").decode())) for speaker, text in turns]
+    """The request for an answer to (speaker, text) turns.
+
+    Characters that UTF-8 cannot hold (half a surrogate pair, from bytes that were no text) become
+    "?". Raises UserError for a last turn that is too long, or a setting out of its range.
+    """
+    encoded = []
+    for speaker, text in turns:
+        valid_text = text.encode(errors="replace").decode()
+        encoded.append((speaker, generator.tokenizer.encode(valid_text)))
     n = CANDIDATES if settings.pick == "median" else 1
     return generator.request(encoded, make_sampling(generator, settings), n)
 
 
 def stop_strings(settings: argparse.Namespace) -> list[str]:
+    """The texts of --stop; an empty one, as after `/set stop`, means none."""
     return [text for text in settings.stop if text]
 
 
 class Conversation:
-    """The chat in a terminal: lines in, commands obeyed, messages answered."""
+    """The chat in a terminal: reads lines, obeys commands, answers messages.
 
-    def __init__(self, generator: TextGenerator, settings: argparse.Namespace, colour: bool):
-        self.generator, self.settings, self.turns = generator, settings, list[tuple[int, str]]()
-        paint = "\x1b[1;36m{}\x1b[0m " if colour else "{} "
-        self.label, self.prompt = (
-            (paint.format("bot>"), paint.format("you>")) if sys.stdin.isatty() else ("", "")
-        )
-        self.prompt = re.sub(
-            "(\x1b.*?m)", "\x01\\1\x02", self.prompt
-        )  # so readline knows that it takes no room
+    `prompt` stands before what is typed, `label` before an answer.
+    """
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        settings: argparse.Namespace,
+        prompt: str = "",
+        label: str = "",
+    ):
+        self.generator = generator
+        self.settings = settings
+        self.prompt = prompt
+        self.label = label
+        self.turns: list[tuple[int, str]] = []  # (speaker, text); empty for an LM
 
     def run(self) -> None:
-        """Until Ctrl-D, /quit, or Ctrl-C twice in a row at the prompt."""
-        hinted = False
+        """Read lines until Ctrl-D, /quit, or Ctrl-C twice in a row at the prompt."""
+        interrupted = False
         while True:
             try:
                 line = input(self.prompt).strip()
-                hinted = False
+                interrupted = False
                 if line == "/quit":
                     return
-                self.obey(*line.split(maxsplit=2)) if line.startswith("/") else self.reply(line)
+                if line.startswith("/"):
+                    self.obey(line)
+                else:
+                    self.reply(line)
             except UserError as error:
                 print(f"error: {error}")
             except EOFError:
-                return print()
+                print()
+                return
             except KeyboardInterrupt:
-                if hinted:
-                    return print()
-                hinted = True
+                if interrupted:
+                    print()
+                    return
+                interrupted = True
                 print("\n(Ctrl-C again, or Ctrl-D, leaves)")
 
-    def obey(self, command: str, name: str = "", value: str = "") -> None:
-        """Carry out a command. Raises UserError for one that there is not."""
+    def obey(self, line: str) -> None:
+        """Carry out a command. Raises UserError for an unknown one, or a wrong setting."""
+        words = line.split(maxsplit=2)
+        command = words[0]
         if command == "/reset":
             self.turns = []
-        elif command == "/set" and name:
-            changed = argparse.Namespace(**vars(self.settings))
-            if name in ("forbid", "stop"):
-                setattr(changed, name, [])
-            settings_parser().parse_args([f"--{name.replace('_', '-')}={value}"], changed)
-            make_sampling(self.generator, changed)
-            self.settings = changed
-        elif command in ("/set", "/help"):
-            print(
-                HELP
-                if command == "/help"
-                else "\n".join(f"{k} {v}" for k, v in vars(self.settings).items())
-            )
+        elif command == "/help":
+            print(HELP)
+        elif command == "/set" and len(words) == 1:
+            for name, value in vars(self.settings).items():
+                print(name, value)
+        elif command == "/set":
+            value = words[2] if len(words) == 3 else ""
+            self.change_setting(words[1], value)
         else:
             raise UserError(f"{command}: no such command; /help lists them")
 
+    def change_setting(self, name: str, value: str) -> None:
+        """Change one setting. Raises UserError, and changes nothing, for a wrong name or value."""
+        changed = argparse.Namespace(**vars(self.settings))
+        if name in ("forbid", "stop"):
+            setattr(changed, name, [])  # the value replaces the list, else it would be appended
+        settings_parser().parse_args([f"{option(name)}={value}"], changed)
+        make_sampling(self.generator, changed)  # checks the ranges
+        self.settings = changed
+
     def reply(self, message: str) -> None:
         """Stream the answer; Ctrl-C ends it, and what was said by then is the turn."""
-        if not message and self.generator.task == "chatlm":
+        is_chat = self.generator.task == "chatlm"
+        if is_chat and not message:
             return
-        turns, text = [*self.turns, (0, message)], ""
+        turns = [*self.turns, (0, message)]
         request = make_request(self.generator, turns, self.settings)
         print(self.label, end="", flush=True)
-        pressed: list[int] = []  # Ctrl-C is only noted, so that no step of the engine is torn
-        before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-        with closing(self.generator.stream([request], stop_strings(self.settings))) as pieces:
-            while not pressed and (answered := next(pieces, None)):
-                say(answered.text)
-                text += answered.text
-        signal.signal(signal.SIGINT, before)
+        answer = self.say_answer(request)
         print()
-        if text and self.generator.task == "chatlm":
-            self.turns = [*turns, (1, text)]
+        if is_chat and answer:
+            self.turns = [*turns, (1, answer)]
 
-
-def say(piece: str) -> None:
-    """Print it at once; on a terminal without what that would obey."""
-    print(CONTROL.sub("\ufffd", piece) if sys.stdout.isatty() else piece, end="", flush=True)
-
-
-def answer_file(
-    generator: TextGenerator, settings: argparse.Namespace, source: str, output: str
-) -> None:
-    """Write each row of a file and its answer as a row of `output`. Raises UserError with file and row."""
-    if not Path(source).is_file():
-        raise UserError(
-            f"{source}: found no such file; wanted dialogues, a row each, their turns divided by tabs"
-        )
-    rows, requests = list(read_rows(source, 1)), list[Request]()
-    for number, row in enumerate(rows, 1):
+    def say_answer(self, request: Request) -> str:
+        """Print an answer as it comes, until it ends or Ctrl-C is pressed; returns its text."""
+        answer = ""
+        interrupts: list[int] = []  # Ctrl-C is only noted, so that no step of the engine is torn
+        previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         try:
-            requests.append(make_request(generator, alternate(row, last_speaker=0), settings))
-        except UserError as error:
-            raise UserError(f"{source}: row {number}: {error}") from None
-    texts = [""] * len(rows)
-    with atomic_write(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
-        for piece in generator.stream(requests, stop_strings(settings)):
-            texts[piece.index] += piece.text
-            bar.update(piece.last)
-        lines = [format_row([*row, text]) for row, text in zip(rows, texts, strict=True)]
-        temporary.write_text("".join(lines), encoding="utf-8")
+            with closing(self.generator.stream([request], stop_strings(self.settings))) as pieces:
+                for piece in pieces:
+                    say(piece.text)
+                    answer += piece.text
+                    if interrupts:
+                        break
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        return answer
 
 
-def chat(
+def say(text: str) -> None:
+    """Print text at once; on a terminal without control characters, which it would obey."""
+    if sys.stdout.isatty():
+        text = CONTROL.sub("\ufffd", text)
+    print(text, end="", flush=True)
+
+
+def converse(
     generator: TextGenerator, settings: argparse.Namespace, directory: str, colour: bool
 ) -> None:
-    """Talk in the terminal (or from a pipe, a line each); the lines typed are kept beside the model directory."""
+    """Talk in the terminal, where typed lines are saved as history; or answer lines of a pipe."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not sys.stdin.isatty():
-        return Conversation(generator, settings, colour=False).run()
+        Conversation(generator, settings).run()
+        return
+    prompt, label = (COLOURED_PROMPT, COLOURED_LABEL) if colour else (PROMPT, LABEL)
     history = Path(directory).resolve().parent / "chat_history"
     with suppress(OSError):
         readline.read_history_file(history)
     readline.set_history_length(1000)
-    print(
-        f"{directory}: {generator.task}, {generator.n_parameters:,} parameters. /help lists the commands."
-    )
+    size = f"{generator.n_parameters:,} parameters"
+    print(f"{directory}: {generator.task}, {size}. /help lists the commands.")
     try:
-        Conversation(generator, settings, colour).run()
+        Conversation(generator, settings, prompt, label).run()
     finally:
         with suppress(OSError):
             readline.write_history_file(history)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def answer_prompt(generator: TextGenerator, settings: argparse.Namespace, prompt: str) -> None:
+    """Print the answer to one message, or the continuation of one text, as it comes."""
+    request = make_request(generator, [(0, prompt)], settings)
+    for piece in generator.stream([request], stop_strings(settings)):
+        say(piece.text)
+    print()
+
+
+def answer_file(
+    generator: TextGenerator, settings: argparse.Namespace, source: str, output: str
+) -> None:
+    """Write each row of a file, with its answer behind it, to `output`.
+
+    Raises UserError, which names the file and the row, before anything is written.
+    """
+    if not Path(source).is_file():
+        raise UserError(
+            f"{source}: found no such file; "
+            "wanted dialogues, a row each, their turns divided by tabs"
+        )
+    rows = list(read_rows(source, 1))
+    requests = []
+    for number, row in enumerate(rows, 1):
+        try:
+            requests.append(make_request(generator, alternate(row, last_speaker=0), settings))
+        except UserError as error:
+            raise UserError(f"{source}: row {number}: {error}") from None
+    answers = [""] * len(rows)
+    with atomic_write(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
+        for piece in generator.stream(requests, stop_strings(settings)):
+            answers[piece.index] += piece.text
+            bar.update(int(piece.last))
+        lines = [format_row([*row, text]) for row, text in zip(rows, answers, strict=True)]
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def parse_arguments(
+    argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """All arguments, and the settings among them. Raises UserError for wrong use."""
     settings = settings_parser()
-    parser = Parser(
-        prog="python -m gptchat.chat", parents=[settings], description="Talk to a model."
+    parser = CommandParser(
+        "chat",
+        "Talk to a model in the terminal, or answer one prompt, or a file of dialogues.",
+        "gptchat chat --model out/chatlm/model --temperature 0.7\n"
+        "  gptchat chat --model out/chatlm/model --input prompts.tsv --output answers.tsv",
+        parents=[settings],
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
     add("--prompt", metavar="TEXT", help="answer this and leave")
     add("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
     add("--output", metavar="TSV", help="where the rows of --input and their answers go")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", *DTYPES),
-        help="of the weights (auto: bfloat16 if fast here)",
-    )
+    dtype_help = "of the weights (auto: bfloat16 if fast here)"
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help=dtype_help)
     add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
     args = parser.parse_args(argv)
-    chosen = argparse.Namespace(
-        **{name: getattr(args, name) for name in vars(settings.parse_args([]))}
-    )
-    if (args.input is None) != (args.output is None) or (args.input and args.prompt is not None):
+    unpaired = (args.input is None) != (args.output is None)
+    if unpaired or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
+    names = vars(settings.parse_args([]))
+    return args, argparse.Namespace(**{name: getattr(args, name) for name in names})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, settings = parse_arguments(argv)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    generator = load_generator(args.model, SLOTS if args.input else CANDIDATES, args.dtype)
+    slots = SLOTS if args.input else CANDIDATES
+    generator = load_generator(args.model, slots, args.dtype)
     settle()
-    make_sampling(generator, chosen)
+    make_sampling(generator, settings)  # checks the ranges before the first message
     if args.input:
-        answer_file(generator, chosen, args.input, args.output)
+        answer_file(generator, settings, args.input, args.output)
     elif args.prompt is not None:
-        requests = [make_request(generator, [(0, args.prompt)], chosen)]
-        for piece in generator.stream(requests, stop_strings(chosen)):
-            say(piece.text)
-        print()
+        answer_prompt(generator, settings, args.prompt)
     else:
         colour = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
-        chat(generator, chosen, args.model, colour)
+        converse(generator, settings, args.model, colour)
 
 
 if __name__ == "__main__":

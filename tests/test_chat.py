@@ -3,8 +3,9 @@
 import os
 import re
 import string
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ import torch
 from hf_models import byte_tokenizer, shake
 
 from gptchat import chat
-from gptchat.console import cli
+from gptchat.console import UserError, cli
 from gptchat.data.dialogue import read_rows
 from gptchat.inference.engine import generate
 from gptchat.inference.generate import Piece, load_generator
+from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
 torch.set_num_threads(1)
 
 PROMPT, LABEL = "you> ", "bot> "
+# Fields of Sampling that the chat does not offer under their own names.
+OTHER_FIELDS = {"word_filter": "--forbid", "bad_words_ids": "ids", "logprobs": "for the server"}
 
 
 def babbler(
@@ -43,12 +47,10 @@ def babbler(
     shake(model, 0)
     with torch.no_grad():
         model.ln_f.weight[0], model.ln_f.bias[0] = 0, 1
-        model.wte.weight[:, 0] = torch.tensor(
-            [
-                0.0 if i < 2 or (piece and piece.decode("latin1") in says) else -1000.0
-                for i, piece in enumerate(vocabulary.token_bytes)
-            ]
-        )  # 0, 1: type rows
+        for id, piece in enumerate(vocabulary.token_bytes):
+            is_type_row = id < 2
+            drawn = is_type_row or (piece and piece.decode("latin1") in says)
+            model.wte.weight[id, 0] = 0.0 if drawn else -1000.0
     pretrained.save_static(directory, model.config, vocabulary, task)
     pretrained.save_weights(directory, model)
     return str(directory)
@@ -88,8 +90,10 @@ class Terminal:
         return self.expect(PROMPT.strip()).strip()
 
     def interrupt(self, told: str | type[pexpect.EOF]) -> None:
-        """Ctrl-C, and once more if nothing comes of it: CPython forgets a signal that comes just before readline waits
-        for keys, until the next one."""
+        """Ctrl-C, and once more if nothing comes of it.
+
+        CPython forgets a signal that comes just before readline waits for keys, until the next one.
+        """
         for _ in range(4):
             self.child.sendintr()
             if self.child.expect_exact([told, pexpect.TIMEOUT], timeout=10) == 0:
@@ -103,22 +107,8 @@ class Terminal:
 
 
 def test_a_conversation_in_a_terminal(bot):
-    terminal = Terminal(
-        "--model",
-        bot,
-        "--seed",
-        "1",
-        "--max-new-tokens",
-        "30",
-        "--temperature",
-        "0.8",
-        "--top-k",
-        "0",
-        "--top-p",
-        "0.9",
-        "--repetition-penalty",
-        "1.1",
-    )
+    options = "--seed 1 --max-new-tokens 30 --temperature 0.8 --top-k 0 --top-p 0.9"
+    terminal = Terminal("--model", bot, *options.split(), "--repetition-penalty", "1.1")
     terminal.expect(PROMPT.strip())
     assert "\x1b[1;36m" in terminal.child.before  # coloured
     first = terminal.ask("hello")
@@ -126,9 +116,8 @@ def test_a_conversation_in_a_terminal(bot):
     assert terminal.ask("hello") != first  # the turns are kept
     terminal.child.send("/reset\r")
     terminal.expect(PROMPT.strip())
-    assert (
-        terminal.ask("\x1b[A\x1b[A") == first
-    )  # up, up: the line before /reset; and it is a new conversation
+    # Up, up: the line before /reset; and it is a new conversation.
+    assert terminal.ask("\x1b[A\x1b[A") == first
 
     for line, told in (
         ("/help", "/set NAME VALUE"),
@@ -169,22 +158,9 @@ def test_a_narrow_window_without_colour(bot, monkeypatch, capsys):
     seen = terminal.expect(PROMPT.strip()) + terminal.child.before
     line = "a message that takes more than one line of this window"
     answer = terminal.ask(line)
-    assert (
-        len(answer) > 50
-        and answer
-        == run(
-            monkeypatch,
-            capsys,
-            "--model",
-            bot,
-            "--seed",
-            1,
-            "--max-new-tokens",
-            60,
-            "--prompt",
-            line,
-        ).strip()
-    )
+    options = ("--model", bot, "--seed", 1, "--max-new-tokens", 60)
+    assert len(answer) > 50
+    assert answer == run(monkeypatch, capsys, *options, "--prompt", line).strip()
     terminal.child.send("\x1b[A\x1b[A\r")  # up, up: a line of an earlier session
     terminal.expect(LABEL.strip())
     terminal.expect(PROMPT.strip())
@@ -204,19 +180,14 @@ def test_one_prompt(bot, monkeypatch, capsys):
     ask = ("--model", bot, "--prompt", "hello", "--max-new-tokens", 20)
     answers = [run(monkeypatch, capsys, *ask, "--seed", seed) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2] and re.fullmatch("[a-z ]{20}\n", answers[0])
-    assert run(monkeypatch, capsys, *ask) != run(
-        monkeypatch, capsys, *ask
-    )  # without a seed another one each time
-    assert (
-        run(monkeypatch, capsys, *ask, "--seed", 1, "--stop", answers[0][4:7])
-        == answers[0][:4] + "\n"
-    )
+    # Without a seed another one each time.
+    assert run(monkeypatch, capsys, *ask) != run(monkeypatch, capsys, *ask)
+    cut = run(monkeypatch, capsys, *ask, "--seed", 1, "--stop", answers[0][4:7])
+    assert cut == answers[0][:4] + "\n"
     letter = answers[0].replace(" ", "")[0]
     assert letter not in run(monkeypatch, capsys, *ask, "--seed", 1, "--forbid", letter)
-    assert (
-        len(run(monkeypatch, capsys, *ask[:2], "--prompt", "[SEP]\udcff", "--max-new-tokens", 3))
-        == 4
-    )
+    options = ("--prompt", "[SEP]\udcff", "--max-new-tokens", 3)
+    assert len(run(monkeypatch, capsys, *ask[:2], *options)) == 4
 
 
 def test_the_median_of_five(bot):
@@ -267,25 +238,66 @@ def test_a_file_of_prompts(bot, tmp_path, monkeypatch, capsys):
 def test_an_lm_goes_on_with_the_text(tmp_path, monkeypatch, capsys):
     directory = babbler(tmp_path / "model", "lm", 64)
     for prompt in ("Once upon a time", ""):
-        assert re.fullmatch(
-            "[a-z ]{12}\n",
-            run(
-                monkeypatch,
-                capsys,
-                "--model",
-                directory,
-                "--prompt",
-                prompt,
-                "--max-new-tokens",
-                12,
-            ),
-        )
+        options = ("--model", directory, "--prompt", prompt, "--max-new-tokens", 12)
+        assert re.fullmatch("[a-z ]{12}\n", run(monkeypatch, capsys, *options))
 
 
 def test_what_a_terminal_would_obey_is_not_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     chat.say("a\x1b[2Jb\x9b\x07\r\x00c\td\n日本")
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffd\ufffd\ufffd\ufffdc\td\n日本"
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(Sampling) if field.name not in OTHER_FIELDS]
+)
+def test_every_sampling_setting_is_an_option_and_a_name_of_set(bot, capsys, name):
+    generator = load_generator(bot, 1, "float32")
+    _, settings = chat.parse_arguments(["--model", bot])
+    default = getattr(settings, name)
+    value = 1 if default != 1 else type(default)(0.5)  # in the range of all, and not the default
+
+    option = "--" + name.replace("_", "-")
+    _, chosen = chat.parse_arguments(["--model", bot, option, str(value)])
+    assert getattr(chat.make_sampling(generator, chosen), name) == value
+
+    conversation = chat.Conversation(generator, settings)
+    conversation.obey(f"/set {name} {value}")
+    assert getattr(chat.make_sampling(generator, conversation.settings), name) == value
+    conversation.obey("/set")
+    assert f"\n{name} {getattr(chosen, name)}\n" in "\n" + capsys.readouterr().out
+
+
+def test_a_wrong_setting_changes_nothing_and_an_empty_list_clears_it(bot):
+    _, settings = chat.parse_arguments(["--model", bot, "--stop", "a", "--stop", "b"])
+    conversation = chat.Conversation(load_generator(bot, 1, "float32"), settings)
+    for wrong in ("/set top_p 2", "/set top_p", "/set nonsense 1", "/set pick last"):
+        with pytest.raises(UserError):
+            conversation.obey(wrong)
+        assert conversation.settings == settings
+    conversation.obey("/set stop c d")  # replaces both
+    assert chat.stop_strings(conversation.settings) == ["c d"]
+    conversation.obey("/set stop")
+    assert chat.stop_strings(conversation.settings) == []
+
+
+def test_lines_of_a_pipe_are_a_conversation(bot):
+    done = subprocess.run(
+        [sys.executable, "-m", "gptchat", "chat", "--model", bot, "--max-new-tokens", "5"],
+        input="hello\n\n/nonsense\n/quit\nnever read\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch("[a-z ]{5}\nerror: /nonsense: no such command; .*\n", done.stdout)
+
+
+def test_help_says_what_the_command_does_with_an_example(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        chat.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and text.startswith("usage: gptchat chat ")
+    assert "Talk to a model" in text and "example:\n  gptchat chat --model" in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Losses against plain loops over transformers' models; bits per byte by which two tokenizers can be compared."""
+"""Losses against plain loops over transformers' models; bits per byte for unlike tokenizers."""
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,6 @@ from gptchat.config import Config, TokenizerConfig
 from gptchat.console import cli
 from gptchat.data import shards, tokenizer
 from gptchat.data.batches import Batches
-from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.training.metrics import metrics, sum_losses
@@ -50,7 +50,10 @@ def run(monkeypatch: Any, capsys: Any, *arguments: object) -> Any:
 
 
 def plain_loop(model: GPT2LMHeadModel, stream: list[int], n_ctx: int) -> tuple[float, int]:
-    """The sum of losses over consecutive windows, whose tokens are predicted from those before them in the window."""
+    """The sum of losses over consecutive windows, and its number of targets.
+
+    Each token is predicted from those before it in its window.
+    """
     total, n = 0.0, 0
     for start in range(0, len(stream) - 1, n_ctx):
         ids = torch.tensor([stream[start : start + n_ctx + 1]])
@@ -113,8 +116,10 @@ def test_a_chat_models_loss_equals_a_plain_loop_over_its_dialogues(tmp_path, mon
 
 
 def uniform_over_bytes(directory: Path, vocabulary: tokenizer.Tokenizer) -> float:
-    """A model to which a token of n bytes is 256 times as likely as one of n + 1, and [EOS] is like a byte. Returns the
-    bits that it loses per token because all this adds up to more than 1."""
+    """A model to which a token of n bytes is 256 times as likely as one of n + 1; [EOS] has one.
+
+    Returns the bits that it loses per token because all this adds up to more than 1.
+    """
     model = GPT2(
         GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)
     )
@@ -164,32 +169,14 @@ def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text)
         GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)
     ).train()
     sums = [
-        sum_losses(model, Batches(split, vocabulary, 32, size).evaluation())
-        for size in (1, 2, 100)
+        sum_losses(model, Batches(split, vocabulary, 32, size).evaluation()) for size in (1, 2, 100)
     ]
     assert model.training
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-6) == pytest.approx(sums[2][0], rel=1e-6)
     assert {n for _, n in sums} == {split.n_tokens}
     assert sum_losses(model, []) == (0.0, 0) and math.isnan(metrics(0.0, 0).loss)
-    half = sum_losses(
-        model, Batches(split, vocabulary, 32, 2).evaluation(), precision="bf16"
-    )[0]
+    half = sum_losses(model, Batches(split, vocabulary, 32, 2).evaluation(), precision="bf16")[0]
     assert half != sums[0][0] and half == pytest.approx(sums[0][0], rel=0.01)
-
-
-def test_answers_are_the_same_each_time_and_each_has_its_own_noise():
-    vocabulary = byte_tokenizer()
-    model = GPT2(
-        GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=2)
-    ).train()
-    dialogues = [[(0, vocabulary.encode("Hi, how are you?"))]] * 20
-    for task in ("chatlm", "lm"):
-        found = TextGenerator(model, vocabulary, task).sample_answers(dialogues)
-        assert (
-            found == TextGenerator(model, vocabulary, task).sample_answers(dialogues)
-            and len(set(found)) == 20
-        )
-    assert model.training and TextGenerator(model, vocabulary, "lm").sample_answers([]) == []
 
 
 def test_distinct_counts_ngrams_over_all_texts():
@@ -203,8 +190,8 @@ def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text)
     write(random_gpt2(1, torch.float32), tmp_path / "run" / "model")
     config = tmp_path / "lm.toml"
     config.write_text(
-        f'run = "{tmp_path}/run"\n[data]\nvalid = "{tmp_path}/*.txt"\n[model]\nn_layer = 1\nn_head = 1\n'
-        "n_embd = 8\nn_ctx = 48\n[train]\nnum_steps = 1\n"
+        f'run = "{tmp_path}/run"\n[data]\nvalid = "{tmp_path}/*.txt"\n'
+        "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 48\n[train]\nnum_steps = 1\n"
     )
     (tmp_path / "more.txt").write_text("Another file.\n")
     found = run(monkeypatch, capsys, "--config", config, "--split", "valid")
@@ -214,6 +201,19 @@ def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text)
     monkeypatch.setattr(sys, "argv", ["evaluate", "--config", str(config), "--split", "valid"])
     evaluate.main()
     assert "more.txt: loss " in capsys.readouterr().out
+
+
+def test_module_runs_by_itself_and_its_help_has_an_example():
+    done = subprocess.run(
+        [sys.executable, "-m", "gptchat.evaluate", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: gptchat evaluate ")
+    assert "Measure loss" in done.stdout and "example:\n  gptchat evaluate --config" in done.stdout
+
+
+def test_printed_figures_have_four_decimals_unless_they_are_whole():
+    figures = {"loss": 1.23456, "n_targets": 12345, "distinct_1": 1.0}
+    assert evaluate.format_figures(figures) == "loss 1.2346, n targets 12,345, distinct 1 1"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,298 @@
+"""The text of candidates, streams of pieces, and what a loaded directory promises."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import byte_tokenizer, shake
+
+from gptchat.console import UserError
+from gptchat.data.tokenizer import Tokenizer
+from gptchat.inference.engine import Output, Request, generate
+from gptchat.inference.generate import (
+    CHAT_SAMPLING,
+    CandidateText,
+    TextGenerator,
+    load_generator,
+    pick_median,
+    prompt_room,
+)
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2, GPT2Config
+
+torch.set_num_threads(1)
+
+N_CTX = 64
+SAMPLING = replace(CHAT_SAMPLING, temperature=1.0, max_new_tokens=20, seed=1)
+
+
+def tokenizer_with(*words: str) -> Tokenizer:
+    """The byte tokenizer, with each word as one token more."""
+    backend = byte_tokenizer().backend
+    backend.add_tokens(list(words))
+    return Tokenizer(backend)
+
+
+def take_all(candidate: CandidateText, ids: list[int], finish_reason: str = "length") -> list[str]:
+    """The pieces of text when the engine gives these ids, and with the last one the reason."""
+    reasons = [None] * (len(ids) - 1) + [finish_reason]
+    return [
+        candidate.take(Output(1, 0, id, finish_reason=reason))
+        for id, reason in zip(ids, reasons, strict=True)
+    ]
+
+
+def small_model(vocab_size: int) -> GPT2:
+    torch.manual_seed(0)
+    model = GPT2(
+        GPT2Config(vocab_size=vocab_size, n_positions=N_CTX, n_embd=16, n_layer=2, n_head=2)
+    )
+    shake(model, 0)
+    return model.train()
+
+
+def small_generator(task: str, slots: int = 4) -> TextGenerator:
+    tokenizer = byte_tokenizer()
+    return TextGenerator(small_model(tokenizer.vocab_size), tokenizer, task, slots)
+
+
+@pytest.fixture(params=["lm", "chatlm"])
+def generator(request: pytest.FixtureRequest) -> TextGenerator:
+    return small_generator(request.param)
+
+
+def ask(generator: TextGenerator, text: str, n: int = 1, **settings: object) -> Request:
+    turns = [(0, generator.tokenizer.encode(text))]
+    return generator.request(turns, replace(SAMPLING, **settings), n)
+
+
+# The text of one candidate
+
+
+def test_a_stop_string_in_the_middle_of_a_token_ends_the_text_there():
+    tokenizer = tokenizer_with("one", " two three", " four")
+    candidate = CandidateText(tokenizer, stop=["o th"])
+    ids = tokenizer.encode("one two three")
+    assert len(ids) == 2
+    assert [candidate.take(Output(1, 0, id)) for id in ids] == ["one", " tw"]
+    assert (candidate.text, candidate.finish_reason) == ("one tw", "stop")
+    assert candidate.must_cancel  # the engine would go on
+    assert candidate.take(Output(1, 0, *tokenizer.encode(" four"))) == ""
+    assert (candidate.text, candidate.n_tokens) == ("one tw", 2)
+
+
+def test_what_may_become_a_stop_string_is_held_back_until_it_is_certain():
+    tokenizer = byte_tokenizer()
+    candidate = CandidateText(tokenizer, stop=["END"])
+    assert take_all(candidate, tokenizer.encode("aENbEN")) == ["a", "", "", "ENb", "", "EN"]
+    assert (candidate.text, candidate.finish_reason) == ("aENbEN", "length")
+    assert candidate.n_tokens == 6 and not candidate.must_cancel
+
+
+def test_half_a_character_is_held_back_and_replaced_at_the_end():
+    tokenizer = byte_tokenizer()
+    candidate = CandidateText(tokenizer)
+    ids = tokenizer.encode("é日")
+    assert take_all(candidate, ids[:-1]) == ["", "é", "", "\ufffd"]
+    assert candidate.text == "é\ufffd"
+
+
+def test_a_stop_string_in_the_engines_last_token_needs_no_cancel():
+    tokenizer = byte_tokenizer()
+    candidate = CandidateText(tokenizer, stop=["END"])
+    assert take_all(candidate, tokenizer.encode("a END")) == ["a", " ", "", "", ""]
+    assert (candidate.text, candidate.finish_reason) == ("a ", "stop")
+    assert not candidate.must_cancel
+
+
+def test_the_end_of_a_candidate_may_come_without_a_token():
+    tokenizer = byte_tokenizer()
+    candidate = CandidateText(tokenizer, stop=["END"])
+    take_all(candidate, tokenizer.encode("E") * 2, finish_reason="")
+    assert (candidate.text, candidate.finish_reason) == ("E", "")
+    assert candidate.take(Output(1, 0, finish_reason="stop")) == "E"
+    assert (candidate.text, candidate.finish_reason, candidate.n_tokens) == ("EE", "stop", 2)
+
+
+def test_the_beginning_of_an_answer_counts_as_its_text():
+    tokenizer = byte_tokenizer()
+    candidate = CandidateText(tokenizer, ["END"], beginning=tokenizer.encode("So E"))
+    assert (candidate.text, candidate.n_tokens) == ("So ", 0)
+    take_all(candidate, tokenizer.encode("ND."))
+    assert (candidate.text, candidate.finish_reason, candidate.n_tokens) == ("So ", "stop", 2)
+
+    ended = CandidateText(tokenizer, ["END"], beginning=tokenizer.encode("So END of"))
+    assert (ended.text, ended.finish_reason) == ("So ", "")
+    assert ended.take(Output(1, 0, *tokenizer.encode("x"))) == ""
+    assert (ended.text, ended.finish_reason, ended.must_cancel) == ("So ", "stop", True)
+
+
+def test_an_echoed_prompt_stands_before_the_text_and_has_no_stop_strings():
+    tokenizer = byte_tokenizer()
+    candidate = CandidateText(tokenizer, ["END"], echo="the END, EN")
+    starts = []
+    for id in tokenizer.encode("Dx"):
+        starts.append(len(candidate.text))
+        candidate.take(Output(1, 0, id))
+    assert (candidate.text, candidate.finish_reason) == ("the END, ENDx", "")
+    assert starts == [11, 12]  # each token's place in the text
+
+
+# Settings that all share
+
+
+def test_the_median_of_an_even_number_is_the_longer_one():
+    assert pick_median(["333", "1", "22"]) == "22"
+    assert pick_median(["4444", "333", "1", "22"]) == "333"
+
+
+def test_a_prompt_has_what_the_answer_leaves_but_at_least_half():
+    assert [prompt_room(64, new) for new in (0, 10, 32, 100)] == [64, 54, 32, 32]
+
+
+# Requests
+
+
+def test_an_lm_continues_all_turns_as_one_text():
+    generator = small_generator("lm")
+    encode = generator.tokenizer.encode
+    turns = [(0, encode("one ")), (1, encode("two "))]
+    request = generator.request(turns, SAMPLING, beginning=encode("three"))
+    assert generator.tokenizer.decode(request.input_ids) == "one two three"
+    assert request.token_type_ids is None
+    assert request.stop_ids == (generator.tokenizer.eos_id,)
+    assert generator.request([], SAMPLING).input_ids == [generator.tokenizer.eos_id]
+    assert len(ask(generator, "x" * 44).input_ids) == 44
+    with pytest.raises(UserError, match="the text takes 45 tokens; wanted 44 at most"):
+        ask(generator, "x" * 45)
+
+
+def test_a_chatlm_drops_the_oldest_turns_and_refuses_a_last_one_that_is_too_long():
+    generator = small_generator("chatlm")
+    tokenizer = generator.tokenizer
+    turns = [(1, tokenizer.encode("old " * 6)), (0, tokenizer.encode("x" * 20))]
+    request = generator.request(turns, SAMPLING, n=3, beginning=tokenizer.encode("So"))
+    assert tokenizer.decode(request.input_ids) == "x" * 20 + "So"
+    assert request.token_type_ids == [0] * 20 + [1] * 3  # [SEP] and the beginning
+    assert (request.n, request.stop_ids) == (3, (tokenizer.cls_id,))
+    with pytest.raises(UserError, match="the last turn takes"):
+        ask(generator, "x" * 60)
+
+
+def test_a_chatlm_needs_all_special_tokens():
+    tokenizer = byte_tokenizer(("<|endoftext|>",))
+    model = small_model(tokenizer.vocab_size)
+    assert TextGenerator(model, tokenizer, "lm").stop_id == tokenizer.eos_id
+    with pytest.raises(UserError, match="found no .*SEP"):
+        TextGenerator(model, tokenizer, "chatlm")
+
+
+# Streams
+
+
+def test_pieces_add_up_to_the_text_of_the_engines_ids(generator):
+    requests = [ask(generator, f"number {i}", seed=i) for i in range(6)]
+    expected = [
+        generator.tokenizer.decode(candidate.ids)
+        for (candidate,) in generate(generator.engine, requests)
+    ]
+    texts = [""] * 6
+    ends = []
+    for piece in generator.stream(requests):
+        texts[piece.index] += piece.text
+        if piece.last:
+            ends.append(piece.index)
+    assert texts == expected == generator.complete(requests)
+    assert len(set(texts)) == 6 and sorted(ends) == list(range(6))
+
+
+def test_an_answer_does_not_depend_on_the_others(generator):
+    requests = [ask(generator, f"number {i}", n=1 + i % 3, seed=i) for i in range(6)]
+    alone = [generator.complete([request])[0] for request in requests]
+    assert generator.complete(requests) == alone
+
+
+def test_a_stop_string_ends_an_answer_and_frees_its_slot(generator):
+    request = ask(generator, "hello")
+    (whole,) = generator.complete([request])
+    stop = whole[4:6]
+    assert generator.complete([request], [stop]) == [whole[: whole.index(stop)]]
+    assert generator.engine.idle
+    *_, last = generator.stream([request], [stop])
+    assert last.last
+
+
+def test_several_candidates_give_the_one_of_median_length_when_all_have_ended(generator):
+    request = ask(generator, "hello", n=3, seed=3)
+    (candidates,) = generate(generator.engine, [request])
+    stop = "e"
+    texts = [generator.tokenizer.decode(c.ids).partition(stop)[0] for c in candidates]
+    *earlier, last = generator.stream([request], [stop])
+    assert earlier and not any(piece.text or piece.last for piece in earlier)
+    assert last.last and last.text == pick_median(texts)
+
+
+def test_closing_a_stream_cancels_what_is_unfinished(generator):
+    requests = [ask(generator, "hello", n=2)] * 4
+    pieces = generator.stream(requests)
+    next(pieces)
+    assert generator.engine.live and generator.engine.queued
+    pieces.close()
+    assert generator.engine.idle
+    assert len(generator.complete(requests)) == 4  # and it may be used again
+
+
+def test_a_request_that_cannot_be_served_leaves_the_engine_idle(generator):
+    request = ask(generator, "hello")
+    with pytest.raises(ValueError, match="n is 5"):
+        generator.complete([request, replace(request, n=5)])
+    assert generator.engine.idle
+
+
+def test_answers_are_the_same_each_time_and_each_has_its_own_noise(generator):
+    dialogues = [[(0, generator.tokenizer.encode("Hi, how are you?"))]] * 20
+    answers = generator.sample_answers(dialogues)
+    assert answers == small_generator(generator.task, slots=16).sample_answers(dialogues)
+    assert len(set(answers)) == 20
+    assert generator.sample_answers([]) == []
+
+
+def test_sampled_answers_cut_long_turns_at_their_front(generator):
+    ids = generator.tokenizer.encode("".join(chr(97 + i % 26) for i in range(200)))
+    long, cut = [(0, ids)], [(0, ids[-(N_CTX // 2 - 1) :])]
+    assert generator.sample_answers([long]) == generator.sample_answers([cut])
+
+
+# Directories
+
+
+@pytest.mark.parametrize("task", ["lm", "chatlm"])
+def test_a_loaded_directory_generates_text_only(tmp_path: Path, task: str):
+    tokenizer = byte_tokenizer()
+    model = small_model(tokenizer.vocab_size + 30)  # rows without a token
+    with torch.no_grad():
+        model.wte.weight[[0, 3, 4, 5, -1]] *= 5  # the specials are likely
+    pretrained.save_static(tmp_path, model.config, tokenizer, task)
+    pretrained.save_weights(tmp_path, model)
+    generator = load_generator(tmp_path, slots=3, dtype="float32")
+    assert (generator.task, generator.n_ctx, generator.engine.slots) == (task, N_CTX, 3)
+    assert generator.n_parameters == sum(p.numel() for p in model.parameters())
+    requests = [ask(generator, "hello", top_k=0, top_p=1, seed=seed) for seed in range(30)]
+    ids = {id for (answer,) in generate(generator.engine, requests) for id in answer.ids}
+    assert len(ids) > 50 and all(tokenizer.token_bytes[id] for id in ids)
+
+
+def test_a_missing_directory_is_a_users_mistake(tmp_path: Path):
+    with pytest.raises(UserError, match="no such directory"):
+        load_generator(tmp_path / "nowhere")
+
+
+def test_a_model_that_generates_stays_fit_for_training():
+    generator = small_generator("lm")
+    tokenizer = byte_tokenizer()
+    model = small_model(tokenizer.vocab_size)
+    before = [parameter.clone() for parameter in model.parameters()]
+    TextGenerator(model, tokenizer, "lm").complete([ask(generator, "hello")])
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(map(torch.equal, model.parameters(), before))
