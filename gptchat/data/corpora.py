@@ -162,7 +162,9 @@ def write_rows(folder: Path, talks: dict[str, list[list[str]]], columns: int) ->
 def build(out: Path, columns: int = 3) -> None:
     """Write all files of the module's docstring below `out`. Raises UserError for a missing package."""
     if columns < 2:
-        raise UserError(f"--columns: found {columns}; wanted 2 or more, the last being the response")
+        raise UserError(
+            f"--columns: found {columns}; wanted 2 or more, the last being the response"
+        )
     talks: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for split, turns in conversations():
         talks[split].append(turns)
