@@ -1,4 +1,4 @@
-"""The default corpora: what is in them, what is not, the splits, and that they come out the same every time."""
+"""The default corpora: what is in them, what is not, the splits, and the same bytes every time."""
 
 import hashlib
 import os

@@ -94,7 +94,7 @@ def join_messages(messages: Iterable[dict[str, Any]]) -> str:
 
 
 def conversations() -> Iterator[tuple[str, list[str]]]:
-    """(split, turns) of each conversation of two usable turns or more, in the order of their ids."""
+    """(split, turns) of each conversation with two usable turns or more, in the order of ids."""
     path = packaged("chitchat-dataset", "chitchat_dataset/dataset.json")
     dataset = json.loads(path.read_text(encoding="utf-8"))
     for conversation_id in sorted(dataset):
@@ -160,7 +160,10 @@ def write_rows(folder: Path, talks: dict[str, list[list[str]]], columns: int) ->
 
 
 def build(out: Path, columns: int = 3) -> None:
-    """Write all files of the module's docstring below `out`. Raises UserError for a missing package."""
+    """Write all files of the module's docstring below `out`.
+
+    Raises UserError if a package is missing or `columns` is below 2.
+    """
     if columns < 2:
         raise UserError(
             f"--columns: found {columns}; wanted 2 or more, the last being the response"

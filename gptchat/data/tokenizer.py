@@ -244,7 +244,7 @@ def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
 
 
 def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
-    """(text, its bytes): all of the files, or about `limit` bytes in pieces spread evenly over them.
+    """(text, its bytes): all of the files, or about `limit` bytes spread evenly over them.
 
     A piece is cut at line ends; where a line is longer than a piece, between characters. Memory is
     flat: at most PIECE bytes are read at once. Raises UserError with file and byte where the text
