@@ -132,11 +132,11 @@ def test_documents_are_encoded_and_each_is_followed_by_eos(
 def test_dialogues_come_back_with_their_speakers(chat):
     write(chat)
     found, tokenizer = opened(chat), tokenizer_of(chat)
-    told = [
+    dialogues = [
         [(speaker, tokenizer.decode(ids)) for speaker, ids in found.dialogue(i)]
         for i in range(found.documents)
     ]
-    assert told == [
+    assert dialogues == [
         [(0, "Hi!"), (1, "Hello, you.")],
         [(1, "How are you?"), (0, "Fine."), (1, "Good to hear\nthat.")],
     ]

@@ -163,7 +163,7 @@ class EpochOrder(NamedTuple):
 
     epoch: int
     pools: np.ndarray  # the numbers of the pools
-    first_rows: np.ndarray  # the epoch's rows that come before each of them
+    first_rows: np.ndarray  # the number of the first row of each, counted in the epoch
 
 
 class PackedPool(NamedTuple):
@@ -214,11 +214,8 @@ class Batches:
 
     def micro_batch(self, number: int) -> Batch:
         """The micro-batch of that number in the endless sequence."""
-        first_row = number * self.batch_size
-        places = [
-            divmod(row, self.rows_per_epoch)
-            for row in range(first_row, first_row + self.batch_size)
-        ]
+        rows = range(number * self.batch_size, (number + 1) * self.batch_size)
+        places = [divmod(row, self.rows_per_epoch) for row in rows]  # (epoch, row of the epoch)
         if self.shards.task == "lm":
             return self._windows([self._window_start(epoch, row) for epoch, row in places])
         return self._dialogues([self._row(epoch, row) for epoch, row in places])
@@ -262,8 +259,8 @@ class Batches:
 
     def _window_start(self, epoch: int, row: int) -> int:
         """The position in the stream of the first target of an epoch's row."""
-        order = draw_key(self.seed, epoch)
-        window = int(permute(np.array([row]), self.rows_per_epoch, order)[0])
+        key = draw_key(self.seed, epoch)
+        window = int(permute(np.array([row]), self.rows_per_epoch, key)[0])
         offset = draw_key(self.seed, epoch, "offset") % self.n_ctx
         return window * self.n_ctx + offset
 

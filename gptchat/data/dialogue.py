@@ -8,9 +8,10 @@ the context, and any turns before those are history:
     history [SEP] context [SEP] response [CLS]
 
 Layout. Each turn after the first stands behind a `[SEP]`. The token type of a turn and of the
-`[SEP]` before it is its speaker. Targets are the response and `[CLS]`, which marks that the
-response is complete; `[CLS]` is never an input. A prompt has the same layout and ends with the
-type-1 `[SEP]` or, to continue a response, with the first tokens of that response.
+`[SEP]` before it is its speaker. Targets are the response and `[CLS]` (or, with targets = "all",
+every token after the first). `[CLS]` marks that the response is complete and is never an input.
+A prompt has the same layout and ends with the type-1 `[SEP]` or, to continue a response, with the
+first tokens of that response.
 
 Truncation of a training example to `n_ctx` input tokens, in this order:
 1. History turns are dropped whole, oldest first, until the rest fits.
@@ -101,8 +102,8 @@ def encode_example(
 ) -> Example:
     """A training example of two turns or more, truncated to `n_ctx` input tokens.
 
-    With targets = "response" the response and `[CLS]` are targets, with "all" every token that
-    follows another.
+    With targets = "response" the response and `[CLS]` are targets, with "all" every token after the
+    first.
     """
     first_turn, skipped, length = fit([len(ids) for _, ids in turns], n_ctx)
     ids, types = _concatenate(turns[first_turn:], sep_id)
