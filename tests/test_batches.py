@@ -1,4 +1,4 @@
-"""Batches: pure functions of their number, everything once an epoch, nothing cropped, no way across dialogues."""
+"""Batches: functions of their number, all once an epoch, nothing cropped, dialogues kept apart."""
 
 import random
 from collections import Counter
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.data import batches as module
-from gptchat.data.batches import Batches, pack, permute, prefetch
+from gptchat.data.batches import Batches, draw_key, pack, permute, prefetch
 from gptchat.data.dialogue import encode_example
 from gptchat.data.shards import open_shards, write
 from gptchat.data.tokenizer import Tokenizer, train
@@ -22,7 +22,10 @@ N_CTX, ROWS = 32, 4
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """(LM shards, chat shards, tokenizer): 37 documents; 151 dialogues of 2 to 5 turns, some longer than a row."""
+    """(LM shards, chat shards, tokenizer).
+
+    37 documents; 151 dialogues of 2 to 5 turns, some longer than a row.
+    """
     folder, rng = tmp_path_factory.mktemp("batches"), random.Random(1)
     words = "the a cat dog sat ran on mat fast and then home".split()
 
@@ -30,12 +33,10 @@ def shards(tmp_path_factory):
         return " ".join(rng.choices(words, k=rng.randint(1, most)))
 
     (folder / "lm.txt").write_text("\n\n".join(text(60) for _ in range(37)))
-    (folder / "chat.tsv").write_text(
-        "".join(
-            "\t".join(text(rng.choice((3, 8, 40))) for _ in range(rng.randint(2, 5))) + "\n"
-            for _ in range(151)
-        )
-    )
+    with (folder / "chat.tsv").open("w") as file:
+        for _ in range(151):
+            turns = [text(rng.choice((3, 8, 40))) for _ in range(rng.randint(2, 5))]
+            file.write("\t".join(turns) + "\n")
     tokenizer = TokenizerConfig(
         dir=str(folder / "tok"), vocab_size=300, files=(str(folder / "lm.txt"),)
     )
@@ -136,9 +137,8 @@ def test_pack_takes_each_once_and_overfills_nothing(lengths, room, rng):
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= room for row in rows)
     shuffled = rng.sample(lengths, len(lengths))
-    assert len(pack(shuffled, room)) == len(
-        rows
-    )  # rows are counted once, then dialogues change places
+    # Rows are counted once, then dialogues change places.
+    assert len(pack(shuffled, room)) == len(rows)
 
 
 def test_pack_fills_rows():
@@ -162,9 +162,8 @@ def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
             assert (
                 row["input_ids"].tolist() == around[:-1] and row["targets"].tolist() == around[1:]
             )
-    assert (
-        len({lm._window_start(epoch, 0) % N_CTX for epoch in range(9)}) > 4
-    )  # cut elsewhere in each epoch
+    offsets = {lm._window_start(epoch, 0) % N_CTX for epoch in range(9)}
+    assert len(offsets) > 4  # cut elsewhere in each epoch
 
 
 def test_lm_text_shorter_than_a_window_is_repeated(lm, shards, monkeypatch):
@@ -210,11 +209,10 @@ def test_padding_is_no_dialogue_and_no_target(chat):
 def test_pools_and_their_dialogues_differ_by_epoch_and_seed(chat, shards):
     other = Batches(shards[1], shards[2], N_CTX, ROWS, seed=8)
     assert not equal(chat.micro_batch(0), other.micro_batch(0))
-    assert chat._pool_order(0)[0].tolist() != chat._pool_order(1)[0].tolist()
-    one, other = chat._pack_pool(0, 0), chat._pack_pool(1, 0)
-    assert (
-        one != other and len(one) == len(other) and sorted(sum(one, [])) == sorted(sum(other, []))
-    )
+    assert chat._order(0).pools.tolist() != chat._order(1).pools.tolist()
+    one, other = chat._pool_rows(0, 0), chat._pool_rows(1, 0)
+    assert one != other and len(one) == len(other)
+    assert sorted(sum(one, [])) == sorted(sum(other, []))
 
 
 def test_chat_evaluation_is_everything_once_in_order(chat):
@@ -244,19 +242,16 @@ def test_padded_rows_hold_the_same_dialogues(chat, shards):
         assert batch.segments is None and batch.position_ids is None
         lengths = []
         for row in range(min(ROWS, shards[1].documents - number * ROWS)):
-            lengths.append(
-                int((batch.targets[row] != -100).nonzero().max()) + 1
-            )  # a response reaches to the end
+            # A response reaches to the end.
+            lengths.append(int((batch.targets[row] != -100).nonzero().max()) + 1)
             found[
                 tuple(
                     tuple(tensor[row, : lengths[-1]].tolist())
                     for tensor in (batch.input_ids, batch.token_type_ids, batch.targets)
                 )
             ] += 1
-        assert number == shards[1].documents // ROWS or batch.input_ids.shape == (
-            ROWS,
-            max(lengths),
-        )
+        is_last = number == shards[1].documents // ROWS
+        assert is_last or batch.input_ids.shape == (ROWS, max(lengths))
     assert found == expected
 
 
@@ -289,6 +284,13 @@ def test_order_is_the_same_for_any_number_of_processes_and_any_start(request, ta
         assert all(equal(batch, whole[number]) for number, batch in other.items())
 
 
+def test_keyed_draw_never_changes():
+    """Or a resumed run would go on with other batches."""
+    assert draw_key() == 5694367389426422167
+    assert draw_key(7, 0, "offset") == 4047654342825926543
+    assert len({draw_key(seed, epoch) for seed in range(30) for epoch in range(30)}) == 900
+
+
 def test_steps_per_epoch_counts_the_last_one(chat):
     for per_step in (1, 3):
         steps = chat.steps_per_epoch(per_step)
@@ -317,10 +319,9 @@ def test_prefetch_makes_few_steps_ahead(lm, monkeypatch):
 def test_inputs_name_the_positions_that_have_targets(chat):
     batch = chat.micro_batch(0)
     inputs = batch.inputs("cpu")
-    n, where, targets = batch.n_targets, inputs["target_positions"], inputs["targets"]
-    assert torch.equal(where[:n], (batch.targets.flatten() != -100).nonzero()[:, 0])
-    assert torch.equal(batch.targets.flatten()[where], targets)
-    assert (targets[n:] == -100).all() and len(where) == min(
-        batch.targets.numel(), -(-n // 256) * 256
-    )
+    n, positions, targets = batch.n_targets, inputs["target_positions"], inputs["targets"]
+    assert torch.equal(positions[:n], (batch.targets.flatten() != -100).nonzero()[:, 0])
+    assert torch.equal(batch.targets.flatten()[positions], targets)
+    assert (targets[n:] == -100).all()
+    assert len(positions) == min(batch.targets.numel(), -(-n // 256) * 256)
     assert batch.n_tokens == int((batch.segments >= 0).sum())

@@ -1,4 +1,4 @@
-"""The default corpora: what is in them, what is not, the splits, and that they come out the same every time."""
+"""The default corpora: what is in them, what is not, the splits, and the same bytes every time."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from gptchat.console import UserError
 from gptchat.data import corpora
-from gptchat.data.dialogue import escape, read_rows
+from gptchat.data.dialogue import escape, format_row, read_rows
 
 FILES = {
     "lm/train.txt",
@@ -66,9 +66,8 @@ def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None
     held_out = [
         (data / f"lm/chat-{split}.txt").read_text(encoding="utf-8") for split in ("valid", "test")
     ]
-    text = "\n".join(
-        blocks(data / "lm/train.txt")[233:] + held_out
-    )  # rows are the same turns, as another test shows
+    # The rows hold the same turns, as another test shows.
+    text = "\n".join(blocks(data / "lm/train.txt")[233:] + held_out)
     assert not re.findall(r"@\w+|\w@", text)
     assert not re.findall(
         r"https?://|www\.[a-z]|\b[\w-]+\.(?:com|org|net|edu|gov)\b", text, re.IGNORECASE
@@ -92,18 +91,16 @@ def test_rows_are_two_to_four_clean_turns_that_need_no_escapes(data: Path) -> No
             assert 2 <= len(row) <= 3
             for turn in row:
                 assert turn == " ".join(turn.split()) == escape(turn)
-                assert 0 < len(turn) <= corpora.MAX_CHARS and any(
-                    character.isalpha() for character in turn
-                )
+                assert 0 < len(turn) <= corpora.MAX_CHARS
+                assert any(character.isalpha() for character in turn)
 
 
 def test_conversations_are_split_94_3_3(data: Path) -> None:
     sizes = {split: len(rows(data, split)) for split in corpora.SPLITS}
     shares = {split: size / sum(sizes.values()) for split, size in sizes.items()}
     assert shares["train"] == pytest.approx(0.94, abs=0.01)
-    assert shares["valid"] == pytest.approx(0.03, abs=0.005) and shares["test"] == pytest.approx(
-        0.03, abs=0.005
-    )
+    assert shares["valid"] == pytest.approx(0.03, abs=0.005)
+    assert shares["test"] == pytest.approx(0.03, abs=0.005)
 
 
 def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None:
@@ -113,7 +110,7 @@ def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None
         split: {row for talk in talks[split] for row in corpora.rows(talk.split("\n"), 3)}
         for split in talks
     }
-    written = {split: {"\t".join(row) for row in rows(data, split)} for split in talks}
+    written = {split: {format_row(row) for row in rows(data, split)} for split in talks}
     assert written["train"] == every["train"]
     assert written["valid"] == every["valid"] - every["train"]
     assert written["test"] == every["test"] - every["valid"] - every["train"]
@@ -122,9 +119,8 @@ def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None
 
 def test_the_newest_speeches_are_held_out(data: Path) -> None:
     speeches = corpora.speeches()
-    assert (
-        len(speeches) == 249 and "United States" in speeches[0] and "\n\n" not in "".join(speeches)
-    )
+    assert len(speeches) == 249
+    assert "United States" in speeches[0] and "\n\n" not in "".join(speeches)
     assert blocks(data / "lm/train.txt")[:233] == speeches[:-16]
     assert blocks(data / "lm/valid.txt") == speeches[-16:-8]
     assert blocks(data / "lm/test.txt") == speeches[-8:]
@@ -132,10 +128,8 @@ def test_the_newest_speeches_are_held_out(data: Path) -> None:
 
 
 def test_a_conversation_reads_as_it_was_written(data: Path) -> None:
-    assert [
-        "Hello How are you doing today?",
-        "whats up MD im doing good how are you doing?",
-    ] in rows(data, "train")
+    row = ["Hello How are you doing today?", "whats up MD im doing good how are you doing?"]
+    assert row in rows(data, "train")
 
 
 @pytest.mark.parametrize(
@@ -166,8 +160,8 @@ def test_what_is_left_out(turn: str, good: bool) -> None:
 
 
 def test_rows_grow_to_the_number_of_columns() -> None:
-    assert list(corpora.rows(["a", "b", "c", "d"], 3)) == ["a\tb", "a\tb\tc", "b\tc\td"]
-    assert list(corpora.rows(["a", "b", "c", "d"], 2)) == ["a\tb", "b\tc", "c\td"]
+    assert list(corpora.rows(["a", "b", "c", "d"], 3)) == ["a\tb\n", "a\tb\tc\n", "b\tc\td\n"]
+    assert list(corpora.rows(["a", "b", "c", "d"], 2)) == ["a\tb\n", "b\tc\n", "c\td\n"]
 
 
 def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(
@@ -187,8 +181,15 @@ def test_one_column_is_refused_in_one_line(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr.count("\n")) == (
-        2,
-        1,
-    ) and "--columns: found 1; wanted 2" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--columns: found 1; wanted 2" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_help_says_what_the_command_does_with_an_example(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        corpora.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "Write the default corpora" in shown and "example:\n  gptchat corpora --out" in shown

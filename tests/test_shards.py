@@ -1,4 +1,4 @@
-"""Shards: what is written is what the tokenizer says, in flat memory, and nothing else is ever opened."""
+"""Shards: what is written is what the tokenizer says, in flat memory; nothing else is opened."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,10 @@ def f(x):
         if x:
                 return   x
 """
-WHITE = " \n\t\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2003\u2028\u2029\u202f\u205f\u200b\u3000\ufeff"
+WHITE = (
+    " \n\t\r\v\f\x1c\x1d\x1e\x1f\x85\xa0"
+    "\u1680\u180e\u2003\u2028\u2029\u202f\u205f\u200b\u3000\ufeff"
+)
 texts = st.text(
     st.one_of(st.sampled_from("ab's1.²日é" + WHITE), st.characters(exclude_categories=["Cs"])),
     max_size=40,
@@ -128,11 +132,11 @@ def test_documents_are_encoded_and_each_is_followed_by_eos(
 def test_dialogues_come_back_with_their_speakers(chat):
     write(chat)
     found, tokenizer = opened(chat), tokenizer_of(chat)
-    told = [
+    dialogues = [
         [(speaker, tokenizer.decode(ids)) for speaker, ids in found.dialogue(i)]
         for i in range(found.documents)
     ]
-    assert told == [
+    assert dialogues == [
         [(0, "Hi!"), (1, "Hello, you.")],
         [(1, "How are you?"), (0, "Fine."), (1, "Good to hear\nthat.")],
     ]
@@ -141,13 +145,8 @@ def test_dialogues_come_back_with_their_speakers(chat):
 def test_text_like_a_special_token_stays_text(lm, tmp_path):
     config = with_text(lm, tmp_path, "[EOS] and [SEP]")
     write(config)
-    assert (
-        opened(config)
-        .tokens(0, opened(config).n_tokens)
-        .tolist()
-        .count(tokenizer_of(config).eos_id)
-        == 1
-    )
+    ids = opened(config).tokens(0, opened(config).n_tokens).tolist()
+    assert ids.count(tokenizer_of(config).eos_id) == 1
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -199,12 +198,10 @@ def test_a_document_longer_than_a_block_has_the_same_tokens(lm, tmp_path, monkey
     config = with_text(lm, tmp_path, PROSE.replace("\n\n", "\n") * 10 + "日" * 300)
     write(config)
     whole = opened(config).tokens(0, opened(config).n_tokens).tolist()
-    monkeypatch.setattr(shards, "BLOCK", 350)
+    monkeypatch.setattr(encoding, "BLOCK", 350)
     write(config)
-    assert (
-        opened(config).tokens(0, opened(config).n_tokens).tolist() == whole
-        and opened(config).documents == 1
-    )
+    assert opened(config).tokens(0, opened(config).n_tokens).tolist() == whole
+    assert opened(config).documents == 1
 
 
 def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
@@ -213,9 +210,8 @@ def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
     write(lm)
     found = opened(lm)
-    assert all(len(part) == 100 for part in found.files[:-1]) and len(found.files) == -(
-        -found.n_tokens // 100
-    )
+    assert all(len(part) == 100 for part in found.files[:-1])
+    assert len(found.files) == -(-found.n_tokens // 100)
     for start, stop in (
         (0, found.n_tokens),
         (99, 101),
@@ -233,15 +229,30 @@ def test_processes_and_a_thread_write_the_same_bytes(lm, tmp_path, monkeypatch):
     config = with_text(lm, tmp_path, PROSE * 300)
     write(config)
     alone = {path.name: path.read_bytes() for path in config.shards_dir.iterdir()}
-    monkeypatch.setattr(shards, "BLOCK", 10_000)
+    monkeypatch.setattr(encoding, "BLOCK", 10_000)
+    monkeypatch.setattr(encoding, "PARALLEL_BYTES", 0)
+    pools = []
+    monkeypatch.setattr(
+        encoding,
+        "ProcessPoolExecutor",
+        lambda *args, **options: pools.append(ProcessPoolExecutor(*args, **options)) or pools[-1],
+    )
     write(config)
+    assert len(pools) == 1
     assert {path.name: path.read_bytes() for path in config.shards_dir.iterdir()} == alone
 
 
 def test_a_large_vocabulary_takes_32_bits(lm, monkeypatch):
-    monkeypatch.setattr(shards, "token_dtype", lambda tokenizer: np.dtype("<u4"))
     write(lm)
-    assert opened(lm).tokens(0, 3).dtype == np.uint32
+    small = opened(lm)
+    ids = small.tokens(0, small.n_tokens)
+    assert ids.dtype == np.uint16
+    monkeypatch.setattr(encoding, "UINT16_ENTRIES", 99)
+    write(lm)
+    large = opened(lm)
+    assert large.tokens(0, 3).dtype == np.uint32
+    assert large.tokens(0, large.n_tokens).tolist() == ids.tolist()
+    assert large.starts.tolist() == small.starts.tolist()
 
 
 def test_wrong_text_is_refused_with_its_place(lm, chat, tmp_path):
@@ -257,7 +268,7 @@ def test_wrong_text_is_refused_with_its_place(lm, chat, tmp_path):
 
 
 def test_invalid_utf8_behind_the_first_block_is_placed_right(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK", 64)
+    monkeypatch.setattr(encoding, "BLOCK", 64)
     with pytest.raises(UserError, match="byte 1003"):
         write(
             with_text(lm, tmp_path, b"\xef\xbb\xbf" + "é".encode() * 500 + b"\xe9" + b" more" * 100)
@@ -338,7 +349,8 @@ def run_cli(config, tmp_path, text):
     path = tmp_path / "run.toml"
     path.write_text(
         f"[tokenizer]\ndir = {json.dumps(config.tokenizer.dir)}\n"
-        f"[data]\ntrain = {json.dumps(config.data.train)}\nshards = {json.dumps(config.data.shards)}\n"
+        f"[data]\ntrain = {json.dumps(config.data.train)}\n"
+        f"shards = {json.dumps(config.data.shards)}\n"
         "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
     )
     return config, subprocess.Popen(
@@ -354,9 +366,8 @@ def test_the_command_tells_counts_and_one_line_for_a_mistake(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE)
     assert "4 documents" in process.communicate()[0] and process.returncode == 0
     config, process = run_cli(lm, tmp_path, b"\xff")
-    assert (
-        process.communicate()[1].splitlines()[-1].startswith("error: ") and process.returncode == 2
-    )
+    assert process.communicate()[1].splitlines()[-1].startswith("error: ")
+    assert process.returncode == 2
 
 
 def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
@@ -365,9 +376,8 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     try:
-        process.communicate(
-            timeout=20
-        )  # its workers hold the pipes: returns when they have ended, too
+        # Its workers hold the pipes: this returns when they have ended, too.
+        process.communicate(timeout=20)
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
     assert [path.suffix for path in config.shards_dir.iterdir()] == [".tmp", ".tmp"]
@@ -378,15 +388,8 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
 
 @pytest.mark.parametrize("document", ["block", "line", "file", "row"])
 def test_memory_is_flat_in_the_size_of_the_input(lm, chat, tmp_path, monkeypatch, document):
-    monkeypatch.setattr(
-        shards,
-        "_executor",
-        lambda config, n: encoding.ThreadPoolExecutor(
-            1, initializer=encoding._start_worker, initargs=(config,)
-        ),
-    )
+    monkeypatch.setattr(encoding, "PARALLEL_BYTES", 1 << 40)  # in this process, which is measured
     monkeypatch.setattr(encoding, "BLOCK", 1 << 14)
-    monkeypatch.setattr(shards, "BLOCK", 1 << 14)
     peaks = []
     for blocks in (8, 64):
         lines = (PROSE.replace("\n", " ") + "\tYes.\n") * (blocks * (1 << 14) // len(PROSE))
@@ -429,3 +432,10 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(lm, tmp_path):
     Path(lm.data.shards).write_text("a file")
     with pytest.raises(UserError, match="not written"):
         write(lm)
+
+
+def test_help_says_what_the_command_does_with_an_example(capsys):
+    with pytest.raises(SystemExit):
+        shards.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "token ids on disk" in shown and "example:\n  gptchat shards --config" in shown

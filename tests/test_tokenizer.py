@@ -1,4 +1,4 @@
-"""Round trips, special tokens, streaming, stop strings, forbidden words, foreign vocabularies, sampling, training."""
+"""Round trips, special tokens, streaming, forbidden words, foreign vocabularies, training."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import corpora
-from gptchat.data.tokenizer import PIECE, SPECIAL, Tokenizer, sample, tokenizer_for, train
+from gptchat.data.tokenizer import PIECE, SPECIAL, Tokenizer, main, sample, tokenizer_for, train
 from gptchat.inference.text import StreamDecoder, WordFilter
 
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
@@ -135,7 +135,7 @@ def test_a_stream_of_any_ids_joins_to_the_plain_decode(bpe: Tokenizer, ids: list
 
 
 def tokenized(tokenizer: Tokenizer, text: str, seed: int) -> list[int]:
-    """One of the many tokenizations of a text: greedy pieces of random lengths, down to single bytes."""
+    """One of the many tokenizations of a text: greedy pieces of random lengths, down to a byte."""
     generator, data, ids = random.Random(seed), text.encode(), []
     known = {piece: id for id, piece in enumerate(tokenizer.token_bytes) if piece}
     while data:
@@ -453,7 +453,8 @@ def test_training_gives_the_same_bpe_in_another_process(
 ) -> None:
     config = tmp_path / "lm.toml"
     config.write_text(
-        f'[tokenizer]\nfiles = "{text_file}"\nvocab_size = 700\nsample_mb = 0.2\ndir = "{tmp_path}/out"\n'
+        f'[tokenizer]\nfiles = "{text_file}"\ndir = "{tmp_path}/out"\n'
+        "vocab_size = 700\nsample_mb = 0.2\n"
         "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
     )
     command = [sys.executable, "-m", "gptchat", "tokenizer", "--config", str(config)]
@@ -463,3 +464,27 @@ def test_training_gives_the_same_bpe_in_another_process(
         [*command, "tokenizer.files=nowhere.txt"], capture_output=True, text=True
     )
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "nowhere.txt" in wrong.stderr
+
+
+def test_help_says_what_the_command_does_with_an_example(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "Train a tokenizer" in shown and "example:\n  gptchat tokenizer --config" in shown
+
+
+def test_sorted_tokens_follow_the_vocabulary(foreign: Path) -> None:
+    tokenizer = Tokenizer.load(foreign)
+    before = tokenizer.pieces
+    tokenizer.add_missing_specials()
+    for pieces, vocab_size in ((before, 695), (tokenizer.pieces, 700)):
+        assert sorted(pieces.ids) == list(range(vocab_size))
+        assert pieces.pieces == sorted(pieces.pieces)
+        starts = [
+            end - len(piece) - 1 for piece, end in zip(pieces.pieces, pieces.ends, strict=True)
+        ]
+        for piece, id, start in zip(pieces.pieces, pieces.ids, starts, strict=True):
+            assert piece == tokenizer.token_bytes[id]
+            assert pieces.joined[start : start + len(piece)] == piece

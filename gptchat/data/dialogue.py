@@ -1,110 +1,179 @@
-"""THE chat format: turns -> token ids, token types, targets; truncation; TSV rows. Nothing else knows it.
+r"""THE chat format: turns to token ids, token types and targets; truncation; speakers; TSV rows.
 
-A dialogue is a list of turns (speaker, text), the last one the response; speaker 1 is the responder, 0 the other:
+Every other module that touches a dialogue calls this one. A dialogue is a list of turns, oldest
+first; a turn is (speaker, token ids), or (speaker, text) before it is encoded. Speaker 1 is the
+responder, speaker 0 everybody else. In training the last turn is the response, the one before it
+the context, and any turns before those are history:
 
-    earlier [SEP] context [SEP] response [CLS]
+    history [SEP] context [SEP] response [CLS]
 
-Each turn after the first follows a `[SEP]`; a turn and its `[SEP]` have the speaker as token type. The model sees
-everything but the final `[CLS]`, which is a target only: the response ends here. A prompt ends with the type-1 `[SEP]`.
-Too long: the oldest turns go first; then the front of the context, which keeps half of the window if it needs it; then
-the response is cut at its end, and has no `[CLS]`, since it did not end there.
+Layout. Each turn after the first stands behind a `[SEP]`. The token type of a turn and of the
+`[SEP]` before it is its speaker. Targets are the response and `[CLS]` (or, with targets = "all",
+every token after the first). `[CLS]` marks that the response is complete and is never an input.
+A prompt has the same layout and ends with the type-1 `[SEP]` or, to continue a response, with the
+first tokens of that response.
 
-A TSV row holds the turns of one dialogue, oldest first; speakers alternate backwards from the last column, the
-response. Inside a turn a tab is written `\\t`, a line feed `\\n`, a carriage return `\\r`, a backslash `\\\\`; before
-anything else a backslash stands for itself. Empty columns in front are skipped (rows of a table with shorter history).
+Truncation of a training example to `n_ctx` input tokens, in this order:
+1. History turns are dropped whole, oldest first, until the rest fits.
+2. The front of the context is cut, down to `n_ctx // 2` tokens.
+3. The end of the response is cut. Then `[CLS]` is no target: the response did not end there.
+A prompt is truncated by dropping whole turns, oldest first; its last turn is never cut.
+
+Speakers. OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0.
+Turns without roles, as in a TSV row, alternate backwards from the last one: the response is
+speaker 1's, the context speaker 0's, the turn before it speaker 1's, and so on.
+
+TSV rows. A line of UTF-8 holds one dialogue, one turn a column, the response last. Inside a turn
+a tab is written `\t`, a line feed `\n`, a carriage return `\r` and a backslash `\\`. When read, a
+backslash before any other character, or at the end of a column, stands for itself. Empty columns
+at the front of a row are skipped (a table whose rows have histories of different lengths); any
+other empty column is an error. Empty lines, a byte order mark and CRLF line ends are accepted.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from gptchat.console import UserError
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
-SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # OpenAI's roles
-IGNORE = -100  # no target at this position
-_WRITTEN = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}
-_MEANT = {written: character for character, written in _WRITTEN.items()}
+SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI's roles
+IGNORE = -100  # the target of a position that has none
+_ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}  # character -> its escape
+_CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One dialogue as arrays (T,), T <= n_ctx: `targets[i]` is the id that follows `input_ids[i]`, or -100."""
+    """One dialogue as int64 arrays (T,), T <= n_ctx.
+
+    `targets[i]` is the id that follows `input_ids[i]`, or IGNORE.
+    """
 
     input_ids: np.ndarray
     token_type_ids: np.ndarray
     targets: np.ndarray
 
 
-def fit(lengths: Sequence[int], n_ctx: int) -> tuple[int, int, int]:
-    """What is kept of turns of these lengths: (first turn, tokens cut from its front, input tokens T <= n_ctx).
+class Truncation(NamedTuple):
+    """What is kept of a training example that has to fit into `n_ctx` input tokens."""
 
-    Takes no ids, so that batches can be planned from lengths alone. Needs a context and a response.
+    first_turn: int  # index of the oldest turn that is kept
+    skipped: int  # tokens cut from the front of that turn
+    length: int  # input tokens that are left, T <= n_ctx
+
+
+def fit(lengths: Sequence[int], n_ctx: int) -> Truncation:
+    """How turns of `lengths` tokens, two or more, are truncated to `n_ctx` input tokens.
+
+    It takes lengths, not ids, so that batches can be planned without reading any token.
     """
-    *_, context, response = lengths
-    first, total = len(lengths) - 2, context + 1 + response
-    while first and total + 1 + lengths[first - 1] <= n_ctx:
-        first -= 1
-        total += 1 + lengths[first]
-    cut = min(max(total - n_ctx, 0), max(context - n_ctx // 2, 0))
-    return first, cut, min(total - cut, n_ctx)
+    context, response = lengths[-2:]
+    first_turn = len(lengths) - 2
+    length = context + 1 + response  # 1: the [SEP] between them
+    while first_turn > 0:
+        with_earlier_turn = lengths[first_turn - 1] + 1 + length
+        if with_earlier_turn > n_ctx:
+            break
+        first_turn -= 1
+        length = with_earlier_turn
+    excess = max(length - n_ctx, 0)
+    skipped = min(excess, max(context - n_ctx // 2, 0))
+    return Truncation(first_turn, skipped, min(length - skipped, n_ctx))
 
 
-def _joined(turns: Sequence[Turn], sep_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and types of all turns, a `[SEP]` before each."""
-    lengths = np.array([len(ids) + 1 for _, ids in turns])
-    ids = np.concatenate([part for _, turn in turns for part in ([sep_id], turn)]).astype(np.int64)
-    return ids, np.repeat(np.array([speaker for speaker, _ in turns]), lengths)
+def _concatenate(turns: Sequence[Turn], sep_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and token types of all turns, each behind a `[SEP]`: two int64 arrays (T,)."""
+    ids: list[int] = []
+    types: list[int] = []
+    for speaker, turn in turns:
+        ids.append(sep_id)
+        ids.extend(turn)
+        types += [speaker] * (1 + len(turn))
+    return np.array(ids, np.int64), np.array(types, np.int64)
 
 
 def encode_example(
     turns: Sequence[Turn], cls_id: int, sep_id: int, n_ctx: int, targets: str = "response"
 ) -> Example:
-    """A training example of two turns or more. Targets are the response and `[CLS]`, or every token for "all"."""
-    first, cut, length = fit([len(ids) for _, ids in turns], n_ctx)
-    ids, types = _joined(turns[first:], sep_id)
-    ids, types = np.append(ids, cls_id)[1 + cut :], types[1 + cut :]
+    """A training example of two turns or more, truncated to `n_ctx` input tokens.
+
+    With targets = "response" the response and `[CLS]` are targets, with "all" every token after the
+    first.
+    """
+    first_turn, skipped, length = fit([len(ids) for _, ids in turns], n_ctx)
+    ids, types = _concatenate(turns[first_turn:], sep_id)
+    ids = np.append(ids, cls_id)
+    start = 1 + skipped  # the first turn has no [SEP] before it
+    ids, types = ids[start:], types[start:]
     following = ids[1 : length + 1].copy()
     if targets == "response":
-        following[: len(types) - len(turns[-1][1]) - 1] = IGNORE
+        response_start = len(types) - len(turns[-1][1])
+        following[: response_start - 1] = IGNORE
     return Example(ids[:length], types[:length], following)
 
 
 def encode_prompt(
-    turns: Sequence[Turn], beginning: Sequence[int], cls_id: int, sep_id: int, room: int
+    turns: Sequence[Turn], beginning: Sequence[int], cls_id: int, sep_id: int, max_length: int
 ) -> tuple[list[int], list[int]]:
-    """(input_ids, token_type_ids) of the turns so far and the response's first tokens, `room` ids at most.
+    """(input_ids, token_type_ids) from which the model continues the response after `turns`.
 
-    The oldest turns go first. Raises UserError if the last turn and the beginning alone do not fit.
+    `beginning` holds the response's first tokens; there may be none. The oldest turns are dropped
+    until at most `max_length` ids are left. Raises UserError if the last turn and the beginning
+    alone are longer.
     """
-    turns = turns or [(0, [])]
-    first, total = len(turns), len(beginning)
-    while first and (longer := total + len(turns[first - 1][1]) + 1) <= room:
-        first, total = first - 1, longer
-    if first == len(turns):
-        raise UserError(f"prompt: the last turn takes {longer} tokens; wanted {room} at most")
-    ids, types = _joined([*turns[first:], (1, beginning)], sep_id)
-    return ids[1:].tolist(), types[1:].tolist()
+    if not turns:
+        turns = [(0, [])]
+    first_turn = len(turns)
+    length = len(beginning)
+    while first_turn > 0:
+        with_earlier_turn = length + 1 + len(turns[first_turn - 1][1])
+        if with_earlier_turn > max_length:
+            break
+        first_turn -= 1
+        length = with_earlier_turn
+    if first_turn == len(turns):
+        raise UserError(
+            f"prompt: the last turn takes {with_earlier_turn} tokens; wanted {max_length} at most"
+        )
+    ids, types = _concatenate([*turns[first_turn:], (1, beginning)], sep_id)
+    return ids[1:].tolist(), types[1:].tolist()  # the first turn has no [SEP] before it
+
+
+def alternate(texts: Sequence[str], last_speaker: int = 1) -> list[tuple[int, str]]:
+    """(speaker, text) of each turn: the speakers alternate backwards from the last one."""
+    last = len(texts) - 1
+    return [((last_speaker + last - i) % 2, text) for i, text in enumerate(texts)]
 
 
 def escape(text: str) -> str:
     """A turn as it is written in a TSV column."""
-    return re.sub(r"[\t\n\r\\]", lambda match: _WRITTEN[match[0]], text)
+    return re.sub(r"[\t\n\r\\]", lambda match: _ESCAPES[match[0]], text)
 
 
 def unescape(column: str) -> str:
     """The turn that a TSV column stands for; the inverse of `escape`."""
-    return (
-        re.sub(r"\\[tnr\\]", lambda match: _MEANT[match[0]], column) if "\\" in column else column
-    )
+    if "\\" not in column:
+        return column
+    return re.sub(r"\\[tnr\\]", lambda match: _CHARACTERS[match[0]], column)
 
 
-def read_rows(path: str | Path, least: int = 2) -> Iterator[list[str]]:
-    """The turns of every row, `least` or more, unescaped; no empty lines. UserErrors name the line or byte."""
-    offset = 0
+def format_row(turns: Sequence[str]) -> str:
+    """The TSV line of a dialogue, line feed and all; `read_rows` gives the turns back."""
+    return "\t".join(escape(turn) for turn in turns) + "\n"
+
+
+def read_rows(path: str | Path, min_turns: int = 2) -> Iterator[list[str]]:
+    """The turns of every row of a TSV file, unescaped, oldest first.
+
+    Raises UserError naming the line of a row that has an empty column or fewer than `min_turns`
+    turns, or the byte where the file is not UTF-8.
+    """
+    offset = 0  # bytes before this line
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             try:
@@ -114,27 +183,16 @@ def read_rows(path: str | Path, least: int = 2) -> Iterator[list[str]]:
                     f"{path}: byte {offset + error.start}: found invalid UTF-8 in line {number}"
                 ) from None
             offset += len(raw)
-            if not line:
-                continue
-            columns = line.lstrip("\t").split("\t")
-            if len(columns) < least or not all(columns):
-                found = (
-                    "one column"
-                    if len(columns) < least
-                    else f"an empty column {columns.index('') + 1}"
-                )
-                raise UserError(
-                    f"{path}:{number}: found {found}; wanted turns divided by tabs, the response last"
-                )
-            yield [unescape(column) for column in columns]
+            if line:
+                yield _parse_row(line, f"{path}:{number}", min_turns)
 
 
-def alternate(texts: Sequence[str], last_speaker: int = 1) -> list[tuple[int, str]]:
-    """(speaker, text) of each turn: the speakers alternate backwards from the last one."""
-    n = len(texts)
-    return [((last_speaker + n - 1 - i) % 2, text) for i, text in enumerate(texts)]
-
-
-def format_row(turns: Sequence[str]) -> str:
-    """The TSV line of a dialogue's turns; the inverse of what `read_rows` does with a line."""
-    return "\t".join(escape(turn) for turn in turns) + "\n"
+def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
+    columns = line.lstrip("\t").split("\t")
+    if len(columns) < min_turns:
+        problem = "one column"
+    elif "" in columns:
+        problem = f"an empty column {columns.index('') + 1}"
+    else:
+        return [unescape(column) for column in columns]
+    raise UserError(f"{source}: found {problem}; wanted turns divided by tabs, the response last")

@@ -1,4 +1,19 @@
-"""Documents out of files, ids out of text, in parallel."""
+"""Text files to token ids, block by block: read documents, encode them on all cores, in order.
+
+`read_blocks` reads the documents (lm) or dialogues (chatlm) of text files in blocks of about BLOCK
+characters. `ParallelEncoder` encodes blocks in worker processes, each with an `Encoder` of its own,
+and gives the results back in the order of the blocks. shards.py writes them to disk.
+
+Invariants:
+- Memory is flat: a few blocks are under way at once, however large the files.
+- The ids are those that the tokenizer gives for each whole document or turn, whatever the block
+  size. (One exception: a run of white space, or a word, longer than a block may be cut.)
+- A document (lm) is a block between blank lines, a line, or a file, as the config's `document`
+  says, and is followed by [EOS]. Separators between documents, blank lines before a document and
+  line ends at the end of a file are neither encoded nor counted. A document of white space alone
+  is left out.
+- Of a dialogue (chatlm) the ids of its turns are kept, without special tokens.
+"""
 
 import codecs
 import json
@@ -9,8 +24,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from io import IncrementalNewlineDecoder
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,41 +34,31 @@ import numpy as np
 
 from gptchat.config import Config
 from gptchat.console import UserError
-from gptchat.data.dialogue import alternate
+from gptchat.data.dialogue import alternate, read_rows
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
-A = TypeVar("A")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Piece = tuple[str, bool]  # (text of a document, whether the document ends with it)
 
-B = TypeVar("B")
-
-BLOCK = 1 << 20  # characters encoded at once
-
-CACHED = 2_000_000  # characters of words in a cache
-
-SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of GPT-2's pattern, not Python's
-
+BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
+PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
+CACHED = 2_000_000  # characters of words in a worker's cache
+UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
+# What \s matches in GPT-2's pattern; Python's \s is not quite the same.
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# A word with the space before it, or white space: no token of GPT-2's pattern spans two of these.
 WORDS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
-
-SEPARATOR = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}
-
-BLANK_START = re.compile(r"\A(?:\s*\n|\s+\Z)")
-
-
-class Encoded(NamedTuple):
-    """What a block appends to each file; where documents and turns end is counted from the block's beginning."""
-
-    tokens: bytes
-    documents: np.ndarray
-    turns: np.ndarray
-    speakers: bytes
-    n_bytes: int
+SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
+BLANK_START = re.compile(r"\A(?:\s*\n|\s+\Z)")  # blank lines, or white space that is all there is
+UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")  # ends where the last white space begins
 
 
 def in_order(
-    executor: Executor, function: Callable[[A], B], items: Iterable[A], ahead: int
-) -> Iterator[B]:
-    """`map` in an executor with at most `ahead` items under way; results in the items' order."""
-    pending: deque = deque()
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """`map` in an executor, with at most `ahead` items under way; results in the items' order."""
+    pending: deque[Future[Result]] = deque()
     for item in items:
         pending.append(executor.submit(function, item))
         if len(pending) >= ahead:
@@ -61,55 +67,91 @@ def in_order(
         yield pending.popleft().result()
 
 
-def read_documents(path: Path, document: str, size: int) -> Iterator[tuple[str, bool]]:
-    """(text, whether the document ends with it) for all that hold more than white space. One longer than `size` comes
-    in pieces, cut where white space begins, which no byte-level token spans; anywhere if there is none.
+def read_text(path: Path, size: int) -> Iterator[str]:
+    """The text of a UTF-8 file, `size` bytes at a time.
 
-    Raises UserError with file and byte for invalid UTF-8.
+    A byte order mark is left out; each line end is a line feed. Raises UserError with file and byte
+    for invalid UTF-8.
     """
-    separator, decoder = (
-        re.compile(SEPARATOR[document]),
-        codecs.getincrementaldecoder("utf-8-sig")(),
-    )
-    lines, rest, inside, data = IncrementalNewlineDecoder(decoder, translate=True), "", False, b" "
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = IncrementalNewlineDecoder(utf8, translate=True)
+    is_last = False
     with open(path, "rb") as file:
-        while data:
+        while not is_last:
             data = file.read(size)
+            is_last = not data
             try:
-                *texts, rest = separator.split(rest + lines.decode(data, not data))
+                text = decoder.decode(data, is_last)
             except UnicodeDecodeError as error:
-                at = file.tell() - len(error.object) + error.start
+                position = file.tell() - len(error.object) + error.start
                 raise UserError(
-                    f"{path}: byte {at}: found invalid UTF-8 ({error.reason})"
+                    f"{path}: byte {position}: found invalid UTF-8 ({error.reason})"
                 ) from None
-            for text in texts if data else [*texts, rest.rstrip("\n")]:
-                if inside or (text := BLANK_START.sub("", text)):
-                    yield text, True
-                inside = False
-            if len(rest) >= size:
-                rest = rest if inside else BLANK_START.sub("", rest)
-                cut = re.match(r"(?s:.*)\S(?=\s)", rest)
-                piece = rest[: cut.end() if cut else None]
-                if data and piece:
-                    yield piece, False
-                    rest, inside = rest[len(piece) :], True
+            yield text
 
 
-def in_blocks(items: Iterable[A], length: Callable[[A], int]) -> Iterator[list[A]]:
-    """Lists of items with BLOCK characters or a little more."""
-    block, n = [], 0
+def read_documents(path: Path, document: str, size: int) -> Iterator[Piece]:
+    """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
+
+    A document longer than `size` comes in several pieces, cut where white space begins, which no
+    byte-level token spans; anywhere if it has no white space. Raises UserError with file and byte
+    for invalid UTF-8.
+    """
+    at_start = True  # whether the next piece begins a document
+    for text, ends in _cut(read_text(path, size), re.compile(SEPARATORS[document]), size):
+        if at_start:
+            text = BLANK_START.sub("", text)
+            if not text:
+                continue
+        yield text, ends
+        at_start = ends
+
+
+def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterator[Piece]:
+    """The joined texts, cut at separators, and inside a document where `size` characters wait."""
+    rest = ""  # what follows the last separator
+    for text in texts:
+        if len(rest) >= size:
+            match = UP_TO_LAST_WORD.match(rest)
+            end = match.end() if match else len(rest)
+            yield rest[:end], False
+            rest = rest[end:]
+        *complete, rest = separator.split(rest + text)
+        for document in complete:
+            yield document, True
+    yield rest.rstrip("\n"), True
+
+
+def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Lists of items with BLOCK characters or a little more; `length` counts those of an item."""
+    block: list[Item] = []
+    n_characters = 0
     for item in items:
         block.append(item)
-        n += length(item)
-        if n >= BLOCK:
+        n_characters += length(item)
+        if n_characters >= BLOCK:
             yield block
-            block, n = [], 0
+            block = []
+            n_characters = 0
     if block:
         yield block
 
 
+def read_blocks(paths: Sequence[Path], config: Config) -> Iterator[list[Any]]:
+    """Blocks of all documents, as Pieces (lm), or of all dialogues, as lists of turns (chatlm)."""
+    if config.task == "chatlm":
+        rows = chain.from_iterable(read_rows(path) for path in paths)
+        return in_blocks(rows, lambda row: sum(map(len, row)))
+    document = config.data.document
+    pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
+    return in_blocks(pieces, lambda piece: len(piece[0]))
+
+
 def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether no token spans the beginning of white space: byte-level with GPT-2's pattern, and nothing before it."""
+    """Whether no token spans the beginning of white space.
+
+    It holds for a byte-level tokenizer that splits by GPT-2's pattern and does nothing before.
+    """
     settings = json.loads(tokenizer.backend.to_str())
     step = settings["pre_tokenizer"] or {"type": None}
     return (
@@ -122,90 +164,158 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 65535 else "<u4")
+    """The type of ids on disk, little-endian: 16 bits if the vocabulary allows it, else 32."""
+    if tokenizer.vocab_size <= UINT16_ENTRIES:
+        return np.dtype("<u2")
+    return np.dtype("<u4")
+
+
+class Encoded(NamedTuple):
+    """What one block adds to the shards. Ends are counted from the beginning of the block."""
+
+    tokens: bytes  # ids in `token_dtype`
+    documents: np.ndarray  # where each document ends: in tokens (lm) or in turns (chatlm)
+    turns: np.ndarray  # where each turn ends, in tokens; empty for lm
+    speakers: bytes  # each turn's speaker; empty for lm
+    n_bytes: int  # UTF-8 bytes of text
 
 
 class Encoder:
-    """Blocks -> ids. Where the tokenizer splits at white space, each distinct word is encoded once and then looked up:
-    equal to encoding the whole text, and several times as fast."""
+    """Blocks to ids.
+
+    If the tokenizer splits at white space, each distinct word is encoded once and then looked up.
+    The ids equal those of the whole text, and it is several times as fast.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.dtype, self.by_words = (
-            tokenizer,
-            token_dtype(tokenizer),
-            splits_at_spaces(tokenizer),
-        )
-        self.words: dict[str, bytes] = {}
-        self.n_cached = 0
+        self.tokenizer = tokenizer
+        self.dtype = token_dtype(tokenizer)
+        self.by_words = splits_at_spaces(tokenizer)
+        self.words: dict[str, bytes] = {}  # the cache: word -> ids
+        self.n_cached = 0  # characters in it
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Each text's ids, as bytes of the shards' dtype."""
+        """Each text's ids, as bytes of `dtype`."""
         if not self.by_words:
             return self._encode_each(texts)
         split = [WORDS.findall(text) for text in texts]
-        missing = list(set().union(*split) - self.words.keys())
-        if 2 * len(missing) > sum(map(len, split)) > 10_000:  # hardly a word twice: numbers, say
+        n_words = sum(map(len, split))
+        new_words = list(set().union(*split) - self.words.keys())
+        if n_words > 10_000 and 2 * len(new_words) > n_words:  # words hardly repeat: numbers, say
             return self._encode_each(texts)
-        self.words.update(zip(missing, self._encode_each(missing), strict=True))
+        self.words.update(zip(new_words, self._encode_each(new_words), strict=True))
         encoded = [b"".join(map(self.words.__getitem__, words)) for words in split]
-        self.n_cached += sum(map(len, missing))
+        self.n_cached += sum(map(len, new_words))
         if self.n_cached > CACHED:
-            self.words, self.n_cached = {}, 0
+            self.words = {}
+            self.n_cached = 0
         return encoded
 
     def _encode_each(self, texts: Sequence[str]) -> list[bytes]:
         return [np.array(ids, self.dtype).tobytes() for ids in self.tokenizer.encode_batch(texts)]
 
-    def documents(self, block: list[tuple[str, bool]]) -> Encoded:
-        """Pieces of text, an [EOS] behind each that ends a document."""
-        texts, ended = zip(*block, strict=True)
-        eos = self.dtype.type(self.tokenizer.eos_id).tobytes()
-        ids = [data + eos * ends for data, ends in zip(self.encode(texts), ended, strict=True)]
-        ends = self._ends(ids)[np.array(ended)]
-        return Encoded(b"".join(ids), ends, ends[:0], b"", len("".join(texts).encode()))
-
-    def rows(self, block: list[list[str]]) -> Encoded:
-        """The turns of dialogues. Rows that tell a longer and longer history repeat turns: each is encoded once."""
-        dialogues = [alternate(row) for row in block]
-        speakers, texts = zip(*(turn for dialogue in dialogues for turn in dialogue), strict=True)
-        distinct = list(dict.fromkeys(texts))
-        encoded = dict(zip(distinct, self.encode(distinct), strict=True))
-        ids = [encoded[text] for text in texts]
-        documents = np.cumsum([len(dialogue) for dialogue in dialogues])
+    def encode_documents(self, block: Sequence[Piece]) -> Encoded:
+        """The ids of documents, an [EOS] behind each."""
+        texts = [text for text, _ in block]
+        is_end = np.array([ends for _, ends in block])
+        eos = np.array(self.tokenizer.eos_id, self.dtype).tobytes()
+        ids = self.encode(texts)
+        for i in np.flatnonzero(is_end).tolist():
+            ids[i] += eos
         return Encoded(
-            b"".join(ids), documents, self._ends(ids), bytes(speakers), len("".join(texts).encode())
+            tokens=b"".join(ids),
+            documents=self._ends(ids)[is_end],
+            turns=np.array([], np.int64),
+            speakers=b"",
+            n_bytes=_utf8_length(texts),
+        )
+
+    def encode_dialogues(self, block: Sequence[list[str]]) -> Encoded:
+        """The ids of the turns of dialogues.
+
+        Rows that hold a longer and longer history repeat turns, so each text is encoded once.
+        """
+        speakers = bytearray()
+        texts: list[str] = []
+        for row in block:
+            for speaker, text in alternate(row):
+                speakers.append(speaker)
+                texts.append(text)
+        distinct = list(dict.fromkeys(texts))
+        ids_of = dict(zip(distinct, self.encode(distinct), strict=True))
+        ids = [ids_of[text] for text in texts]
+        return Encoded(
+            tokens=b"".join(ids),
+            documents=np.cumsum([len(row) for row in block]),
+            turns=self._ends(ids),
+            speakers=bytes(speakers),
+            n_bytes=_utf8_length(texts),
         )
 
     def _ends(self, ids: Sequence[bytes]) -> np.ndarray:
+        """Where each text's ids end, in tokens."""
         return np.cumsum([len(data) // self.dtype.itemsize for data in ids])
 
 
-_encoder: Encoder  # of this process
+def _utf8_length(texts: Sequence[str]) -> int:
+    return len("".join(texts).encode())
+
+
+class ParallelEncoder:
+    """Encodes blocks of `read_blocks` on all cores. Use it as a context manager.
+
+    It owns one worker process per core or, for less than PARALLEL_BYTES of text, a thread of this
+    process. Each worker loads the config's tokenizer once, when it starts.
+    """
+
+    def __init__(self, config: Config, n_bytes: int):
+        self.executor: Executor
+        if n_bytes < PARALLEL_BYTES:
+            self.executor = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(config,))
+        else:
+            self.executor = ProcessPoolExecutor(
+                os.cpu_count(),
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(config,),
+            )
+
+    def encode(self, blocks: Iterable[list[Any]]) -> Iterator[Encoded]:
+        """The encoded blocks, in order; two blocks per core are under way at once."""
+        return in_order(self.executor, _encode_in_worker, blocks, ahead=2 * (os.cpu_count() or 1))
+
+    def __enter__(self) -> "ParallelEncoder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.executor.shutdown()
+
+
+# The state of the worker that reads it, a process or a thread: `_start_worker` sets the attribute
+# `encode`, the function that encodes a block.
+_worker = threading.local()
 
 
 def _start_worker(config: Config) -> None:
-    """Ctrl-C is the parent's to handle; a worker ends with its parent, even with a killed one."""
-    global _encoder
-    if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Runs once in each worker before its first block."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
         threading.Thread(target=_end_with_parent, daemon=True).start()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(tokenizer_for(config))
+    encoder = Encoder(tokenizer_for(config))
+    if config.task == "chatlm":
+        _worker.encode = encoder.encode_dialogues
+    else:
+        _worker.encode = encoder.encode_documents
+
+
+def _encode_in_worker(block: list[Any]) -> Encoded:
+    return _worker.encode(block)
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    """End this process when its parent ends, even if the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
-
-
-def _encode(block: list[Any]) -> Encoded:
-    return _encoder.documents(block) if isinstance(block[0], tuple) else _encoder.rows(block)
-
-
-def _executor(config: Config, n_bytes: int) -> Executor:
-    """Processes, or for little text a thread, which starts at once."""
-    if n_bytes < 4 * BLOCK:
-        return ThreadPoolExecutor(1, initializer=_start_worker, initargs=(config,))
-    return ProcessPoolExecutor(
-        os.cpu_count(), multiprocessing.get_context("spawn"), _start_worker, (config,)
-    )

@@ -1,97 +1,97 @@
-"""Text -> token ids on disk, encoded once on all cores, then opened memory-mapped.
+"""Text to token ids on disk: `gptchat shards --config FILE [section.key=value ...]`.
 
-    gptchat shards --config configs/lm.toml [section.key=value ...]
+The text of each split (train, valid, test) is encoded once, on all cores, and then opened
+memory-mapped. A folder of shards holds these files of each split, all numbers little-endian:
 
-For each split (train, valid, test) a folder of shards holds, all numbers little-endian:
-
-    SPLIT-NNNNN.bin       token ids, uint16, or uint32 past 65,535 vocabulary entries; every file but the last has
-                          SHARD_TOKENS of them, so a document may go on in the next file
-    SPLIT-documents.bin   int64: 0, then where each document ends: a number of tokens (lm) or of turns (chatlm)
-    SPLIT-turns.bin       int64: 0, then where each turn ends, a number of tokens (chatlm)
+    SPLIT-NNNNN.bin       token ids, uint16, or uint32 past 65,535 vocabulary entries; every file
+                          but the last holds SHARD_TOKENS, so a document may go on in the next
+    SPLIT-documents.bin   int64: 0, then where each document ends, in tokens (lm) or turns (chatlm)
+    SPLIT-turns.bin       int64: 0, then where each turn ends, in tokens (chatlm)
     SPLIT-speakers.bin    uint8: each turn's speaker (chatlm)
 
-and `meta.json`: format, tokenizer's hash, counts, bytes of text, source files. All are written under temporary names;
-`meta.json` is taken away before the first is renamed and comes back last. Memory stays flat: text is read, encoded and
-written in blocks, of which a few are under way at once.
+and `meta.json`: format version, task, the tokenizer's hash, dtype, counts, source files.
 
-lm: each document is followed by [EOS]; what separates documents (line ends, blank lines) belongs to none, is no text.
-chatlm: the ids of the turns only; special tokens, types and truncation are made by dialogue.py at batch time.
+Invariants:
+- lm: each document is followed by [EOS]. Separators between documents (line ends, blank lines) are
+  neither stored nor counted.
+- chatlm: only the ids of the turns are stored. Special tokens, token types and truncation are
+  added by dialogue.py when a batch is made, so shards do not depend on the context length.
+- Boundaries are stored, never inferred from a token.
+- Writing is all or nothing: files are written under temporary names; then `meta.json` is removed
+  first and comes back last. What stands beside a `meta.json` belongs to it.
+- Shards are opened only if they fit: made by this tokenizer and in this format, from these source
+  files, with every file of the size that the counts give.
+- Memory is flat: text is read, encoded and written in blocks.
 """
 
-import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from glob import glob
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from gptchat.config import Config, load_config
-from gptchat.console import Progress, UserError
-from gptchat.data.dialogue import Turn, read_rows
-from gptchat.data.encoding import (
-    BLOCK,
-    Encoded,
-    _encode,
-    _executor,
-    in_blocks,
-    in_order,
-    read_documents,
-    token_dtype,
-)
+from gptchat.console import CommandParser, Progress, UserError
+from gptchat.data.dialogue import Turn
+from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand
 
 FORMAT = 1
 SPLITS = ("train", "valid", "test")
-AGAIN = "run `gptchat shards --config FILE` with this run's config"
-SHARD_TOKENS = 1 << 28
+SHARD_TOKENS = 1 << 28  # ids in a file
+REMEDY = "run `gptchat shards --config FILE` with this run's config"
 
 
 class Writer:
-    """The files of one split, under temporary names."""
+    """Writes the files of one split under temporary names, and counts what it writes."""
 
     def __init__(self, prefix: str, dtype: np.dtype):
-        self.prefix, self.itemsize = prefix, dtype.itemsize
+        self.prefix = prefix  # FOLDER/SPLIT-
+        self.itemsize = dtype.itemsize
         self.files: dict[str, BinaryIO] = {}
-        self.counts = dict.fromkeys(("tokens", "documents", "turns", "bytes"), 0)
-
-    def write(self, name: str, data: bytes | memoryview) -> None:
-        if name not in self.files:
-            self.files[name] = open(f"{self.prefix}{name}.bin.tmp", "wb")
-        self.files[name].write(data)
+        self.counts = {"tokens": 0, "documents": 0, "turns": 0, "bytes": 0}
 
     def append(self, block: Encoded) -> None:
         """Write what a block adds."""
         counts = self.counts
-        self.write_ends(
-            "documents", block.documents + counts["turns" if block.speakers else "tokens"]
-        )
         if block.speakers:
-            self.write_ends("turns", block.turns + counts["tokens"])
-            self.write("speakers", block.speakers)
-        data = memoryview(block.tokens)
-        while data:
-            number, used = divmod(counts["tokens"], SHARD_TOKENS)
-            part = data[: (SHARD_TOKENS - used) * self.itemsize]
-            self.write(f"{number:05d}", part)
-            counts["tokens"] += len(part) // self.itemsize
-            data = data[len(part) :]
-        for key, n in (
-            ("documents", len(block.documents)),
-            ("turns", len(block.turns)),
-            ("bytes", block.n_bytes),
-        ):
-            counts[key] += n
+            self._write_ends("documents", block.documents + counts["turns"])
+            self._write_ends("turns", block.turns + counts["tokens"])
+            self._write("speakers", block.speakers)
+        else:
+            self._write_ends("documents", block.documents + counts["tokens"])
+        self._write_tokens(block.tokens)
+        counts["documents"] += len(block.documents)
+        counts["turns"] += len(block.turns)
+        counts["bytes"] += block.n_bytes
 
-    def write_ends(self, name: str, ends: np.ndarray) -> None:
+    def _write_tokens(self, tokens: bytes) -> None:
+        """Write ids into the current file of tokens, and on into new ones when it is full."""
+        data = memoryview(tokens)
+        while data:
+            number, used = divmod(self.counts["tokens"], SHARD_TOKENS)
+            part = data[: (SHARD_TOKENS - used) * self.itemsize]
+            self._write(f"{number:05d}", part)
+            self.counts["tokens"] += len(part) // self.itemsize
+            data = data[len(part) :]
+
+    def _write_ends(self, name: str, ends: np.ndarray) -> None:
         if name not in self.files:
-            self.write(name, bytes(8))
-        self.write(name, ends.astype("<i8").tobytes())
+            self._write(name, bytes(8))  # the 0 in front
+        self._write(name, ends.astype("<i8").tobytes())
+
+    def _write(self, name: str, data: bytes | memoryview) -> None:
+        if name not in self.files:
+            self.files[name] = open(f"{self.prefix}{name}.bin.tmp", "wb")
+        self.files[name].write(data)
 
     def finish(self) -> None:
+        """Sync and close the files."""
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -99,7 +99,7 @@ class Writer:
 
 
 def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What shards must have in common with the run that reads them."""
+    """The entries of `meta.json` that shards must share with the run that opens them."""
     return {
         "format": FORMAT,
         "task": config.task,
@@ -110,33 +110,34 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write(config: Config) -> dict[str, Any]:
-    """Encode the config's splits into its folder of shards; returns what is in `meta.json`.
+    """Encode the config's splits into its folder of shards; returns the content of `meta.json`.
 
-    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) no rows of dialogues.
+    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a row
+    that is no dialogue, and where the folder cannot be written. The old shards then stay.
     """
-    folder, tokenizer = config.shards_dir, tokenizer_for(config)
+    folder = config.shards_dir
+    tokenizer = tokenizer_for(config)
     meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS, "splits": {}}
-    named = {split: getattr(config.data, split) for split in SPLITS if getattr(config.data, split)}
-    paths = {split: expand(patterns, f"[data] {split}") for split, patterns in named.items()}
-    total = sum(path.stat().st_size for found in paths.values() for path in found)
+    sources: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        patterns = getattr(config.data, split)
+        if patterns:
+            sources[split] = expand(patterns, f"[data] {split}")
+    total = sum(sum(_sizes(paths).values()) for paths in sources.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _executor(config, total) as executor, Progress(total, "shards", "B") as bar:
-            for split, found in paths.items():
+        with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
+            for split, paths in sources.items():
                 writer = Writer(f"{folder}/{split}-", token_dtype(tokenizer))
-                for encoded in in_order(
-                    executor, _encode, _blocks(found, config), 2 * (os.cpu_count() or 1)
-                ):
-                    writer.append(encoded)
-                    bar.update(encoded.n_bytes + max(len(encoded.documents), len(encoded.turns)))
+                for block in encoder.encode(read_blocks(paths, config)):
+                    writer.append(block)
+                    n_separators = max(len(block.documents), len(block.turns))  # a byte each
+                    bar.update(block.n_bytes + n_separators)
                 writer.finish()
-                if not writer.counts["documents"]:
-                    raise UserError(
-                        f"{', '.join(named[split])}: found no text; wanted some for [data] {split}"
-                    )
-                meta["splits"][split] = writer.counts | {
-                    "sources": {str(path): path.stat().st_size for path in found}
-                }
+                if writer.counts["documents"] == 0:
+                    patterns = ", ".join(getattr(config.data, split))
+                    raise UserError(f"{patterns}: found no text; wanted some for [data] {split}")
+                meta["splits"][split] = writer.counts | {"sources": _sizes(paths)}
         _publish(folder, meta)
     except OSError as error:
         raise UserError(
@@ -148,19 +149,13 @@ def write(config: Config) -> dict[str, Any]:
     return meta
 
 
-def _blocks(paths: Iterable[Path], config: Config) -> Iterator[list[Any]]:
-    if config.task == "chatlm":
-        return in_blocks(
-            (row for path in paths for row in read_rows(path)), lambda row: sum(map(len, row))
-        )
-    pieces = (
-        piece for path in paths for piece in read_documents(path, config.data.document, BLOCK)
-    )
-    return in_blocks(pieces, lambda piece: len(piece[0]))
+def _sizes(paths: Sequence[Path]) -> dict[str, int]:
+    """The size of each file, in bytes."""
+    return {str(path): path.stat().st_size for path in paths}
 
 
 def _publish(folder: Path, meta: dict[str, Any]) -> None:
-    """Replace the old files by the new ones."""
+    """Replace the old files by the new ones: `meta.json` is removed first and comes back last."""
     (folder / "meta.json").unlink(missing_ok=True)
     for split in SPLITS:
         for path in folder.glob(f"{split}-*.bin"):
@@ -172,102 +167,110 @@ def _publish(folder: Path, meta: dict[str, Any]) -> None:
 
 
 class Shards:
-    """One split, memory-mapped: `n_tokens` ids in one stream, `n_bytes` of text, `documents` documents. Document i goes
-    from `starts[i]` to `starts[i + 1]`; so do turns, by `turns`."""
+    """One split, memory-mapped.
+
+    `n_tokens` ids form one stream, in `documents` documents, made of `n_bytes` of text. Document i
+    goes from `starts[i]` to `starts[i + 1]`: in tokens (lm) or in turns (chatlm). Turn j goes from
+    token `turns[j]` to `turns[j + 1]`, and `speakers[j]` is its speaker (both empty for lm).
+    """
 
     def __init__(self, folder: Path, split: str, meta: dict[str, Any]):
+        self.task = meta["task"]
+        self.shard_tokens = meta["shard_tokens"]
         counts = meta["splits"][split]
-        self.task, self.shard_tokens = meta["task"], meta["shard_tokens"]
-        self.n_tokens, self.n_bytes, self.documents = (
-            counts["tokens"],
-            counts["bytes"],
-            counts["documents"],
-        )
-        prefix, turns = f"{folder}/{split}-", counts["turns"]
-        self.files = [
-            _open(
-                f"{prefix}{i:05d}.bin", meta["dtype"], min(self.shard_tokens, self.n_tokens - start)
-            )
-            for i, start in enumerate(range(0, self.n_tokens, self.shard_tokens))
-        ]
-        self.starts = _open(f"{prefix}documents.bin", "<i8", self.documents + 1)
-        self.turns = _open(f"{prefix}turns.bin", "<i8", turns + 1) if turns else self.starts[:0]
-        self.speakers = _open(f"{prefix}speakers.bin", "u1", turns) if turns else self.starts[:0]
+        self.n_tokens = counts["tokens"]
+        self.n_bytes = counts["bytes"]
+        self.documents = counts["documents"]
+        prefix = f"{folder}/{split}-"
+        self.files = []
+        for number, start in enumerate(range(0, self.n_tokens, self.shard_tokens)):
+            length = min(self.shard_tokens, self.n_tokens - start)
+            self.files.append(_open_array(f"{prefix}{number:05d}.bin", meta["dtype"], length))
+        self.starts = _open_array(f"{prefix}documents.bin", "<i8", self.documents + 1)
+        self.turns = np.array([], np.int64)
+        self.speakers = np.array([], np.uint8)
+        if counts["turns"] > 0:
+            self.turns = _open_array(f"{prefix}turns.bin", "<i8", counts["turns"] + 1)
+            self.speakers = _open_array(f"{prefix}speakers.bin", "u1", counts["turns"])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids start..stop-1 of the stream."""
-        first, offset = divmod(start, self.shard_tokens)
-        parts = self.files[first : -(-stop // self.shard_tokens)]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[
-            offset : offset + stop - start
-        ]
+        """The ids start..stop-1 of the stream, (stop - start,)."""
+        first_file, offset = divmod(start, self.shard_tokens)
+        last_file = (stop - 1) // self.shard_tokens
+        if first_file == last_file:
+            ids = self.files[first_file]
+        else:
+            ids = np.concatenate(self.files[first_file : last_file + 1])
+        return ids[offset : offset + stop - start]
 
     def dialogue(self, number: int) -> list[Turn]:
-        """The turns of a dialogue."""
+        """The turns of a dialogue, oldest first."""
         first, last = self.starts[number : number + 2].tolist()
-        bounds = self.turns[first : last + 1].tolist()
-        ids = self.tokens(bounds[0], bounds[-1]).tolist()
-        return [
-            (speaker, ids[start - bounds[0] : stop - bounds[0]])
-            for speaker, start, stop in zip(
-                self.speakers[first:last].tolist(), bounds, bounds[1:], strict=False
-            )
-        ]
+        bounds = self.turns[first : last + 1]
+        ids = self.tokens(int(bounds[0]), int(bounds[-1])).tolist()
+        offsets = (bounds - bounds[0]).tolist()  # of the turns in `ids`
+        speakers = self.speakers[first:last].tolist()
+        turns: list[Turn] = []
+        for speaker, (begin, end) in zip(speakers, pairwise(offsets), strict=True):
+            turns.append((speaker, ids[begin:end]))
+        return turns
 
 
-def _open(path: str, dtype: str, n: int) -> np.ndarray:
-    found, wanted = (
-        os.path.getsize(path) if os.path.exists(path) else 0,
-        n * np.dtype(dtype).itemsize,
-    )
-    if found != wanted:
-        raise UserError(f"{path}: found {found:,} bytes; wanted {wanted:,}; {AGAIN}")
+def _open_array(path: str, dtype: str, length: int) -> np.ndarray:
+    """A file as a memory-mapped array. Raises UserError if it is missing or has another size."""
+    expected = length * np.dtype(dtype).itemsize
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    if size != expected:
+        raise UserError(f"{path}: found {size:,} bytes; wanted {expected:,}; {REMEDY}")
     return np.asarray(np.memmap(path, dtype, "r"))
 
 
 def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
-    """The shards of a split. Raises UserError, naming the file, if they are missing, incomplete or made from something
-    else: another tokenizer or format, other source files or changed ones (where those are still there)."""
-    path, patterns = config.shards_dir / "meta.json", getattr(config.data, split)
+    """The shards of a split.
+
+    Raises UserError, naming the file, if they are missing, incomplete or made from something else:
+    another tokenizer or format, other source files, or source files that have changed since. Shards
+    whose source files are all gone are opened.
+    """
+    path = config.shards_dir / "meta.json"
+    patterns = getattr(config.data, split)
     if not patterns:
         raise UserError(f"[data] {split}: found no files named; wanted some")
     try:
         meta = json.loads(path.read_text())
-        different = {
-            key: wanted
-            for key, wanted in header(config, tokenizer).items()
-            if meta.get(key) != wanted
-        }
         sources = meta["splits"].get(split, {}).get("sources")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: found no readable meta.json ({error}); {AGAIN}") from None
-    for key, wanted in different.items():
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: found no readable meta.json ({error}); {REMEDY}") from None
+    for key, expected in header(config, tokenizer).items():
+        if meta.get(key) != expected:
+            raise UserError(
+                f"{path}: found shards of {key} {meta.get(key)!r}; wanted {expected!r}; {REMEDY}"
+            )
+    present: dict[str, int] = {}  # source file -> bytes
+    for pattern in patterns:
+        for name in glob(pattern, recursive=True):
+            if os.path.isfile(name):
+                present[str(Path(name))] = os.path.getsize(name)
+    if not sources or (present and present != sources):
         raise UserError(
-            f"{path}: found shards of {key} {meta.get(key)!r}; wanted {wanted!r}; {AGAIN}"
-        )
-    now = {
-        str(Path(name)): os.path.getsize(name)
-        for pattern in patterns
-        for name in glob(pattern, recursive=True)
-        if os.path.isfile(name)
-    }
-    if not sources or (now and now != sources):
-        raise UserError(
-            f"{path}: found shards of other or changed files for {split}, {', '.join(patterns)}; {AGAIN}"
+            f"{path}: found shards of other or changed files for {split}, {', '.join(patterns)}; "
+            f"{REMEDY}"
         )
     return Shards(config.shards_dir, split, meta)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="gptchat shards", description="Encode a config's data into shards."
+    parser = CommandParser(
+        "shards",
+        "Encode the files of a config's [data] section into token ids on disk.",
+        "gptchat shards --config configs/lm.toml data.shards=out/shards/try",
     )
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     for split, counts in write(config)["splits"].items():
         print(
-            f"{config.shards_dir}: {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-            f"{counts['bytes']:,} bytes of text"
+            f"{config.shards_dir}: {split}: {counts['documents']:,} documents, "
+            f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
         )

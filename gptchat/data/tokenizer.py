@@ -1,106 +1,136 @@
-"""Train and load a tokenizer; streaming decode; forbidden words.
+"""Train, load and save tokenizers: `gptchat tokenizer --config FILE [section.key=value ...]`.
 
-    gptchat tokenizer --config configs/lm.toml [section.key=value ...]
+There are two kinds: byte-level BPE (Radford et al. 2019) and Unigram (Kudo 2018), both trained by
+the `tokenizers` library. Both work on the bytes of UTF-8, so that no text is unknown. A byte-level
+vocabulary made elsewhere, such as GPT-2's, loads as it is; the special tokens that it lacks can be
+appended.
 
-Two kinds, both on the bytes of UTF-8, so that nothing is unknown and decoding gives the text back: byte-level BPE
-(Radford et al. 2019) and Unigram (Kudo 2018), on the `tokenizers` library. A directory holds `tokenizer.json`, and
-`tokenizer_config.json` for transformers' AutoTokenizer. A foreign byte-level vocabulary such as GPT-2's loads as it is.
-A user's text is text: `encode_special_tokens` is set at every load, so "[SEP]" typed by someone is just letters. (The
-library does not save that setting: in transformers such text does become the special token.)
+A tokenizer's directory is one that transformers' AutoTokenizer loads: `tokenizer.json` and
+`tokenizer_config.json`. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
+
+Invariants:
+- Decoding gives back every text, to the last byte. A tokenizer that does not is refused at load.
+- Text never becomes a special token: "[SEP]" typed by a user is encoded as letters. The library's
+  setting for this, `encode_special_tokens`, is not saved in `tokenizer.json`; it is set at every
+  load. (In transformers such text does become the special token.)
+- Equal hashes mean equal ids for every text.
 """
 
-import argparse
 import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptchat.config import Config, TokenizerConfig, load_config
-from gptchat.console import Progress, UserError
+from gptchat.console import CommandParser, Progress, UserError
 from gptchat.files import atomic_write, expand
 
-SPECIAL = (
-    "[PAD]",
-    "[UNK]",
-    "[BOS]",
-    "[EOS]",
-    "[CLS]",
-    "[SEP]",
-)  # ids 0..5 in a tokenizer trained here
+SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
 PIECE = 1 << 16  # bytes of text read at once for training
-PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "  # must come back
-_SAME = [
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-]  # bytes that a vocabulary writes as that character
-_OTHER = sorted(
-    set(range(256)) - set(_SAME)
-)  # the others are written from U+0100 on, as in GPT-2's encoder.py
-BYTE_OF = {chr(byte): byte for byte in _SAME} | {
-    chr(256 + n): byte for n, byte in enumerate(_OTHER)
-}
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a UTF-8 character, after its first byte
+# A tokenizer must give this text back: it has characters of 1 to 4 bytes, a combining accent,
+# control characters, runs of white space and text that looks like special tokens.
+PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in a byte-level vocabulary -> the bytes.
+
+    Bytes that are printable in Latin-1 stand as that character, the others from U+0100 on, in
+    order (`bytes_to_unicode` of GPT-2's encoder.py).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(printable))
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet |= {chr(256 + n): byte for n, byte in enumerate(others)}
+    return alphabet
+
+
+BYTE_OF = _byte_alphabet()
+
+
+class SortedTokens(NamedTuple):
+    """All tokens of a vocabulary, sorted by their bytes, for searches in them."""
+
+    pieces: list[bytes]  # the tokens' bytes, in order
+    ids: list[int]  # their ids, in the same order
+    joined: bytes  # the pieces, divided by the byte 0xff, which UTF-8 never has
+    ends: list[int]  # where each piece ends in `joined`, its divider included
 
 
 class Tokenizer:
-    """A byte-level tokenizer and the ids of its special tokens, `pad_id` ... `sep_id`; -1 is one that it lacks."""
+    """A byte-level tokenizer and the ids of its special tokens, -1 for one that it lacks.
+
+    `token_bytes[id]` holds the bytes of a token, none for special tokens. The ids are
+    `special_ids["[PAD]"]` and so on, and `pad_id`, `unk_id`, `bos_id`, `eos_id`, `cls_id` and
+    `sep_id`. Raises UserError for a tokenizer that does not give every text back.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
-        self.backend, self.source = backend, source
+        self.backend = backend
+        self.source = source  # where it came from, for messages
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
         self._read_vocabulary()
-        if (
-            not BYTE_OF.keys() <= backend.get_vocab().keys()
-            or self.decode(self.encode(PROBE)) != PROBE
-        ):
+        has_all_bytes = BYTE_OF.keys() <= backend.get_vocab().keys()
+        if not has_all_bytes or self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(
-                f"{source}: does not give every text back; wanted byte-level BPE, as GPT-2's, or Unigram"
+                f"{source}: does not give every text back; wanted byte-level BPE, as GPT-2's, "
+                "or Unigram"
             )
 
     def _read_vocabulary(self) -> None:
+        """Set everything that follows from the library's vocabulary."""
+        special: dict[str, int] = {}
+        for id, token in self.backend.get_added_tokens_decoder().items():
+            if token.special:
+                special[token.content] = id
         vocabulary = self.backend.get_vocab()
-        special = {
-            token.content: id
-            for id, token in self.backend.get_added_tokens_decoder().items()
-            if token.special
-        }
         self.vocab_size = max(vocabulary.values()) + 1
-        self.token_bytes = [b""] * self.vocab_size  # id -> bytes; none for special tokens
-        for piece, id in vocabulary.items():
-            self.token_bytes[id] = b"" if piece in special else _piece_bytes(piece)
+        self.token_bytes = [b""] * self.vocab_size
+        for entry, id in vocabulary.items():
+            if entry not in special:
+                self.token_bytes[id] = _entry_bytes(entry)
+        self._pieces: SortedTokens | None = None  # made on first use
         self.special_ids = {name: special.get(name, -1) for name in SPECIAL}
         if self.special_ids["[EOS]"] < 0:
             self.special_ids["[EOS]"] = special.get(END_OF_TEXT, -1)
-        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.cls_id, self.sep_id = (
-            self.special_ids.values()
-        )
+        self.pad_id = self.special_ids["[PAD]"]
+        self.unk_id = self.special_ids["[UNK]"]
+        self.bos_id = self.special_ids["[BOS]"]
+        self.eos_id = self.special_ids["[EOS]"]
+        self.cls_id = self.special_ids["[CLS]"]
+        self.sep_id = self.special_ids["[SEP]"]
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`. Raises UserError for any other kind."""
-        path, merges = Path(directory) / "tokenizer.json", Path(directory) / "merges.txt"
+        """Read `tokenizer.json`, or else GPT-2's `vocab.json` and `merges.txt`.
+
+        Raises UserError if there is neither, or for a tokenizer that is not byte-level.
+        """
+        path = Path(directory) / "tokenizer.json"
+        merges = Path(directory) / "merges.txt"
         if not path.exists() and not merges.exists():
             raise UserError(
-                f"{directory}: found neither tokenizer.json nor merges.txt; `make tokenizer` trains one"
+                f"{directory}: found neither tokenizer.json nor merges.txt; "
+                "`make tokenizer` trains one"
             )
         try:
-            backend = (
-                tokenizers.Tokenizer.from_file(str(path)) if path.exists() else _from_merges(merges)
-            )
+            if path.exists():
+                backend = tokenizers.Tokenizer.from_file(str(path))
+            else:
+                backend = _read_gpt2_files(merges)
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(
-                f"{directory}: cannot be read as a tokenizer: {str(error).splitlines()[0]}"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{directory}: cannot be read as a tokenizer: {reason}") from None
         return cls(backend, str(directory))
 
     @property
@@ -108,165 +138,217 @@ class Tokenizer:
         """SHA-256 of the canonical `tokenizer.json`: equal hashes mean equal ids for every text."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
+    @property
+    def pieces(self) -> SortedTokens:
+        """All tokens, sorted by their bytes."""
+        if self._pieces is None:
+            self._pieces = _sort_tokens(self.token_bytes)
+        return self._pieces
+
     def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special tokens are added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, on all cores unless TOKENIZERS_PARALLELISM=false."""
-        return [
-            encoding.ids
-            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are skipped, bytes that are not UTF-8 become U+FFFD."""
         return b"".join([self.token_bytes[id] for id in ids]).decode(errors="replace")
 
+    def missing_specials(self) -> list[str]:
+        """The names of the special tokens that the vocabulary lacks, in the order of their ids."""
+        return [name for name, id in self.special_ids.items() if id < 0]
+
     def require_specials(self) -> None:
         """Raises UserError if a special token is missing, as in a vocabulary made elsewhere."""
-        if missing := [name for name, id in self.special_ids.items() if id < 0]:
+        missing = self.missing_specials()
+        if missing:
             raise UserError(
-                f"{self.source}: found no {', '.join(missing)}; wanted a tokenizer trained here or adapted "
-                "by gptchat convert"
+                f"{self.source}: found no {', '.join(missing)}; wanted a tokenizer trained here "
+                "or adapted by gptchat convert"
             )
 
     def add_missing_specials(self) -> list[str]:
-        """Append the special tokens that the vocabulary lacks, in their order; returns their names."""
-        names = [name for name, id in self.special_ids.items() if id < 0]
+        """Append the special tokens that the vocabulary lacks; returns their names."""
+        names = self.missing_specials()
         self.backend.add_special_tokens(names)
         self._read_vocabulary()
-        self.__dict__.pop("pieces", None)
         return names
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
-        """Write the two files that transformers' AutoTokenizer loads; `tokenizer.json`, atomic_write in, comes last."""
-        settings = {
+        """Write the two files that transformers' AutoTokenizer loads, `tokenizer.json` last."""
+        settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        settings |= {"model_max_length": model_max_length} if model_max_length else {}
-        settings |= {
-            f"{name[1:4].lower()}_token": self.backend.id_to_token(id)
-            for name, id in self.special_ids.items()
-            if id >= 0
-        }
+        if model_max_length:
+            settings["model_max_length"] = model_max_length
+        for name, id in self.special_ids.items():
+            if id >= 0:
+                key = name.strip("[]").lower() + "_token"  # "[PAD]" -> "pad_token"
+                settings[key] = self.backend.id_to_token(id)
         with atomic_write(Path(directory) / "tokenizer_config.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         with atomic_write(Path(directory) / "tokenizer.json") as temporary:
             self.backend.save(str(temporary))
 
-    @cached_property
-    def pieces(self) -> tuple[list[bytes], list[int], bytes, list[int]]:
-        """All tokens' bytes, sorted; their ids; them joined by 0xff, which UTF-8 never has; where each ends there."""
-        ids = sorted(range(self.vocab_size), key=self.token_bytes.__getitem__)
-        pieces = [self.token_bytes[id] for id in ids]
-        return (
-            pieces,
-            ids,
-            b"\xff".join(pieces),
-            list(accumulate(len(piece) + 1 for piece in pieces)),
-        )
-
 
 def tokenizer_for(config: Config) -> Tokenizer:
-    """The tokenizer of a run: its model's, if it starts from one, or the config's; with every special token."""
+    """The tokenizer of a run, with every special token.
+
+    It is the one of the model that the run starts from, if there is one, else the config's.
+    """
     tokenizer = Tokenizer.load(config.init_from or config.tokenizer.dir)
     tokenizer.add_missing_specials()
     return tokenizer
 
 
-def _piece_bytes(piece: str) -> bytes:
-    """A vocabulary entry's bytes; an added token's text, where it is not in that alphabet, stands for itself."""
-    return bytes(BYTE_OF[c] for c in piece) if all(c in BYTE_OF for c in piece) else piece.encode()
+def _entry_bytes(entry: str) -> bytes:
+    """The bytes that a vocabulary entry stands for.
+
+    An added token that is not written in the byte alphabet stands for its own text.
+    """
+    if all(character in BYTE_OF for character in entry):
+        return bytes(BYTE_OF[character] for character in entry)
+    return entry.encode()
+
+
+def _sort_tokens(token_bytes: list[bytes]) -> SortedTokens:
+    ids = sorted(range(len(token_bytes)), key=token_bytes.__getitem__)
+    pieces = [token_bytes[id] for id in ids]
+    ends = list(accumulate(len(piece) + 1 for piece in pieces))
+    return SortedTokens(pieces, ids, b"\xff".join(pieces), ends)
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    """A library tokenizer around `model` that reads and writes the byte alphabet."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _from_merges(merges: Path) -> tokenizers.Tokenizer:
-    """GPT-2's two files; its end of text, an ordinary entry there, is marked as special."""
-    backend = _byte_level(models.BPE.from_file(str(merges.with_name("vocab.json")), str(merges)))
-    backend.add_special_tokens(
-        [token for token in (END_OF_TEXT,) if backend.token_to_id(token) is not None]
-    )
+def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
+    """GPT-2's `merges.txt` and the `vocab.json` beside it.
+
+    Its end of text, an ordinary entry in these files, is marked as special.
+    """
+    vocabulary = merges.with_name("vocab.json")
+    backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    if backend.token_to_id(END_OF_TEXT) is not None:
+        backend.add_special_tokens([END_OF_TEXT])
     return backend
 
 
 def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
-    """(text, its bytes): all of the files, or about `limit` bytes in pieces spread evenly over them; flat memory.
+    """(text, its bytes): all of the files, or about `limit` bytes spread evenly over them.
 
-    Pieces are whole lines where lines are short. Raises UserError with file and byte where they are not UTF-8.
+    A piece is cut at line ends; where a line is longer than a piece, between characters. Memory is
+    flat: at most PIECE bytes are read at once. Raises UserError with file and byte where the text
+    is not UTF-8.
     """
-    total, start = sum(path.stat().st_size for path in paths), 0
-    step = (
-        -(-total // max(1, limit // PIECE)) if limit < total else 0
-    )  # 0: everything, without gaps
+    total = sum(path.stat().st_size for path in paths)
+    step = 0  # bytes from the start of a piece to the start of the next; 0: without gaps
+    if limit < total:
+        n_pieces = max(1, limit // PIECE)
+        step = -(-total // n_pieces)  # rounded up
+    start = 0  # of the next piece, in bytes from the beginning of the file
     for path in paths:
         size = path.stat().st_size
         with path.open("rb") as file:
             while start < size:
-                file.seek(start)
-                data, last = file.read(PIECE), start + PIECE >= size
-                begin = data.find(b"\n") + 1 or len(data) - len(
-                    data.lstrip(bytes(range(0x80, 0xC0)))
-                )
-                begin = begin if step and start else 0
-                end = len(data) if last else data.rfind(b"\n") + 1 or len(data)
-                try:
-                    text, used = codecs.utf_8_decode(data[begin:end], "strict", last)
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}: byte {start + begin + error.start}: found invalid UTF-8"
-                    ) from None
+                after_gap = step > 0 and start > 0
+                is_last = start + PIECE >= size
+                text, used = _read_piece(file, start, after_gap, is_last)
                 yield text, used
                 start += step or used
         start -= size
 
 
+def _read_piece(file: BinaryIO, start: int, after_gap: bool, is_last: bool) -> tuple[str, int]:
+    """(text, its bytes) of at most PIECE bytes from `start` on.
+
+    A piece after a gap begins at the first line that begins in it; one that is not the file's last
+    ends with the last line that ends in it.
+    """
+    file.seek(start)
+    data = file.read(PIECE)
+    begin, end = 0, len(data)
+    if after_gap:
+        begin = _first_line_start(data)
+    if not is_last:
+        end = data.rfind(b"\n") + 1 or len(data)
+    try:
+        return codecs.utf_8_decode(data[begin:end], "strict", is_last)
+    except UnicodeDecodeError as error:
+        position = start + begin + error.start
+        raise UserError(f"{file.name}: byte {position}: found invalid UTF-8") from None
+
+
+def _first_line_start(data: bytes) -> int:
+    """Where the first line begins in `data`; if none does, where the first character begins."""
+    line_start = data.find(b"\n") + 1
+    if line_start > 0:
+        return line_start
+    return len(data) - len(data.lstrip(CONTINUATION_BYTES))
+
+
 def train(settings: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `vocab_size` entries, or fewer if the text does not yield them.
 
-    BPE comes out the same every time. Unigram does not quite: the library sums in the random order of a hash table.
+    BPE gives the same result every time. Unigram does not quite: the library sums floats in the
+    random order of a hash table.
     """
-    paths, limit = expand(settings.files, "[tokenizer] files"), int(settings.sample_mb * 1e6)
+    paths = expand(settings.files, "[tokenizer] files")
+    limit = int(settings.sample_mb * 1e6)
     options: dict[str, Any] = {
         "vocab_size": settings.vocab_size,
         "special_tokens": list(SPECIAL),
         "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
         "show_progress": False,
     }
-    bpe = settings.kind == "bpe"
-    backend = _byte_level(models.BPE() if bpe else models.Unigram())
-    trainer: Any = (
-        trainers.BpeTrainer(**options)
-        if bpe
-        else trainers.UnigramTrainer(unk_token="[UNK]", **options)
-    )
+    trainer: Any
+    if settings.kind == "bpe":
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(**options)
+    else:
+        backend = _byte_level(models.Unigram())
+        trainer = trainers.UnigramTrainer(unk_token="[UNK]", **options)
 
     def texts(bar: Progress) -> Iterator[str]:
-        for text, used in sample(paths, limit):
+        for text, n_bytes in sample(paths, limit):
             yield text
-            bar.update(used)
+            bar.update(n_bytes)
 
-    with Progress(min(limit, sum(path.stat().st_size for path in paths)), "tokenizer", "B") as bar:
+    total = sum(path.stat().st_size for path in paths)
+    with Progress(min(limit, total), "tokenizer", "B") as bar:
         backend.train_from_iterator(texts(bar), trainer)
-    return Tokenizer(backend if bpe else _rounded(backend))
+    if settings.kind == "unigram":
+        backend = _round_scores(backend)
+    return Tokenizer(backend)
 
 
-def _rounded(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Unigram's scores to 6 digits: longer ones change when the library reads them back, and `hash` with them."""
+def _round_scores(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Round Unigram's scores to 6 digits.
+
+    The library does not read longer ones back exactly, so the hash would change with a reload.
+    """
     state = json.loads(backend.to_str())
-    state["model"]["vocab"] = [[piece, round(score, 6)] for piece, score in state["model"]["vocab"]]
+    model = state["model"]
+    model["vocab"] = [[entry, round(score, 6)] for entry, score in model["vocab"]]
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="gptchat tokenizer", description="Train a tokenizer.")
-    parser.add_argument("--config", required=True)
+    parser = CommandParser(
+        "tokenizer",
+        "Train a tokenizer as the [tokenizer] section of a config says, and save it.",
+        "gptchat tokenizer --config configs/lm.toml tokenizer.vocab_size=4096",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)
     settings = load_config(arguments.config, arguments.overrides).tokenizer
