@@ -1,4 +1,8 @@
-"""Token-weighted loss, perplexity and bits per byte."""
+"""The figures of a model on text: token-weighted loss, perplexity and bits per byte; and the precisions of its passes.
+
+`sum_losses` adds up the cross-entropies of batches, `metrics` turns such a sum into figures. A sum and its number of
+targets may be added to those of other batches or processes first: the mean weighs every target token alike.
+"""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from gptchat.data.batches import Batch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,10 @@ def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metr
 
 
 def autocast(device: torch.device | str, precision: str) -> AbstractContextManager:
-    """The context in which a forward pass runs in "bf16", "fp16" or "fp32" (no autocast)."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+    """The context in which a forward pass runs in a precision of `PRECISIONS`; "fp32" is no autocast."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision])
 
 
 @torch.no_grad()
@@ -43,15 +50,15 @@ def sum_losses(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
 ) -> tuple[float, int]:
-    """The sum of the cross-entropies (nats) over all targets of `batches` and their number, without dropout."""
-    training, n_targets = model.training, 0
-    total = torch.zeros(
-        (), dtype=torch.float64, device=device
-    )  # a list of losses would pin the heap batch by batch
+    """The sum of the cross-entropies (nats) over all targets of `batches`, without dropout, and their number."""
+    was_training = model.training
     model.eval()
+    n_targets = 0
+    # A list of the batches' losses would pin the heap batch by batch.
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         with autocast(device, precision):
             total += model(**batch.inputs(device))
         n_targets += batch.n_targets
-    model.train(training)
+    model.train(was_training)
     return float(total), n_targets
