@@ -35,7 +35,7 @@ from gptchat.inference.generate import (
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import WordFilter
-from gptchat.runtime import settle
+from gptchat.runtime import tune_memory
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
 HELP = """/set             the settings
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("wanted --input and --output together, and no --prompt with them")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     generator = load_generator(args.model, SLOTS if args.input else CANDIDATES, args.dtype)
-    settle()
+    tune_memory()
     make_sampling(generator, chosen)
     if args.input:
         answer_file(generator, chosen, args.input, args.output)

@@ -34,7 +34,7 @@ from gptchat.files import atomic_write
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.runtime import settle
+from gptchat.runtime import tune_memory
 from gptchat.training import checkpoint
 from gptchat.training.distributed import World, wrap_model
 from gptchat.training.metrics import autocast, metrics, sum_losses
@@ -298,7 +298,7 @@ def train(config: Config) -> Run:
     run = Run(config, world)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.signal)
-    settle()
+    tune_memory()
     gc.disable()  # its pauses cost more than the little that a step leaves; `evaluate` collects that
     if run.done and world.rank == 0:
         print(
