@@ -150,7 +150,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
             ),
             World("cpu"),
         )
-        micro_batches = [trained.batches.micro_batch(i) for i in range(accumulation)]
+        micro_batches = [trained.train_batches.micro_batch(i) for i in range(accumulation)]
         for optimizer in trained.optimizers:
             optimizer.zero_grad = lambda: None
         trained.model.double()
@@ -303,12 +303,12 @@ def test_activation_checkpointing_and_compilation_change_no_result(
         )
         for optimizer in trained.optimizers:
             optimizer.zero_grad = lambda: None
-        trained.step([trained.batches.micro_batch(0)])
+        trained.step([trained.train_batches.micro_batch(0)])
         found.append(gradients(trained.model))
     plain = Run(config_of(small, "chatlm", tmp_path / "plain", "model.dropout=0"), World("cpu"))
     for optimizer in plain.optimizers:
         optimizer.zero_grad = lambda: None
-    plain.step([plain.batches.micro_batch(0)])
+    plain.step([plain.train_batches.micro_batch(0)])
     assert_close(found[1], found[0], 1e-6)
     assert_close(found[2], gradients(plain.model), 1e-4)
 
@@ -418,11 +418,11 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
     limit, user = resource.getrlimit(resource.RLIMIT_FSIZE), os.geteuid()
     if kind == "read-only" and user != 0:
         pytest.skip("needs root, to write as another user")
-    with trained.logging() as log:
+    with trained.start_monitor() as monitor:
         unwritable(kind, tmp_path)
         try:
             with pytest.raises(UserError, match="cannot be written") as told:
-                trained.save(log)
+                trained.save(monitor)
             with pytest.raises(UserError, match="cannot be written"):
                 pretrained.save_weights(
                     tmp_path / "model" if kind == "full" else tmp_path, trained.model
@@ -438,7 +438,7 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
     assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
     assert trained.lock is not None
     trained.lock.close()
-    assert Run(config, World("cpu")).progressed.step == 10
+    assert Run(config, World("cpu")).state.step == 10
     pretrained.load_model(tmp_path / "model")
 
 
