@@ -53,7 +53,7 @@ def setting(default: Any, meaning: str, **rules: Any) -> Any:
 class TokenizerConfig:
     """`[tokenizer]`: the vocabulary, and the text that it is trained on."""
 
-    dir: str = setting("out/tokenizer", "folder of the trained tokenizer")
+    dir: str = setting("out/tokenizer", "folder of the tokenizer; not used with `init_from`")
     kind: str = setting("bpe", "how text is split into tokens", choices=("bpe", "unigram"))
     vocab_size: int = setting(8192, "entries; 256 are bytes, 6 are special tokens", min=262)
     files: tuple[str, ...] = setting(
@@ -71,7 +71,7 @@ class DataConfig:
     train: tuple[str, ...] = setting((), "files to train on; globs are allowed")
     valid: tuple[str, ...] = setting((), "held-out files that choose the best model")
     test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`")
-    shards: str = setting("", "folder of the encoded data; empty: `out/shards/` and the task")
+    shards: str = setting("", "folder of the encoded data; empty: `out/shards/<task>`")
     document: str = setting(
         "block",
         "LM: what a document is; blocks stand between blank lines",

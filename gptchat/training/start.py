@@ -54,7 +54,7 @@ def load_start_model(config: Config) -> tuple[GPT2, Tokenizer]:
 
 
 def check_size(config: Config, found: GPT2Config) -> None:
-    """Raise UserError if `[model]` wants another size than the loaded model's; 0 wants none."""
+    """Raise UserError if `[model]` wants another size than the loaded model's; 0 stands for it."""
     for key, model_key in (
         ("n_layer", "n_layer"),
         ("n_head", "n_head"),
