@@ -166,11 +166,10 @@ class Run:
 
     @property
     def micro_batch_indices(self) -> range:
-        """Which of a step's micro-batches this process takes: from its rank on, every
-        `world.size`-th.
+        """Which of a step's micro-batches this process takes: every `world.size`-th from its rank.
 
-        All processes take equally many, as DDP wants it; indices past the last stand for empty
-        micro-batches.
+        Every process takes the same number, as DDP requires; indices past the last micro-batch
+        stand for empty ones.
         """
         per_process = math.ceil(self.config.train.gradient_accumulation_steps / self.world.size)
         return range(self.world.rank, per_process * self.world.size, self.world.size)
@@ -194,7 +193,7 @@ class Run:
         n_targets, n_signalled = self.world.sum(own_targets, float(self.signalled))
         self.stopped = n_signalled > 0
         self.state.n_targets += int(n_targets)
-        # DDP averages gradients over processes; times their number that is the sum.
+        # DDP averages gradients over the processes; their number makes a sum of the average.
         loss_scale = self.world.size / max(1, n_targets)
         for index, batch in zip(self.micro_batch_indices, micro_batches, strict=True):
             self._seed_dropout(index)
@@ -259,10 +258,9 @@ class Run:
         monitor.report_evaluation(figures, is_best, self.samples())
 
     def samples(self) -> list[str]:
-        """What the model answers in held-out dialogues, or how it continues held-out texts: "prompt
-        -> text".
+        """Lines "prompt -> text": held-out dialogues that the model answers, or texts it continues.
 
-        Empty where this process writes no reports.
+        Empty on other ranks than 0, which report nothing.
         """
         if self.world.rank > 0:
             return []

@@ -88,9 +88,10 @@ def small_model(vocab_size: int = 50, **changes: object) -> GPT2:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """A copy of the gradients, which are cleared."""
+    copies = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return copies
 
 
 def assert_close(
@@ -140,7 +141,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
     small: Path, tmp_path: Path, task: str
 ) -> None:
     """Targets are spread unevenly over the micro-batches of chat; each must weigh the same."""
-    found = []
+    outcomes = []
     for number, (rows, accumulation) in enumerate(((12, 1), (4, 3), (1, 12))):
         folder = tmp_path / str(number)
         trained = Run(
@@ -159,10 +160,11 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
             optimizer.zero_grad = lambda: None
         trained.model.double()
         trained.step(micro_batches)
-        found.append((gradients(trained.model), trained.mean_loss()))
-    for other, loss in found[1:]:
-        assert loss == pytest.approx(found[0][1], rel=1e-9)
-        assert_close(other, found[0][0], 1e-9)
+        outcomes.append((gradients(trained.model), trained.mean_loss()))
+    (whole, whole_loss), *others = outcomes
+    for accumulated, loss in others:
+        assert loss == pytest.approx(whole_loss, rel=1e-9)
+        assert_close(accumulated, whole, 1e-9)
 
 
 # --- resuming
@@ -393,7 +395,7 @@ def test_activation_checkpointing_and_compilation_change_no_result(
     small: Path, tmp_path: Path
 ) -> None:
     """Dropout on: the recomputed activations must be the same."""
-    found = []
+    results = []
     for number, switch in enumerate(("seed=0", "activation_checkpointing=true", "compile=true")):
         dropout = "model.dropout=0" if "compile" in switch else "model.dropout=0.1"
         trained = Run(
@@ -403,13 +405,13 @@ def test_activation_checkpointing_and_compilation_change_no_result(
         for optimizer in trained.optimizers:
             optimizer.zero_grad = lambda: None
         trained.step([trained.train_batches.micro_batch(0)])
-        found.append(gradients(trained.model))
+        results.append(gradients(trained.model))
     plain = Run(config_of(small, "chatlm", tmp_path / "plain", "model.dropout=0"), World("cpu"))
     for optimizer in plain.optimizers:
         optimizer.zero_grad = lambda: None
     plain.step([plain.train_batches.micro_batch(0)])
-    assert_close(found[1], found[0], 1e-6)
-    assert_close(found[2], gradients(plain.model), 1e-4)
+    assert_close(results[1], results[0], 1e-6)
+    assert_close(results[2], gradients(plain.model), 1e-4)
 
 
 def test_without_a_compiler_one_line_says_so_and_training_is_eager(

@@ -33,8 +33,8 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
 
     Each group keeps its peak rate as `peak_lr`; `set_learning_rate` scales it.
     """
-    muon_parameters: dict[str, Tensor] = {}
-    matrices: list[Tensor] = []  # AdamW's, embeddings among them
+    muon_matrices: list[Tensor] = []  # of the blocks; none without Muon
+    matrices: list[Tensor] = []  # all others, embeddings among them
     vectors: list[Tensor] = []  # biases and LayerNorms
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -42,7 +42,7 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
         if parameter.dim() < 2:
             vectors.append(parameter)
         elif config.optimizer == "muon" and parameter.dim() == 2 and name.startswith("h."):
-            muon_parameters[name] = parameter
+            muon_matrices.append(parameter)
         else:
             matrices.append(parameter)
     groups = [
@@ -51,9 +51,9 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
     ]
     betas = (config.beta1, config.beta2)
     optimizers: list[Optimizer] = [AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
-    if muon_parameters:
+    if muon_matrices:
         muon = Muon(
-            [muon_parameters[name] for name in sorted(muon_parameters)],
+            muon_matrices,
             lr=config.muon_learning_rate,
             weight_decay=config.weight_decay,
             momentum=0.95,
