@@ -43,7 +43,7 @@ from gptchat.inference.generate import (
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import WordFilter
-from gptchat.runtime import settle
+from gptchat.runtime import tune_memory
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line feed
 PROMPT, LABEL = "you> ", "bot> "
@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     slots = SLOTS if args.input else CANDIDATES
     generator = load_generator(args.model, slots, args.dtype)
-    settle()
+    tune_memory()
     make_sampling(generator, settings)  # checks the ranges before the first message
     if args.input:
         answer_file(generator, settings, args.input, args.output)

@@ -1,14 +1,22 @@
-"""TOML -> frozen dataclasses, and the two things every command shares: one-line errors and progress.
+"""TOML config files -> frozen dataclasses.
 
-A config file has one table per dataclass below. Unknown keys, wrong types and impossible values are errors that name
-the file and the key; nothing is silently replaced by a default. On the command line `section.key=value` overrides.
+A config has one TOML table per dataclass below; `task`, `run` and `init_from` stand above the
+tables. On the command line, `section.key=value` overrides a key. configs/README.md lists every key.
+
+Promises: a value is either what the file or an override says, or the default that stands below;
+nothing else. An unknown key, a wrong type or an impossible value is a UserError of one line that
+names the file and the key, what was found and what is wanted. A config that `load_config` returns
+can be trained with, as far as the config alone can tell.
+
+`build` does the same for any other dataclass whose fields are declared with `setting`.
 """
 
 import dataclasses
 import math
+import operator
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,86 +26,144 @@ from gptchat.console import UserError
 
 T = TypeVar("T")
 
+# Rule of a setting: (whether a value obeys it, how an error names it).
+RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "choices": (lambda value, choices: value in choices, "one of"),
+    "min": (operator.ge, "at least"),
+    "max": (operator.le, "at most"),
+    "above": (operator.gt, "a value above"),
+    "below": (operator.lt, "a value below"),
+}
+
+# Keys that had another name in earlier versions, with the name that they have now.
+RENAMED = {
+    "accumulation": "gradient_accumulation_steps",
+    "warmup_rate": "warmup_ratio",
+    "final_rate": "min_lr_ratio",
+}
+
+
+def setting(default: Any, meaning: str, **rules: Any) -> Any:
+    """A key of a config table: its default, its meaning in one line, and `RULES` for its values."""
+    assert rules.keys() <= RULES.keys()
+    return dataclasses.field(default=default, metadata={"help": meaning, **rules})
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    dir: str = "out/tokenizer"
-    kind: str = field(default="bpe", metadata={"choices": ("bpe", "unigram")})
-    vocab_size: int = field(default=8192, metadata={"min": 262})  # 256 bytes and 6 special tokens
-    files: tuple[str, ...] = ("data/lm/train.txt",)
-    sample_mb: float = field(
-        default=100.0, metadata={"above": 0}
-    )  # text sampled for training, spread over all files
+    """`[tokenizer]`: the vocabulary, and the text that it is trained on."""
+
+    dir: str = setting("out/tokenizer", "folder of the tokenizer; not used with `init_from`")
+    kind: str = setting("bpe", "how text is split into tokens", choices=("bpe", "unigram"))
+    vocab_size: int = setting(8192, "entries; 256 are bytes, 6 are special tokens", min=262)
+    files: tuple[str, ...] = setting(
+        ("data/lm/train.txt",), "text files that the tokenizer is trained on; globs are allowed"
+    )
+    sample_mb: float = setting(
+        100.0, "MB of text that it is trained on, spread evenly over all files", above=0
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: tuple[str, ...] = ()
-    valid: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    shards: str = ""  # folder of the encoded data; "" stands for out/shards/<task>
-    document: str = field(default="block", metadata={"choices": ("block", "line", "file")})
-    targets: str = field(default="response", metadata={"choices": ("response", "all")})
-    packed: bool = True
+    """`[data]`: the text or the dialogues, and how they become batches."""
+
+    train: tuple[str, ...] = setting((), "files to train on; globs are allowed")
+    valid: tuple[str, ...] = setting((), "held-out files that choose the best model")
+    test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`")
+    shards: str = setting("", "folder of the encoded data; empty: `out/shards/<task>`")
+    document: str = setting(
+        "block",
+        "LM: what a document is; blocks stand between blank lines",
+        choices=("block", "line", "file"),
+    )
+    targets: str = setting(
+        "response",
+        "ChatLM: the tokens that the loss is taken over",
+        choices=("response", "all"),
+    )
+    packed: bool = setting(
+        True, "ChatLM: pack several dialogues into a row; false: one a row, padded"
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    n_layer: int = field(
-        default=0, metadata={"min": 0}
-    )  # sizes left at 0 are those of the model that init_from names
-    n_head: int = field(default=0, metadata={"min": 0})
-    n_embd: int = field(default=0, metadata={"min": 0})
-    n_ctx: int = field(default=0, metadata={"min": 0})
-    dropout: float = field(
-        default=0.0, metadata={"min": 0, "below": 1}
-    )  # embeddings, attention and residuals alike
+    """`[model]`: the size of the model. With `init_from`, a size left at 0 is that model's."""
+
+    n_layer: int = setting(0, "transformer blocks", min=0)
+    n_head: int = setting(0, "attention heads of a block; they divide `n_embd`", min=0)
+    n_embd: int = setting(0, "width: numbers in the vector of a position", min=0)
+    n_ctx: int = setting(0, "context: positions of a row", min=0)
+    dropout: float = setting(
+        0.0, "dropout of embeddings, attention and residuals alike", min=0, below=1
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    seed: int = field(default=0, metadata={"min": 0})
-    num_epochs: float = field(default=0.0, metadata={"min": 0})  # either this or num_steps
-    num_steps: int = field(default=0, metadata={"min": 0})
-    batch_size: int = field(default=8, metadata={"min": 1})  # rows of one micro-batch
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"min": 1}
-    )  # micro-batches of one step, all processes together
-    optimizer: str = field(
-        default="adamw", metadata={"choices": ("adamw", "muon")}
-    )  # muon: for the matrices only
-    learning_rate: float = field(default=1e-3, metadata={"above": 0})
-    muon_learning_rate: float = field(default=0.02, metadata={"above": 0})
-    weight_decay: float = field(default=0.1, metadata={"min": 0})
-    beta1: float = field(default=0.9, metadata={"min": 0, "below": 1})
-    beta2: float = field(default=0.95, metadata={"min": 0, "below": 1})
-    warmup_ratio: float = field(
-        default=0.05, metadata={"min": 0, "below": 1}
-    )  # share of all steps spent warming up
-    schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear", "constant")})
-    min_lr_ratio: float = field(
-        default=0.0, metadata={"min": 0}
-    )  # where the schedule ends, as a share of the rate
-    max_grad_norm: float = field(default=1.0, metadata={"min": 0})  # 0: no clipping
-    eval_interval: int = field(default=200, metadata={"min": 1})
-    log_interval: int = field(default=20, metadata={"min": 1})
-    patience: int = field(
-        default=0, metadata={"min": 0}
-    )  # evaluations without progress before stopping; 0: never
-    keep_type_rows: bool = (
-        False  # ChatLM from an LM: keep the type rows instead of drawing them anew
+    """`[train]`: the training run."""
+
+    seed: int = setting(0, "of weights, order of the data and dropout", min=0)
+    num_epochs: float = setting(0.0, "passes over the data; set either this or `num_steps`", min=0)
+    num_steps: int = setting(0, "optimizer steps; set either this or `num_epochs`", min=0)
+    batch_size: int = setting(8, "rows of a micro-batch", min=1)
+    gradient_accumulation_steps: int = setting(
+        1, "micro-batches of a step, of all processes together", min=1
     )
-    precision: str = field(default="bf16", metadata={"choices": ("fp32", "bf16", "fp16")})
-    compile: bool = False
-    activation_checkpointing: bool = False
-    device: str = "auto"
+    optimizer: str = setting(
+        "adamw",
+        "`muon` takes the matrices of the blocks, AdamW the rest",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = setting(1e-3, "peak learning rate of AdamW", above=0)
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", above=0)
+    weight_decay: float = setting(0.1, "of matrices; biases and LayerNorms have none", min=0)
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", min=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", min=0, below=1)
+    warmup_ratio: float = setting(
+        0.05, "share of all steps in which the rate grows to its peak", min=0, below=1
+    )
+    schedule: str = setting(
+        "cosine",
+        "how the rate falls after the warm-up",
+        choices=("cosine", "linear", "constant"),
+    )
+    min_lr_ratio: float = setting(
+        0.0, "where the schedule ends, as a share of the peak rate", min=0
+    )
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never", min=0)
+    eval_interval: int = setting(200, "steps between evaluations, each with a checkpoint", min=1)
+    log_interval: int = setting(20, "steps between lines of the training log", min=1)
+    patience: int = setting(
+        0,
+        "evaluations in a row without a better loss that end the run; 0: it never ends early",
+        min=0,
+    )
+    keep_type_rows: bool = setting(
+        False, "ChatLM from an LM: keep its two token-type rows instead of drawing new ones"
+    )
+    precision: str = setting(
+        "bf16", "of the forward pass; weights stay in fp32", choices=("fp32", "bf16", "fp16")
+    )
+    compile: bool = setting(False, "compile the model with `torch.compile`")
+    activation_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
+    device: str = setting("auto", "`cpu`, `cuda` or another device; `auto`: CUDA if there is one")
 
 
 @dataclass(frozen=True)
 class Config:
-    task: str = field(default="lm", metadata={"choices": ("lm", "chatlm")})
-    run: str = "out/lm"  # everything that the run writes
-    init_from: str = ""  # a model directory to start from: one of ours or anyone's GPT-2
+    """A whole config: the keys above the first table, and the tables."""
+
+    task: str = setting(
+        "lm", "`lm` continues text, `chatlm` answers dialogues", choices=("lm", "chatlm")
+    )
+    run: str = setting("out/lm", "folder of everything that the run writes")
+    init_from: str = setting(
+        "", "model directory to start from, ours or any Hugging Face GPT-2; empty: new weights"
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -109,83 +175,124 @@ class Config:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply `section.key=value` overrides. Raises UserError naming the file and the key."""
+    """Read a TOML file and apply `section.key=value` overrides, in order.
+
+    Raises UserError, naming the file, the overrides and the key.
+    """
+    values = _read_toml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    source = path
+    if overrides:
+        source = f"{path} with {' '.join(overrides)}"
+    config = build(Config, values, source)
+    _check_combinations(config, source)
+    return config
+
+
+def _read_toml(path: str) -> dict[str, Any]:
     try:
-        values = tomli.loads(Path(path).read_text(encoding="utf-8"))
+        return tomli.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml"
         ) from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(
-                f"{override!r}: found no '='; wanted section.key=value, such as train.learning_rate=1e-3"
-            )
-        table = values
-        *sections, name = key.split(".")
-        for section in sections:
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise UserError(f"{override!r}: {section} is a value, not a section")
-        table[name] = _parse_value(text)
-    source = " ".join([path, *["with"][: len(overrides)], *overrides])
-    config = build(Config, values, source)
-    if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
-        raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
-    size = config.model
-    if size.n_embd % max(1, size.n_head):
-        raise UserError(f"{source}: [model] n_embd {size.n_embd} is no multiple of n_head")
-    if not config.init_from and min(size.n_layer, size.n_head, size.n_embd, size.n_ctx) < 1:
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the key of a `section.key=value` in the parsed tables."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
         raise UserError(
-            f"{source}: [model] wants n_layer, n_head, n_embd and n_ctx, or init_from a model directory"
+            f"{override!r}: found no '='; wanted section.key=value, "
+            "such as train.learning_rate=1e-3"
         )
-    return config
+    *sections, key = name.split(".")
+    table = values
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{override!r}: {section} is a value, not a section")
+    table[key] = _parse_value(text)
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none (so that a string needs no quotes)."""
+    """The TOML value that the text is, or the text itself: a string needs no quotes."""
     try:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
         return text
 
 
+def _check_combinations(config: Config, source: str) -> None:
+    """Raise UserError for values that are possible alone but not together."""
+    if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
+        raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
+    size = config.model
+    if size.n_embd % max(1, size.n_head) != 0:
+        raise UserError(f"{source}: [model] n_embd {size.n_embd} is no multiple of n_head")
+    has_all_sizes = min(size.n_layer, size.n_head, size.n_embd, size.n_ctx) > 0
+    if not has_all_sizes and not config.init_from:
+        raise UserError(
+            f"{source}: [model] wants n_layer, n_head, n_embd and n_ctx, "
+            "or init_from a model directory"
+        )
+
+
 def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") -> T:
-    """An instance of the dataclass `cls` from a parsed table; every key and type is checked."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    """An instance of the dataclass `cls` from a parsed table, with every key and value checked.
+
+    A field that is itself a dataclass is a table in the table. Other fields are of type bool, int,
+    float (an int will do), str or tuple[str, ...] (one string will do), and are declared with
+    `setting`. Raises UserError for an unknown key, another type or a value that breaks one of the
+    field's `RULES`; its line begins with `source`, the file and overrides that the table comes
+    from, and `section`, the table's name.
+    """
+    types = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
-        where = f"{source}: [{section}] {key}" if section else f"{source}: {key}"
+        place = f"{source}: [{section}] {key}" if section else f"{source}: {key}"
         if key not in fields:
-            raise UserError(f"{where}: unknown key; wanted one of {', '.join(fields)}")
-        arguments[key] = _checked(hints[key], fields[key].metadata, value, source, where, key)
+            raise UserError(f"{place}: {_describe_unknown_key(key, list(fields))}")
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{place}: found {value!r}; wanted a section [{key}]")
+            arguments[key] = build(types[key], value, source, section=key)
+        else:
+            arguments[key] = _convert(value, types[key], place)
+            _check_rules(arguments[key], fields[key].metadata, place)
     return cls(**arguments)
 
 
-def _checked(hint: Any, rules: Any, value: Any, source: str, where: str, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: found {value!r}; wanted a section [{key}]")
-        return build(typing.cast(type, hint), value, source, key)
-    if typing.get_origin(hint) is tuple:
+def _describe_unknown_key(key: str, known: Sequence[str]) -> str:
+    """What an error says of a key that no field has: its new name if it was renamed."""
+    new_name = RENAMED.get(key)
+    if new_name in known:
+        return f"renamed; the key is now called {new_name}"
+    return f"unknown key; wanted one of {', '.join(known)}"
+
+
+def _convert(value: Any, wanted: Any, place: str) -> Any:
+    """The value as a field of type `wanted` holds it."""
+    if typing.get_origin(wanted) is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{where}: found {value!r}; wanted a string or a list of strings")
+            raise UserError(f"{place}: found {value!r}; wanted a string or a list of strings")
         return tuple(items)
-    if hint is float and type(value) is int:
+    if wanted is float and type(value) is int:
         value = float(value)
-    if type(value) is not hint or hint is float and not math.isfinite(value):
-        raise UserError(f"{where}: found {value!r}; wanted a value of type {hint.__name__}")
-    for rule, allowed, wanted in (
-        ("choices", lambda limit: value in limit, "one of"),
-        ("min", lambda limit: value >= limit, "at least"),
-        ("above", lambda limit: value > limit, "a value above"),
-        ("below", lambda limit: value < limit, "a value below"),
-    ):
-        if rule in rules and not allowed(rules[rule]):
-            raise UserError(f"{where}: found {value!r}; wanted {wanted} {rules[rule]}")
+    is_valid = type(value) is wanted  # not isinstance, which takes True for an int
+    if is_valid and wanted is float:
+        is_valid = math.isfinite(value)
+    if not is_valid:
+        raise UserError(f"{place}: found {value!r}; wanted a value of type {wanted.__name__}")
     return value
+
+
+def _check_rules(value: Any, metadata: typing.Mapping[str, Any], place: str) -> None:
+    for rule, (obeys, description) in RULES.items():
+        if rule in metadata and not obeys(value, metadata[rule]):
+            raise UserError(f"{place}: found {value!r}; wanted {description} {metadata[rule]}")

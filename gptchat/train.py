@@ -1,13 +1,23 @@
-"""The loop: LM and ChatLM, one process or many. `Run.train` is the algorithm; `task` only chooses the batches.
+"""Train an LM or a ChatLM, in one process or several. `Run.train` is the algorithm.
 
-A step is a pure function of (config, step): the batches are, and dropout is seeded from (seed, step, micro-batch). The
-loss of a step is the sum over its target tokens divided by their number, over all micro-batches of all processes; DDP
-averages gradients, so the sums are multiplied by the number of processes. Run it as `python -m gptchat.train --config
-FILE [section.key=value ...]` or, with several processes, `torchrun --nproc-per-node N -m gptchat.train ...`. The same
-command goes on with a run that was stopped or killed.
+    python -m gptchat.train --config FILE [section.key=value ...]
+    torchrun --nproc-per-node N -m gptchat.train --config FILE [section.key=value ...]
+
+The same command resumes a run that was stopped or killed. `task` only chooses the data: the loop is
+the same for both.
+
+Invariants:
+- A step is a pure function of the weights, the optimizer state and (config, step number): its
+  batches come from the step number, and dropout is seeded from (seed, step, micro-batch). Nothing
+  else is saved, so resuming is exact.
+- The loss of a step is the sum over its target tokens divided by their number, over all
+  micro-batches of all processes: every target weighs the same, wherever it stands.
+- The micro-batch is the fixed unit of work. Processes share a step's micro-batches out, so a run
+  may go on with another number of processes and see the same batches.
+- `<run>/model/` is the best model so far, by held-out loss; `<run>/checkpoint.safetensors` is where
+  the run stands.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import gc
@@ -16,307 +26,338 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gptchat.config import Config, load_config
-from gptchat.console import UserError, cli
-from gptchat.data.batches import Batch, Batches, prefetch
+from gptchat.console import CommandParser, cli
+from gptchat.data.batches import Batch, Batches, draw_key, prefetch
 from gptchat.data.dialogue import Turn
 from gptchat.data.shards import open_shards
-from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
-from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.runtime import settle
+from gptchat.runtime import tune_memory
 from gptchat.training import checkpoint
+from gptchat.training.checkpoint import TrainState
 from gptchat.training.distributed import World, wrap_model
-from gptchat.training.metrics import autocast, metrics, sum_losses
+from gptchat.training.metrics import PRECISIONS, autocast, metrics, sum_losses
 from gptchat.training.monitor import Monitor
 from gptchat.training.optim import clip_gradients, lr_scale, make_optimizers, set_learning_rate
+from gptchat.training.start import start_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+N_SAMPLES = 3  # texts that an evaluation lets the model write
+SAMPLE_PROMPT = 16  # tokens of a held-out text that an LM continues in them
 
 
 class Run:
-    """One training run: what it reads, how far it has come, and what it writes under its folder."""
+    """One training run: its model and data, how far it has come, what it writes to its folder."""
 
     def __init__(self, config: Config, world: World):
-        self.config, self.world, self.folder = config, world, Path(config.run)
+        """Begin a run, or resume the one in the config's folder.
+
+        Raises UserError where data, model or checkpoint do not fit the config.
+        """
+        self.config = config
+        self.world = world
+        self.folder = Path(config.run)
+        self.model_dir = self.folder / "model"
+        self.checkpoint_path = self.folder / "checkpoint.safetensors"
         self.lock = checkpoint.lock(self.folder) if world.rank == 0 else None
-        self.checkpoint_path, self.model_dir = (
-            self.folder / "checkpoint.safetensors",
-            self.folder / "model",
-        )
-        if world.rank == 0 and (n := config.train.gradient_accumulation_steps) < world.size:
-            print(
-                f"train.gradient_accumulation_steps {n} leaves some of {world.size} processes idle",
-                file=sys.stderr,
-            )
+        self.signalled = False  # this process was told to stop
+        self.stopped = False  # some process was; all know it at the same step
+
         self.model, self.tokenizer = start_model(config)
-        self.batches, self.valid = self.make_batches("train"), self.make_batches("valid")
-        self.total = config.train.num_steps or math.ceil(
-            config.train.num_epochs
-            * self.batches.steps_per_epoch(config.train.gradient_accumulation_steps)
-        )
+        self.train_batches = self._open_batches("train")
+        self.valid_batches = self._open_batches("valid")
+        self.total_steps = self._count_steps()
         self.model.to(world.device)
         self.optimizers = make_optimizers(self.model, config.train)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=config.train.precision == "fp16"
         )
+        self.resolved_config = self._resolve_config()
+        self.state = TrainState()
+        if self.checkpoint_path.exists():
+            self._load_checkpoint()
+        # This process's share of state.loss_sum, summed over all processes when it is needed.
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        if world.rank == 0:
+            self.loss_sum += self.state.loss_sum
+        self.wrapped_model = wrap_model(self.model, config.train, world)
+
+    def _open_batches(self, split: str) -> Batches:
+        config = self.config
+        return Batches(
+            open_shards(config, split, self.tokenizer),
+            self.tokenizer,
+            n_ctx=config.model.n_ctx or self.model.config.n_positions,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            targets=config.data.targets,
+            packed=config.data.packed,
+        )
+
+    def _count_steps(self) -> int:
+        config = self.config.train
+        if config.num_steps > 0:
+            return config.num_steps
+        per_epoch = self.train_batches.steps_per_epoch(config.gradient_accumulation_steps)
+        return math.ceil(config.num_epochs * per_epoch)
+
+    def _resolve_config(self) -> dict[str, Any]:
+        """The config and what its files hold, which must be the same when the run is resumed.
+
+        It has gone through JSON, as the one in a checkpoint has.
+        """
         text = {
             "tokenizer": self.tokenizer.hash,
-            "train_tokens": self.batches.shards.n_tokens,
-            "init": self.model.ln_f.weight[:4].tolist() if config.init_from else [],
-        }  # any training changes these
-        self.resolved = json.loads(json.dumps(dataclasses.asdict(config) | {"text": text}))
-        self.progressed = checkpoint.TrainState()
-        if self.checkpoint_path.exists():
-            self.progressed = checkpoint.load_checkpoint(
-                self.checkpoint_path, self.model, self.optimizers, self.resolved
-            )
-            self.scaler.load_state_dict(self.progressed.scaler)
-        self.loss_sum = torch.tensor(
-            self.progressed.loss_sum if world.rank == 0 else 0.0, dtype=torch.float64
-        )
-        self.trained = wrap_model(self.model, config.train, world)
-        self.signalled, self.stopped = False, False
+            "train_tokens": self.train_batches.shards.n_tokens,
+            "init": [],
+        }
+        if self.config.init_from:
+            text["init"] = self.model.ln_f.weight[:4].tolist()  # any training changes these
+        return json.loads(json.dumps(dataclasses.asdict(self.config) | {"text": text}))
 
-    def make_batches(self, split: str) -> Batches:
-        return Batches(
-            open_shards(self.config, split, self.tokenizer),
-            self.tokenizer,
-            n_ctx=self.config.model.n_ctx or self.model.config.n_positions,
-            batch_size=self.config.train.batch_size,
-            seed=self.config.train.seed,
-            targets=self.config.data.targets,
-            packed=self.config.data.packed,
+    def _load_checkpoint(self) -> None:
+        self.state = checkpoint.load_checkpoint(
+            self.checkpoint_path, self.model, self.optimizers, self.resolved_config
         )
+        self.scaler.load_state_dict(self.state.scaler)
 
     @property
     def done(self) -> bool:
+        """Whether all steps are made, or `patience` evaluations in a row were no better."""
         patience = self.config.train.patience
-        return (
-            self.progressed.step >= self.total or 0 < patience <= self.progressed.stale_evaluations
-        )
+        out_of_patience = 0 < patience <= self.state.stale_evaluations
+        return out_of_patience or self.state.step >= self.total_steps
 
     def train(self) -> None:
-        """Train from where the run stands until it is done or told to stop."""
-        config, world, at = self.config.train, self.world, self.progressed
-        indices = range(
-            world.rank,
-            -(-config.gradient_accumulation_steps // world.size) * world.size,
-            world.size,
-        )
-        with (
-            self.logging() as log,
-            prefetch(
-                self.batches, at.step, self.total, config.gradient_accumulation_steps, indices
-            ) as steps,
-        ):
+        """Train from where the run stands until it is done, or until a signal stops it."""
+        config = self.config.train
+        state = self.state
+        with self.start_monitor() as monitor, self.prefetch_steps() as steps:
             for micro_batches in steps:
-                set_learning_rate(self.optimizers, lr_scale(at.step, self.total, config))
+                set_learning_rate(self.optimizers, lr_scale(state.step, self.total_steps, config))
                 grad_norm = self.step(micro_batches)
-                at.step += 1
-                log.count(micro_batches)
-                last = at.step == self.total
-                if last or at.step % config.log_interval == 0:
-                    log.training(
-                        self.mean_loss(), self.optimizers[0].param_groups[0]["lr"], float(grad_norm)
-                    )
-                if last or at.step % config.eval_interval == 0:
-                    self.evaluate(log)
-                    self.save(log)
+                state.step += 1
+                monitor.count_step(micro_batches)
+                is_last = state.step == self.total_steps
+                if is_last or state.step % config.log_interval == 0:
+                    learning_rate = self.optimizers[0].param_groups[0]["lr"]
+                    monitor.report_training(self.mean_loss(), learning_rate, float(grad_norm))
+                if is_last or state.step % config.eval_interval == 0:
+                    self.evaluate(monitor)
+                    self.save(monitor)
                 if self.done or self.stopped:
                     break
             if self.stopped and not self.done:
-                self.save(log)
-                log.line(
-                    f"stopped at step {at.step} of {self.total}; the same command goes on from here"
+                self.save(monitor)
+                monitor.print_line(
+                    f"stopped at step {state.step} of {self.total_steps}; "
+                    "the same command goes on from here"
                 )
 
-    def step(self, micro_batches: list[Batch]) -> Tensor:
-        """One optimizer step. Returns the gradient norm before clipping, a scalar on the device."""
-        config, world = self.config.train, self.world
-        n_targets, stopped = world.sum(
-            sum(batch.n_targets for batch in micro_batches), float(self.signalled)
+    @property
+    def micro_batch_indices(self) -> range:
+        """Which of a step's micro-batches this process takes: every `world.size`-th from its rank.
+
+        Every process takes the same number, as DDP requires; indices past the last micro-batch
+        stand for empty ones.
+        """
+        per_process = math.ceil(self.config.train.gradient_accumulation_steps / self.world.size)
+        return range(self.world.rank, per_process * self.world.size, self.world.size)
+
+    def prefetch_steps(self) -> contextlib.AbstractContextManager[Iterator[list[Batch]]]:
+        """The micro-batches of this process, step by step, from where the run stands."""
+        return prefetch(
+            self.train_batches,
+            self.state.step,
+            self.total_steps,
+            self.config.train.gradient_accumulation_steps,
+            self.micro_batch_indices,
         )
-        self.stopped = stopped > 0
-        self.progressed.n_targets += int(n_targets)
-        for number, batch in enumerate(micro_batches):
-            torch.manual_seed(
-                hash((config.seed, self.progressed.step, world.rank + number * world.size))
-            )
-            waits = number < len(micro_batches) - 1 and isinstance(
-                self.trained, DistributedDataParallel
-            )
-            with self.trained.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+
+    def step(self, micro_batches: list[Batch]) -> Tensor:
+        """One optimizer step on this process's micro-batches.
+
+        Returns the gradient norm before clipping, a scalar tensor on the device.
+        """
+        own_targets = sum(batch.n_targets for batch in micro_batches)
+        n_targets, n_signalled = self.world.sum(own_targets, float(self.signalled))
+        self.stopped = n_signalled > 0
+        self.state.n_targets += int(n_targets)
+        # DDP averages gradients over the processes; their number makes a sum of the average.
+        loss_scale = self.world.size / max(1, n_targets)
+        for index, batch in zip(self.micro_batch_indices, micro_batches, strict=True):
+            self._seed_dropout(index)
+            with self._sync_gradients(is_last=index == self.micro_batch_indices[-1]):
                 loss_sum = self.loss(batch)
-                self.scaler.scale(loss_sum * (world.size / max(1, n_targets))).backward()
+                self.scaler.scale(loss_sum * loss_scale).backward()
             self.loss_sum = self.loss_sum + loss_sum.detach()
+        return self._update_weights()
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        torch.manual_seed(draw_key(self.config.train.seed, self.state.step, micro_batch))
+
+    def _sync_gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """DDP adds up gradients over processes once a step, in the last backward pass."""
+        if is_last or not isinstance(self.wrapped_model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped_model.no_sync()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The sum of the cross-entropies (nats) of a micro-batch's targets, a scalar tensor."""
+        with autocast(self.world.device, self.config.train.precision):
+            return self.wrapped_model(**batch.inputs(self.world.device))
+
+    def _update_weights(self) -> Tensor:
+        """Clip the gradients, use them and clear them. Returns their norm before clipping."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        grad_norm = clip_gradients(self.model, config.max_grad_norm)
+        grad_norm = clip_gradients(self.model, self.config.train.max_grad_norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
         return grad_norm
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The sum of the cross-entropies of a micro-batch's targets, a scalar on the device."""
-        with autocast(self.world.device, self.config.train.precision):
-            return self.trained(**batch.inputs(self.world.device))
-
     def mean_loss(self) -> float:
-        """The mean loss per target since it was last asked for, over all processes."""
+        """The mean loss per target since the last call, over all processes."""
         (loss_sum,) = self.world.sum(float(self.loss_sum))
-        mean = loss_sum / max(1, self.progressed.n_targets)
-        self.loss_sum, self.progressed.n_targets = torch.zeros_like(self.loss_sum), 0
+        mean = loss_sum / max(1, self.state.n_targets)
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.state.n_targets = 0
         return mean
 
-    def evaluate(self, log: Monitor) -> None:
-        """Measure the held-out loss on all processes; keep the model if it is the best so far."""
-        at, world = self.progressed, self.world
+    def evaluate(self, monitor: Monitor) -> None:
+        """Measure the held-out loss, all processes together; keep the model if it is the best."""
+        world = self.world
         gc.collect()
-        own = itertools.islice(self.valid.evaluation(), world.rank, None, world.size)
-        loss_sum, n_targets = world.sum(
-            *sum_losses(self.model, own, world.device, self.config.train.precision)
+        batches = itertools.islice(self.valid_batches.evaluation(), world.rank, None, world.size)
+        own_loss_sum, own_targets = sum_losses(
+            self.model, batches, world.device, self.config.train.precision
         )
+        loss_sum, n_targets = world.sum(own_loss_sum, own_targets)
         loss = loss_sum / max(1, n_targets)
-        best = loss < at.best_loss
-        at.stale_evaluations = 0 if best else at.stale_evaluations + 1
-        if best:
-            at.best_loss = loss
+        is_best = loss < self.state.best_loss
+        if is_best:
+            self.state.best_loss = loss
+            self.state.stale_evaluations = 0
             if world.rank == 0:
                 pretrained.save_weights(self.model_dir, self.model)
-        log.evaluation(metrics(loss_sum, int(n_targets), self.valid.n_bytes), best, self.samples())
+        else:
+            self.state.stale_evaluations += 1
+        figures = metrics(loss_sum, int(n_targets), self.valid_batches.n_bytes)
+        monitor.report_evaluation(figures, is_best, self.samples())
 
-    def samples(self, n: int = 3, prompt: int = 16) -> list[str]:
-        """What the model answers in `n` held-out dialogues, or how it goes on with the beginning of held-out texts."""
+    def samples(self) -> list[str]:
+        """Lines "prompt -> text": held-out dialogues that the model answers, or texts it continues.
+
+        Empty on other ranks than 0, which report nothing.
+        """
         if self.world.rank > 0:
             return []
-        shards, task = self.valid.shards, self.config.task
-        prompts: list[list[Turn]] = []
-        for number in range(0, shards.documents, -(-shards.documents // n)):
-            start = int(shards.starts[number])
-            prompts.append(
-                shards.dialogue(number)[:-1]
-                if task == "chatlm"
-                else [(0, shards.tokens(start, min(start + prompt, shards.n_tokens)).tolist())]
-            )
-        told = [" / ".join(self.tokenizer.decode(ids) for _, ids in turns) for turns in prompts]
-        texts = TextGenerator(self.model, self.tokenizer, task).sample_answers(prompts)
-        return [f"{asked} -> {text}" for asked, text in zip(told, texts, strict=True)]
+        n_documents = self.valid_batches.shards.documents
+        stride = math.ceil(n_documents / N_SAMPLES)
+        prompts = [self._held_out_prompt(number) for number in range(0, n_documents, stride)]
+        generator = TextGenerator(self.model, self.tokenizer, self.config.task)
+        lines = []
+        for turns, answer in zip(prompts, generator.sample_answers(prompts), strict=True):
+            prompt = " / ".join(self.tokenizer.decode(ids) for _, ids in turns)
+            lines.append(f"{prompt} -> {answer}")
+        return lines
 
-    def logging(self) -> Monitor:
-        """Write down what the run is, and begin to tell of it."""
+    def _held_out_prompt(self, number: int) -> list[Turn]:
+        """A held-out dialogue without its response, or the first tokens of a held-out document."""
+        shards = self.valid_batches.shards
+        if self.config.task == "chatlm":
+            return shards.dialogue(number)[:-1]
+        start = int(shards.starts[number])
+        stop = min(start + SAMPLE_PROMPT, shards.n_tokens)
+        return [(0, shards.tokens(start, stop).tolist())]
+
+    def start_monitor(self) -> Monitor:
+        """Write what does not change during the run, and begin to report."""
         if self.world.rank == 0:
             pretrained.save_static(
                 self.model_dir, self.model.config, self.tokenizer, self.config.task
             )
             with atomic_write(self.folder / "config.json") as temporary:
-                temporary.write_text(json.dumps(self.resolved, indent=2) + "\n")
+                temporary.write_text(json.dumps(self.resolved_config, indent=2) + "\n")
         return Monitor(
             self.folder,
             self.world,
             self.model.config,
-            DTYPES[self.config.train.precision],
-            self.config.task,
-            self.progressed.step,
-            self.total,
-            self.progressed.log_bytes,
+            dtype=PRECISIONS[self.config.train.precision],
+            task=self.config.task,
+            step=self.state.step,
+            total_steps=self.total_steps,
+            log_bytes=self.state.log_bytes,
         )
 
-    def signal(self, number: int, frame: FrameType | None) -> None:
+    def save(self, monitor: Monitor) -> None:
+        """Write the checkpoint from which the same command goes on.
+
+        Raises UserError where it cannot be written.
+        """
+        (self.state.loss_sum,) = self.world.sum(float(self.loss_sum))
+        self.state.scaler = self.scaler.state_dict()
+        self.state.log_bytes = monitor.log_size()
+        if self.world.rank == 0:
+            checkpoint.save_checkpoint(
+                self.checkpoint_path, self.model, self.optimizers, self.state, self.resolved_config
+            )
+
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Finish the step, save and stop; a second signal ends the process at once."""
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    def save(self, log: Monitor) -> None:
-        """Write the checkpoint from which the same command goes on."""
-        (self.progressed.loss_sum,) = self.world.sum(float(self.loss_sum))
-        self.progressed.scaler, self.progressed.log_bytes = self.scaler.state_dict(), log.size()
-        if self.world.rank == 0:
-            checkpoint.save_checkpoint(
-                self.checkpoint_path, self.model, self.optimizers, self.progressed, self.resolved
-            )
-
-
-def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
-    """A new model of the config's size, or the one that `init_from` names with what a chat needs appended."""
-    torch.manual_seed(config.train.seed)
-    tokenizer, size = tokenizer_for(config), config.model
-    if not config.init_from:
-        return GPT2(
-            GPT2Config(
-                vocab_size=tokenizer.vocab_size,
-                n_positions=size.n_ctx,
-                n_embd=size.n_embd,
-                n_layer=size.n_layer,
-                n_head=size.n_head,
-                embd_pdrop=size.dropout,
-                attn_pdrop=size.dropout,
-                resid_pdrop=size.dropout,
-            )
-        ), tokenizer
-    model, tokenizer, task = pretrained.load_model(config.init_from, dropout=size.dropout)
-    for ours, theirs in (
-        ("n_layer", "n_layer"),
-        ("n_head", "n_head"),
-        ("n_embd", "n_embd"),
-        ("n_ctx", "n_positions"),
-    ):
-        wanted, found = getattr(size, ours), getattr(model.config, theirs)
-        if wanted > found if ours == "n_ctx" else wanted not in (0, found):
-            raise UserError(
-                f"[model] {ours} is {wanted}, {config.init_from} has {theirs} {found}; leave {ours} out"
-            )
-    added = pretrained.adapt(model, tokenizer, config.train.seed)
-    if (
-        config.task == "chatlm"
-        and task == "lm"
-        and "type 0" not in added
-        and not config.train.keep_type_rows
-    ):
-        with torch.no_grad():
-            model.wte.weight[model.type_rows] = (
-                torch.randn(2, model.config.n_embd) * model.config.initializer_range
-            )
-    return model.train(), tokenizer
-
 
 def train(config: Config) -> Run:
-    """Train, or go on, until done or told to stop by SIGINT or SIGTERM."""
+    """Begin a run or resume it, and train until it is done or stopped by SIGINT or SIGTERM."""
     world = World(config.train.device)
-    run = Run(config, world)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.signal)
-    settle()
-    gc.disable()  # its pauses cost more than the little that a step leaves; `evaluate` collects that
-    if run.done and world.rank == 0:
+    accumulation = config.train.gradient_accumulation_steps
+    if world.rank == 0 and accumulation < world.size:
         print(
-            f"{config.run}: finished at step {run.progressed.step} of {run.total}, best held-out loss "
-            f"{run.progressed.best_loss:.4f}; train more by raising num_steps, or remove the folder to start anew"
+            f"train.gradient_accumulation_steps {accumulation} leaves some of {world.size} "
+            "processes idle",
+            file=sys.stderr,
         )
+    run = Run(config, world)
+    signal.signal(signal.SIGINT, run.handle_signal)
+    signal.signal(signal.SIGTERM, run.handle_signal)
+    tune_memory()
+    gc.disable()  # its pauses cost more than the garbage of a step, which `Run.evaluate` collects
     if not run.done:
         run.train()
+    elif world.rank == 0:
+        print(
+            f"{config.run}: finished at step {run.state.step} of {run.total_steps}, "
+            f"best held-out loss {run.state.best_loss:.4f}; "
+            "train more by raising num_steps, or remove the folder to start anew"
+        )
     world.close()
     return run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gptchat.train", description=(__doc__ or "").split("\n")[0]
+    parser = CommandParser(
+        "train",
+        "Train an LM or a ChatLM. The same command goes on with a run that was stopped or killed.",
+        "gptchat train --config configs/lm.toml train.learning_rate=1e-3 run=out/try",
     )
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--config", required=True, metavar="FILE", help="see configs/README.md")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="used instead of the config's"
+    )
     arguments = parser.parse_intermixed_args(argv)
     run = train(load_config(arguments.config, arguments.overrides))
     if run.stopped and not run.done:

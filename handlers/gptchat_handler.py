@@ -20,7 +20,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 from gptchat.inference.engine import Engine, Output, Request, generate
 from gptchat.model import pretrained
-from gptchat.runtime import settle
+from gptchat.runtime import tune_memory
 from handlers.answers import JSON, Answer, models
 from handlers.jobs import Reader, Refusal, Served
 from handlers.loop import DecodeLoop
@@ -226,7 +226,7 @@ def load(directory: Path, name: str, limits: Any) -> tuple[Served, Engine]:
     never = pretrained.never_generated(model.config, tokenizer, task)
     engine = Engine(model, limits.slots, dtype=limits.dtype, suppress=never)
     generate(engine, [Request([tokenizer.eos_id], [1] if task == "chatlm" else None)])
-    settle()
+    tune_memory()
     return Served(
         name, task, tokenizer, engine.length, limits, pretrained.stop_id(tokenizer, task)
     ), engine

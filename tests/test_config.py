@@ -1,13 +1,19 @@
-"""Config files: read whole, checked by name and type, overridden, and told in one line when wrong."""
+"""Config files: read whole, checked by name and type, overridden, and refused in one line."""
 
-import os
+import dataclasses
+import json
+import re
+import typing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from gptchat.config import load_config
+from gptchat.config import RENAMED, Config, TrainConfig, build, load_config, setting
 from gptchat.console import UserError
-from gptchat.files import atomic_write, expand
+from gptchat.training.checkpoint import FREE_KEYS
+from gptchat.training.metrics import PRECISIONS
+from gptchat.training.optim import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 GOOD = "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
@@ -18,37 +24,37 @@ def write(folder: Path, text: str) -> str:
     return str(folder / "a.toml")
 
 
+# --- what loads
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*lm.toml")), ids=str)
 def test_every_config_of_the_project_loads(path: Path) -> None:
     assert load_config(str(path)).task == path.stem
 
 
 def test_an_override_is_a_toml_value_or_else_a_string(tmp_path: Path) -> None:
-    config = load_config(
-        write(tmp_path, GOOD),
-        [
-            "train.learning_rate=1e-2",
-            "run=out/x y",
-            "data.train=a.txt",
-            'data.test=["b", "c"]',
-            "train.weight_decay=1",
-            "train.compile=true",
-        ],
-    )
-    assert (config.train.learning_rate, config.run, config.train.weight_decay) == (
-        0.01,
-        "out/x y",
-        1.0,
-    )
-    assert (config.data.train, config.data.test, config.train.compile) == (
-        ("a.txt",),
-        ("b", "c"),
-        True,
-    )
+    overrides = [
+        "train.learning_rate=1e-2",
+        "run=out/x y",
+        "data.train=a.txt",
+        'data.test=["b", "c"]',
+        "train.weight_decay=1",
+        "train.compile=true",
+    ]
+    config = load_config(write(tmp_path, GOOD), overrides)
+    assert config.train.learning_rate == 0.01
+    assert config.run == "out/x y"
+    assert config.data.train == ("a.txt",)
+    assert config.data.test == ("b", "c")
+    assert (config.train.weight_decay, type(config.train.weight_decay)) == (1.0, float)
+    assert config.train.compile is True
+
+
+# --- what is refused
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (GOOD + "batch_sise = 3\n", "[train] batch_sise: unknown key; wanted one of seed"),
         (GOOD + "batch_size = 2.5\n", "[train] batch_size: found 2.5; wanted a value of type int"),
@@ -75,15 +81,16 @@ def test_an_override_is_a_toml_value_or_else_a_string(tmp_path: Path) -> None:
         ("\ufeff\x00", "not valid TOML"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(write(tmp_path, text))
-    assert told in str(error.value) and str(tmp_path / "a.toml") in str(error.value)
+    assert message in str(error.value)
+    assert str(tmp_path / "a.toml") in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.learning_rate", "found no '='"),
         ("=3", "found no '='"),
@@ -91,29 +98,128 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, told: 
         ("model.depth=3", "unknown key"),
     ],
 )
-def test_wrong_overrides_are_named(tmp_path: Path, override: str, told: str) -> None:
+def test_wrong_overrides_are_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match="^[^\n]+$") as error:
         load_config(write(tmp_path, 'run = "a"\n' + GOOD), [override])
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_globs_name_files_in_order_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "c.tsv"):
-        (tmp_path / name).touch()
-    assert [
-        path.name for path in expand([f"{tmp_path}/*.txt", f"{tmp_path}/c.tsv"], "data.train")
-    ] == ["a.txt", "b.txt", "c.tsv"]
-    with pytest.raises(UserError, match="no such file, named by data.train"):
-        expand([f"{tmp_path}/*.md"], "data.train")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("accumulation", "gradient_accumulation_steps"),
+        ("warmup_rate", "warmup_ratio"),
+        ("final_rate", "min_lr_ratio"),
+    ],
+)
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    in_file = write(tmp_path, GOOD + f"{old} = 0.5\n")
+    with pytest.raises(UserError, match=f"^[^\n]+ {old}: renamed; .* {new}$"):
+        load_config(in_file)
+    without = write(tmp_path, GOOD)
+    with pytest.raises(UserError, match=f"^[^\n]+ {old}: renamed; .* {new}$"):
+        load_config(without, [f"train.{old}=0.5"])
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "file"
-    with atomic_write(path) as temporary:
-        temporary.write_text("one")
-        assert not path.exists()
-    with pytest.raises(KeyError), atomic_write(path) as temporary:
-        temporary.write_text("two")
-        raise KeyError
-    assert path.read_text() == "one"
-    assert os.listdir(path.parent) == ["file"]
+def test_a_renamed_key_is_merely_unknown_to_a_section_that_never_had_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown key; wanted one of n_layer"):
+        load_config(write(tmp_path, GOOD), ["model.warmup_rate=0.5"])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Settings as another module declares them."""
+
+    queue: int = setting(4, "waiting requests", min=1, max=8)
+
+
+def test_build_checks_any_dataclass_of_settings() -> None:
+    assert build(Limits, {}, "limits.yaml") == Limits(4)
+    assert build(Limits, {"queue": 8}, "limits.yaml") == Limits(8)
+    with pytest.raises(UserError, match="^limits.yaml: queue: found 9; wanted at most 8$"):
+        build(Limits, {"queue": 9}, "limits.yaml")
+    with pytest.raises(UserError, match=r"^limits.yaml: \[serve\] queue: found 0; wanted at least"):
+        build(Limits, {"queue": 0}, "limits.yaml", "serve")
+    with pytest.raises(UserError, match="^limits.yaml: size: unknown key; wanted one of queue$"):
+        build(Limits, {"size": 9}, "limits.yaml")
+
+
+# --- one list of everything
+
+
+def test_the_choices_of_a_config_are_those_that_training_knows() -> None:
+    choices = {
+        field.name: set(field.metadata["choices"])
+        for field in dataclasses.fields(TrainConfig)
+        if "choices" in field.metadata
+    }
+    assert choices["schedule"] == SCHEDULES.keys()
+    assert choices["precision"] == PRECISIONS.keys()
+
+
+TYPE_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    tuple[str, ...]: "list of strings",
+}
+LIMITS = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
+
+
+def readme_section(title: str) -> str:
+    """What stands in configs/README.md below the heading `## title`."""
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table_row(field: dataclasses.Field, hint: type) -> str:
+    """A setting's row in configs/README.md: key, type, default, allowed values, meaning."""
+    default = json.dumps(field.default)
+    if "choices" in field.metadata:
+        allowed = ", ".join(f"`{json.dumps(choice)}`" for choice in field.metadata["choices"])
+    else:
+        limits = [
+            f"{name} {field.metadata[rule]}"
+            for rule, name in LIMITS.items()
+            if rule in field.metadata
+        ]
+        allowed = ", ".join(limits) or "any"
+    type_name = TYPE_NAMES[hint]
+    return f"| `{field.name}` | {type_name} | `{default}` | {allowed} | {field.metadata['help']} |"
+
+
+def expected_tables() -> dict[str, list[str]]:
+    """The rows of each section's table; "" stands for the keys above all sections."""
+    tables: dict[str, list[str]] = {"": []}
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        section = hints[field.name]
+        if not dataclasses.is_dataclass(section):
+            tables[""].append(table_row(field, section))
+            continue
+        keys = typing.get_type_hints(section)
+        tables[field.name] = [table_row(key, keys[key.name]) for key in dataclasses.fields(section)]
+    return tables
+
+
+def test_the_readme_lists_every_key_with_its_type_default_limits_and_meaning() -> None:
+    """A failure shows the rows as they must stand in the file."""
+    tables: dict[str, list[str]] = {}
+    for part in readme_section("Every key").split("\n### ")[1:]:
+        title, *lines = part.splitlines()
+        section = title.strip("`[]") if title.startswith("`[") else ""
+        tables[section] = [line for line in lines if line.startswith("| `")]
+    assert tables == expected_tables()
+
+
+def test_the_readme_lists_every_renamed_key() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", readme_section("Renamed keys"), re.MULTILINE)
+    assert dict(rows) == RENAMED
+
+
+def test_the_readme_lists_the_keys_that_a_resumed_run_may_change() -> None:
+    keys = re.findall(
+        r"^- `([\w.]+)`", readme_section("Changing the config of a run"), re.MULTILINE
+    )
+    assert set(keys) == FREE_KEYS

@@ -1,4 +1,4 @@
-"""The loop: the loss is weighed exactly, a resumed run is the same run, many processes are one, nothing is lost."""
+"""The loop: every target weighs the same, a resumed run is the same run, many processes are one."""
 
 import dataclasses
 import json
@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import command, run
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptchat.config import Config, load_config
@@ -27,9 +30,10 @@ from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.train import Run
 from gptchat.training import checkpoint
+from gptchat.training.checkpoint import TrainState
 from gptchat.training.distributed import World
 from gptchat.training.monitor import step_flops
-from gptchat.training.optim import lr_scale, make_optimizers
+from gptchat.training.optim import lr_scale, make_optimizers, optimizer_state
 
 TASKS = ("lm", "chatlm")
 
@@ -84,9 +88,10 @@ def small_model(vocab_size: int = 50, **changes: object) -> GPT2:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """A copy of the gradients, which are cleared."""
+    copies = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return copies
 
 
 def assert_close(
@@ -136,7 +141,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
     small: Path, tmp_path: Path, task: str
 ) -> None:
     """Targets are spread unevenly over the micro-batches of chat; each must weigh the same."""
-    found = []
+    outcomes = []
     for number, (rows, accumulation) in enumerate(((12, 1), (4, 3), (1, 12))):
         folder = tmp_path / str(number)
         trained = Run(
@@ -150,15 +155,16 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
             ),
             World("cpu"),
         )
-        micro_batches = [trained.batches.micro_batch(i) for i in range(accumulation)]
+        micro_batches = [trained.train_batches.micro_batch(i) for i in range(accumulation)]
         for optimizer in trained.optimizers:
             optimizer.zero_grad = lambda: None
         trained.model.double()
         trained.step(micro_batches)
-        found.append((gradients(trained.model), trained.mean_loss()))
-    for other, loss in found[1:]:
-        assert loss == pytest.approx(found[0][1], rel=1e-9)
-        assert_close(other, found[0][0], 1e-9)
+        outcomes.append((gradients(trained.model), trained.mean_loss()))
+    (whole, whole_loss), *others = outcomes
+    for accumulated, loss in others:
+        assert loss == pytest.approx(whole_loss, rel=1e-9)
+        assert_close(accumulated, whole, 1e-9)
 
 
 # --- resuming
@@ -287,6 +293,101 @@ def test_early_stopping_keeps_the_best_model(small: Path, tmp_path: Path) -> Non
     assert "finished" in finish(start(small, "chatlm", tmp_path, *settings))
 
 
+# --- the checkpoint
+
+
+def trained_model(small: Path) -> tuple[GPT2, list[Optimizer]]:
+    """A model after two steps of Muon and AdamW on made-up gradients."""
+    config = load_config(str(small / "lm.toml"), ["train.optimizer=muon"]).train
+    model = small_model().float()
+    optimizers = make_optimizers(model, config)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for optimizer in optimizers:
+            optimizer.step()
+    return model, optimizers
+
+
+def reordered(optimizer: Optimizer) -> Optimizer:
+    """A new optimizer of the same kind, with its groups and the parameters in each reversed."""
+    groups = [
+        group | {"params": group["params"][::-1]} for group in reversed(optimizer.param_groups)
+    ]
+    return type(optimizer)(groups)
+
+
+def rewrite_checkpoint(
+    path: Path, metadata: dict[str, str | None], dropped: Sequence[str] = ()
+) -> None:
+    """Change a checkpoint's metadata (None removes an entry) and leave tensors out."""
+    with safe_open(path, framework="pt") as file:
+        changed = file.metadata() | metadata
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name not in dropped}
+    kept = {key: value for key, value in changed.items() if value is not None}
+    save_file(tensors, path, kept)
+
+
+def test_optimizer_state_is_named_by_kind_and_parameter(small: Path) -> None:
+    state = optimizer_state(*trained_model(small))
+    assert "optimizer.adamw.h.0.ln_1.weight.exp_avg" in state
+    assert "optimizer.muon.h.1.mlp.c_fc.weight.momentum_buffer" in state
+
+
+def test_optimizer_state_finds_its_parameters_in_any_order(small: Path, tmp_path: Path) -> None:
+    model, optimizers = trained_model(small)
+    saved = {name: value.clone() for name, value in optimizer_state(model, optimizers).items()}
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save_checkpoint(path, model, optimizers, TrainState(step=2), {})
+    others = [reordered(optimizer) for optimizer in reversed(optimizers)]
+    assert not optimizer_state(model, others)
+    assert checkpoint.load_checkpoint(path, model, others, {}).step == 2
+    restored = optimizer_state(model, others)
+    assert restored.keys() == saved.keys()
+    assert all(torch.equal(restored[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("part", ["exp_avg", "all"])
+def test_a_checkpoint_without_the_state_of_a_parameter_is_refused(
+    small: Path, tmp_path: Path, part: str
+) -> None:
+    model, optimizers = trained_model(small)
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save_checkpoint(path, model, optimizers, TrainState(), {})
+    parts = ["exp_avg", "exp_avg_sq", "step"] if part == "all" else [part]
+    rewrite_checkpoint(path, {}, [f"optimizer.adamw.wpe.weight.{key}" for key in parts])
+    with pytest.raises(UserError, match="^[^\n]+$") as error:
+        checkpoint.load_checkpoint(path, model, optimizers, {})
+    assert "no optimizer.adamw.wpe.weight.exp_avg" in str(error.value)
+    assert "remove it to start the run anew" in str(error.value)
+
+
+def test_a_checkpoint_saved_before_an_optimizer_made_a_step_loads(
+    small: Path, tmp_path: Path
+) -> None:
+    """As fp16 writes one when it has skipped every step so far."""
+    model, optimizers = trained_model(small)
+    adamw, _ = optimizers
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save_checkpoint(path, model, [adamw], TrainState(step=2), {})
+    others = [reordered(optimizer) for optimizer in optimizers]
+    assert checkpoint.load_checkpoint(path, model, others, {}).step == 2
+    assert optimizer_state(model, others).keys() == optimizer_state(model, [adamw]).keys()
+
+
+@pytest.mark.parametrize(("number", "shown"), [(None, "unknown"), ("1", "1"), ("99", "99")])
+def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_says_what_to_do(
+    small: Path, tmp_path: Path, number: str | None, shown: str
+) -> None:
+    settings = ["train.num_steps=2", "train.eval_interval=1"]
+    finish(start(small, "lm", tmp_path, *settings))
+    rewrite_checkpoint(tmp_path / "checkpoint.safetensors", {"format": number})
+    refused = finish(start(small, "lm", tmp_path, *settings), 2)
+    assert f"found checkpoint format {shown}; wanted {checkpoint.FORMAT}" in refused
+    assert "remove the file to start anew" in refused
+    assert refused.count("\n") == 1
+
+
 # --- switches
 
 
@@ -294,7 +395,7 @@ def test_activation_checkpointing_and_compilation_change_no_result(
     small: Path, tmp_path: Path
 ) -> None:
     """Dropout on: the recomputed activations must be the same."""
-    found = []
+    results = []
     for number, switch in enumerate(("seed=0", "activation_checkpointing=true", "compile=true")):
         dropout = "model.dropout=0" if "compile" in switch else "model.dropout=0.1"
         trained = Run(
@@ -303,14 +404,14 @@ def test_activation_checkpointing_and_compilation_change_no_result(
         )
         for optimizer in trained.optimizers:
             optimizer.zero_grad = lambda: None
-        trained.step([trained.batches.micro_batch(0)])
-        found.append(gradients(trained.model))
+        trained.step([trained.train_batches.micro_batch(0)])
+        results.append(gradients(trained.model))
     plain = Run(config_of(small, "chatlm", tmp_path / "plain", "model.dropout=0"), World("cpu"))
     for optimizer in plain.optimizers:
         optimizer.zero_grad = lambda: None
-    plain.step([plain.batches.micro_batch(0)])
-    assert_close(found[1], found[0], 1e-6)
-    assert_close(found[2], gradients(plain.model), 1e-4)
+    plain.step([plain.train_batches.micro_batch(0)])
+    assert_close(results[1], results[0], 1e-6)
+    assert_close(results[2], gradients(plain.model), 1e-4)
 
 
 def test_without_a_compiler_one_line_says_so_and_training_is_eager(
@@ -394,7 +495,7 @@ def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_p
 
 
 def unwritable(kind: str, folder: Path) -> None:
-    """Make this process fail to write there as the operating system does; root needs another user for it."""
+    """Make writes of this process to the folder fail; root must become another user for it."""
     if kind == "full":
         resource.setrlimit(
             resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -418,11 +519,11 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
     limit, user = resource.getrlimit(resource.RLIMIT_FSIZE), os.geteuid()
     if kind == "read-only" and user != 0:
         pytest.skip("needs root, to write as another user")
-    with trained.logging() as log:
+    with trained.start_monitor() as monitor:
         unwritable(kind, tmp_path)
         try:
-            with pytest.raises(UserError, match="cannot be written") as told:
-                trained.save(log)
+            with pytest.raises(UserError, match="cannot be written") as error:
+                trained.save(monitor)
             with pytest.raises(UserError, match="cannot be written"):
                 pretrained.save_weights(
                     tmp_path / "model" if kind == "full" else tmp_path, trained.model
@@ -431,14 +532,14 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
             os.seteuid(user)
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
             tmp_path.chmod(0o755)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.tmp"))
     after = outcome(tmp_path)
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
     assert trained.lock is not None
     trained.lock.close()
-    assert Run(config, World("cpu")).progressed.step == 10
+    assert Run(config, World("cpu")).state.step == 10
     pretrained.load_model(tmp_path / "model")
 
 
@@ -512,9 +613,10 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["train.learning_rat=1"], "unknown key"),
+        (["train.warmup_rate=0.1"], "warmup_ratio"),
         (["train.learning_rate=fast"], "wanted a value of type float"),
         (["train.precision=fp8"], "wanted one of"),
         (["model.n_head=3"], "no multiple of n_head"),
@@ -528,10 +630,11 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
     ],
 )
 def test_wrong_use_is_one_line_and_exit_status_2(
-    small: Path, tmp_path: Path, arguments: list[str], told: str
+    small: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     output = run("train", "--config", small / "lm.toml", f"run={tmp_path}", *arguments, status=2)
-    assert told in output and output.startswith("error: ") and output.count("\n") == 1, output
+    assert message in output and output.startswith("error: "), output
+    assert output.count("\n") == 1, output
 
 
 def test_shards_of_another_tokenizer_are_refused(small: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.runtime import settle
+from gptchat.runtime import tune_memory
 
 SIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -96,7 +96,7 @@ def bench_decode(args: argparse.Namespace, report: Report) -> None:
     first = min(args.first, config.n_positions - 1)
     length = min(config.n_positions, max(args.prompt + args.new, first + 1))
     engines = {dtype: Engine(model, max(args.batches), length, dtype) for dtype in args.dtypes}
-    settle()
+    tune_memory()
     weights = torch.ones(
         sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     )

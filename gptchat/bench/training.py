@@ -23,7 +23,7 @@ from gptchat.bench.decode import Transformers
 from gptchat.bench.report import Report, timed
 from gptchat.config import TrainConfig, load_config
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.runtime import settle
+from gptchat.runtime import tune_memory
 from gptchat.training.distributed import World, wrap_model
 from gptchat.training.monitor import matmul_peak, peak_memory, step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
@@ -72,7 +72,7 @@ def worker(pipe: Connection, who: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     step = training_step(who, args)
     if "as found" not in who:
-        settle()
+        tune_memory()
     while pipe.recv():
         pipe.send(timed(step))
     pipe.send(peak_memory(torch.device("cpu")))

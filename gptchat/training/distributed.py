@@ -1,4 +1,9 @@
-"""The processes that train together: torchrun's environment variables, the device, and sums of host numbers."""
+"""The processes that train together: their ranks, this one's device, and sums over all of them.
+
+Rank and number of processes are those that torchrun sets in the environment; without it there is
+one process, rank 0, whose sums are its own numbers. Sums are taken on the host in float64, so they
+never wait for the device. `wrap_model` prepares a model for training under this.
+"""
 
 import os
 import shutil
@@ -14,57 +19,75 @@ from gptchat.model.gpt2 import GPT2
 
 
 class World:
-    """This process among all that train: its rank, their number, its device."""
+    """This process among all that train: its rank, their number `size`, its device."""
 
     def __init__(self, device: str):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(device)
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"train.device: found {device!r}; wanted auto, cpu or cuda ({reason})"
-            ) from None
-        if self.device.type == "cuda" and self.size > 1:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = usable_device(device)
+        if self.size == 1:
+            return
+        backend = "gloo"
+        if self.device.type == "cuda":
+            backend = "nccl"
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.host = dist.new_group(
-                backend="gloo"
-            )  # numbers that stay on the host never wait for the device
+        dist.init_process_group(backend)
+        self.host_group = dist.new_group(backend="gloo")
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number's sum over all processes."""
         if self.size == 1:
             return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total, group=self.host)
-        return total.tolist()
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.host_group)
+        return sums.tolist()
 
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one.
+
+    Raises UserError if it does not work here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"train.device: found {name!r}; wanted auto, cpu or cuda ({reason})"
+        ) from None
+    return device
+
+
 def wrap_model(model: GPT2, config: TrainConfig, world: World) -> torch.nn.Module:
-    """The model as it is trained: with activation checkpointing, compilation and DDP as the config says."""
+    """The model as training calls it, with the same parameters.
+
+    Activation checkpointing and compilation as the config says; DDP, which averages gradients, with
+    several processes.
+    """
     model.activation_checkpointing = config.activation_checkpointing
-    trained: torch.nn.Module = model
+    wrapped: torch.nn.Module = model
     if config.compile and has_compiler():
-        trained = torch.compile(model)  # type: ignore[assignment]
-    return DistributedDataParallel(trained) if world.size > 1 else trained
+        wrapped = torch.compile(model)  # type: ignore[assignment]
+    if world.size > 1:
+        wrapped = DistributedDataParallel(wrapped)
+    return wrapped
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile can work here; says so in one line if not."""
-    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if not found:
+    """Whether torch.compile has the C++ compiler that it needs; prints one line if not."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
         print(
             "train.compile: no C++ compiler found (g++ or clang++); training eagerly",
             file=sys.stderr,
         )
-    return bool(found)
+        return False
+    return True

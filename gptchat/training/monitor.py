@@ -1,5 +1,10 @@
-"""What a training run tells: a progress bar or plain lines, TensorBoard, and a loss log that a resumed run cuts back to
-its checkpoint. Only the first process writes; the figures are those of all."""
+"""What a training run reports: progress in the terminal, TensorBoard, the loss log `log.jsonl`.
+
+Only rank 0 writes; the figures are those of all processes. The loss log holds nothing that depends
+on time, and a resumed run first cuts it back to the length that its checkpoint names: however often
+a run was stopped, its log is that of an uninterrupted run, byte for byte. Speed goes to the bar and
+to TensorBoard only.
+"""
 
 import json
 import resource
@@ -17,25 +22,32 @@ from gptchat.training.distributed import World
 from gptchat.training.metrics import Metrics
 
 
-def step_flops(config: GPT2Config, n_tokens: int, n_targets: int, row: int) -> float:
-    """Floating-point operations of forward and backward: 6 per weight and token, the head's at target positions only,
-    and attention over rows of `row` positions (Chowdhery et al. 2022, "PaLM", appendix B)."""
+def step_flops(config: GPT2Config, n_tokens: int, n_targets: int, row_length: int) -> float:
+    """Floating-point operations of forward and backward (Chowdhery et al. 2022, appendix B).
+
+    6 for each weight and token (for the head, each target), and attention over rows of `row_length`
+    positions.
+    """
     inner = config.n_inner or 4 * config.n_embd
     block = 4 * config.n_embd**2 + 2 * config.n_embd * inner
-    attention = 12 * config.n_layer * config.n_embd * row
-    return (
-        n_tokens * (6 * config.n_layer * block + attention)
-        + 6 * n_targets * config.vocab_size * config.n_embd
-    )
+    attention = 12 * config.n_layer * config.n_embd * row_length
+    head = config.vocab_size * config.n_embd
+    return n_tokens * (6 * config.n_layer * block + attention) + 6 * n_targets * head
 
 
 def matmul_peak(
     device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.3
 ) -> float:
-    """FLOP/s of the best of several square matrix products: this machine's measured peak. On CUDA `size` is 8,192."""
-    size = 8192 if device.type == "cuda" else size
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
+    """The measured peak of a device, FLOP/s: the fastest of many matrix products.
+
+    They are `size` x `size`, on CUDA 8,192 x 8,192, and go on for `seconds`.
+    """
+    if device.type == "cuda":
+        size = 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    end = time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         a @ b
@@ -46,39 +58,42 @@ def matmul_peak(
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: of the device on CUDA, else resident."""
+    """The most bytes that this process has held so far: on the device for CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # elsewhere it is in KiB
 
 
 class Monitor:
-    """Use as a context manager. `log_bytes` is how much of an earlier log is kept, `step` where the run stands."""
+    """The reports of one run, from `step` of `total_steps` on. Use as a context manager.
+
+    `log_bytes` is how much of an earlier log is kept. Rates count from the last report.
+    """
 
     def __init__(
         self,
         folder: Path,
         world: World,
-        config: GPT2Config,
+        model_config: GPT2Config,
         dtype: torch.dtype,
         task: str,
         step: int,
-        total: int,
+        total_steps: int,
         log_bytes: int,
     ):
-        self.world, self.config, self.step = world, config, step
+        self.world = world
+        self.model_config = model_config
+        self.step = step
         self.writes = world.rank == 0
         if self.writes:
-            self.file = open(folder / "log.jsonl", "ab")
-            self.file.truncate(
-                min(log_bytes, self.file.tell())
-            )  # no longer than it is, if someone cut it
-            self.file.seek(0, 2)
+            self.log_file = open(folder / "log.jsonl", "ab")
+            kept = min(log_bytes, self.log_file.tell())  # truncate would fill up a shorter file
+            self.log_file.truncate(kept)
+            self.log_file.seek(kept)
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-            self.progress = Progress(total, task, "step", initial=step)
-        self.peak = matmul_peak(world.device, dtype) * world.size
+            self.progress = Progress(total_steps, task, "step", initial=step)
+        self.peak_flops = matmul_peak(world.device, dtype) * world.size
         self.restart_clock()
 
     def __enter__(self) -> "Monitor":
@@ -88,75 +103,84 @@ class Monitor:
         if self.writes:
             self.progress.__exit__()
             self.board.close()
-            self.file.close()
+            self.log_file.close()
 
     def restart_clock(self) -> None:
-        """Leave out of the rates what was not training."""
-        self.tokens = self.targets = 0
-        self.flops, self.since = 0.0, time.perf_counter()
+        """Count tokens and time from now on: rates then leave out, say, an evaluation before."""
+        self.n_tokens = 0
+        self.n_targets = 0
+        self.flops = 0.0
+        self.start_time = time.perf_counter()
 
-    def count(self, micro_batches: list[Batch]) -> None:
-        """A step is done."""
+    def count_step(self, micro_batches: list[Batch]) -> None:
+        """Count a step that is done, of these micro-batches of this process."""
         self.step += 1
         for batch in micro_batches:
-            rows, length = batch.input_ids.shape
-            self.tokens += batch.n_tokens
-            self.targets += batch.n_targets
-            self.flops += step_flops(self.config, batch.n_tokens, batch.n_targets, length)
+            row_length = batch.input_ids.shape[1]
+            self.n_tokens += batch.n_tokens
+            self.n_targets += batch.n_targets
+            self.flops += step_flops(self.model_config, batch.n_tokens, batch.n_targets, row_length)
         if self.writes:
             self.progress.update()
 
-    def training(self, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Tell the mean loss since the last time, and how fast it went."""
-        tokens, targets, flops = self.world.sum(self.tokens, self.targets, self.flops)
-        seconds = time.perf_counter() - self.since
+    def report_training(self, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Report the mean loss since the last report, and the speed."""
+        n_tokens, n_targets, flops = self.world.sum(self.n_tokens, self.n_targets, self.flops)
+        seconds = time.perf_counter() - self.start_time
+        figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         rates = {
-            "tokens_per_second": tokens / seconds,
-            "target_tokens_per_second": targets / seconds,
-            "mfu": flops / seconds / self.peak,
+            "tokens_per_second": n_tokens / seconds,
+            "target_tokens_per_second": n_targets / seconds,
+            "mfu": flops / seconds / self.peak_flops,
             "peak_memory_gb": peak_memory(self.world.device) / 1e9,
         }
-        self.write(
-            "train", {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}, rates
-        )
+        self._write("train", figures, rates)
         if self.writes:
             self.progress.figures = {
                 "loss": f"{loss:.3f}",
                 "lr": f"{learning_rate:.1e}",
                 "norm": f"{grad_norm:.2f}",
-                "tok/s": f"{tokens / seconds:,.0f}",
-                "targets/s": f"{targets / seconds:,.0f}",
+                "tok/s": f"{rates['tokens_per_second']:,.0f}",
+                "targets/s": f"{rates['target_tokens_per_second']:,.0f}",
                 "MFU": f"{rates['mfu']:.0%}",
                 "GB": f"{rates['peak_memory_gb']:.1f}",
             }
         self.restart_clock()
 
-    def evaluation(self, metrics: Metrics, best: bool, samples: list[str]) -> None:
-        """Tell what was measured on the held-out split."""
+    def report_evaluation(self, metrics: Metrics, is_best: bool, samples: list[str]) -> None:
+        """Report the figures of the held-out split, and texts that the model wrote."""
         figures = {"loss": metrics.loss, "perplexity": metrics.perplexity}
         if metrics.bits_per_byte is not None:
             figures["bits_per_byte"] = metrics.bits_per_byte
-        self.write("valid", figures, {})
-        told = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
-        self.line(f"step {self.step}: held-out {told}{' (best so far)' if best else ''}")
+        self._write("valid", figures, {})
+        summary = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()
+        )
+        mark = " (best so far)" if is_best else ""
+        self.print_line(f"step {self.step}: held-out {summary}{mark}")
         if self.writes:
             for number, text in enumerate(samples):
                 self.board.add_text(f"samples/{number}", text, self.step)
         self.restart_clock()
 
-    def write(self, kind: str, figures: dict[str, float], rates: dict[str, float]) -> None:
-        """To TensorBoard all of it, to the loss log what a resumed run repeats to the bit."""
+    def _write(self, kind: str, figures: dict[str, float], rates: dict[str, float]) -> None:
+        """Write `figures`, which a resumed run repeats to the bit, to the loss log, and all to
+        TensorBoard."""
         if not self.writes:
             return
-        self.file.write(json.dumps({"step": self.step, "kind": kind} | figures).encode() + b"\n")
-        self.file.flush()
+        line = json.dumps({"step": self.step, "kind": kind} | figures)
+        self.log_file.write(line.encode() + b"\n")
+        self.log_file.flush()
         for name, value in (figures | rates).items():
             self.board.add_scalar(f"{kind}/{name}", value, self.step)
 
-    def line(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
+        """Print a line above the progress bar."""
         if self.writes:
             self.progress.write(text)
 
-    def size(self) -> int:
-        """Bytes in the loss log."""
-        return self.file.tell() if self.writes else 0
+    def log_size(self) -> int:
+        """Bytes in the loss log; 0 where this process does not write it."""
+        if not self.writes:
+            return 0
+        return self.log_file.tell()

@@ -1,10 +1,16 @@
-"""Parameter groups and the learning-rate schedule.
+"""Optimizers, the learning-rate schedule, and optimizer state under the names of its parameters.
 
-AdamW (Loshchilov & Hutter 2019, fused) with decay on matrices only. With `optimizer = "muon"` the matrices of the
-blocks go to Muon instead (Jordan et al. 2024, torch.optim.Muon): their momentum is orthogonalised before the step.
+AdamW (Loshchilov & Hutter 2019, fused) updates every parameter, with weight decay on matrices only.
+With `optimizer = "muon"` the matrices of the transformer blocks go to Muon instead (Jordan et al.
+2024, torch.optim.Muon), which orthogonalises their momentum before each step. The learning rate is
+a pure function of the step number.
+
+To add a schedule, add it to `SCHEDULES` and to the choices of `schedule` in config.py; a test
+compares the two.
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,84 +19,130 @@ from torch.optim import AdamW, Muon, Optimizer
 from gptchat.config import TrainConfig
 from gptchat.model.gpt2 import GPT2
 
+# Schedule: progress after the warm-up (0 to 1) -> where the rate stands between its minimum (0) and
+# its peak (1).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
 
 def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
-    """AdamW for all, or AdamW for embeddings, biases and norms beside Muon for the blocks' matrices.
+    """AdamW for all parameters, or AdamW and Muon, which takes the matrices of the blocks.
 
-    Each group holds the peak rate `peak_lr`; `set_learning_rate` scales it.
+    Each group keeps its peak rate as `peak_lr`; `set_learning_rate` scales it.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    muon = {
-        name
-        for name, p in parameters.items()
-        if config.optimizer == "muon" and p.dim() == 2 and name.startswith("h.")
-    }
-    rest = [p for name, p in parameters.items() if name not in muon]
+    muon_matrices: list[Tensor] = []  # of the blocks; none without Muon
+    matrices: list[Tensor] = []  # all others, embeddings among them
+    vectors: list[Tensor] = []  # biases and LayerNorms
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif config.optimizer == "muon" and parameter.dim() == 2 and name.startswith("h."):
+            muon_matrices.append(parameter)
+        else:
+            matrices.append(parameter)
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [
-        AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    ]
-    if muon:
-        optimizers.append(
-            Muon(
-                [parameters[name] for name in sorted(muon)],
-                lr=config.muon_learning_rate,
-                weight_decay=config.weight_decay,
-                momentum=0.95,
-            )
+    betas = (config.beta1, config.beta2)
+    optimizers: list[Optimizer] = [AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
+    if muon_matrices:
+        muon = Muon(
+            muon_matrices,
+            lr=config.muon_learning_rate,
+            weight_decay=config.weight_decay,
+            momentum=0.95,
         )
+        optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def lr_scale(step: int, total: int, config: TrainConfig) -> float:
-    """The share of the peak rate in `step` (from 0) of `total`: linear warm-up over the first `warmup_ratio` of the
-    steps, then the schedule down to `min_lr_ratio`."""
-    warmup = math.ceil(total * config.warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(1, total - warmup)  # 0..1
-    left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
+def lr_scale(step: int, total_steps: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate in `step`, counted from 0.
+
+    It grows linearly over the first `warmup_ratio` of all steps, then follows the schedule to
+    `min_lr_ratio`.
+    """
+    warmup_steps = math.ceil(total_steps * config.warmup_ratio)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    height = SCHEDULES[config.schedule](progress)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * height
 
 
 def set_learning_rate(optimizers: list[Optimizer], scale: float) -> None:
+    """Set every group's rate to `scale` times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
 
 
-def optimizer_state(optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Every state tensor, named `optimizer.<which>.<parameter's number>.<key>`."""
-    return {
-        f"optimizer.{which}.{number}.{key}": value
-        for which, optimizer in enumerate(optimizers)
-        for number, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-
-
-def load_optimizer_state(optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_state`; other names in `tensors` are passed over."""
-    for which, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer" and rest.startswith(f"{which}."):
-                _, number, key = rest.split(".", 2)
-                state.setdefault(int(number), {})[key] = value
-        optimizer.load_state_dict(
-            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-
-
 def clip_gradients(model: torch.nn.Module, max_grad_norm: float) -> Tensor:
-    """Scale the gradients down to norm `max_grad_norm` (0: leave them). Returns the norm before, a scalar tensor."""
+    """Scale the gradients down to norm `max_grad_norm`; 0 leaves them as they are.
+
+    Returns the norm before, a scalar tensor.
+    """
     return torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+
+
+def optimizer_state(model: GPT2, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Every state tensor, named `optimizer.<kind>.<parameter name>.<state key>`, for example
+    `optimizer.adamw.h.0.ln_1.weight.exp_avg`. An optimizer that has not made a step yet has
+    none."""
+    tensors: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for name, parameter in _named_parameters(model, optimizer):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{_kind(optimizer)}.{name}.{key}"] = value
+    return tensors
+
+
+def load_optimizer_state(
+    model: GPT2, optimizers: list[Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_state`, whatever the order of the parameters.
+
+    Passes over names that do not begin with `optimizer.`. Raises ValueError where a parameter lacks
+    a state tensor that others of its optimizer have.
+    """
+    for optimizer in optimizers:
+        prefix = f"optimizer.{_kind(optimizer)}."
+        states: dict[str, dict[str, Tensor]] = {}  # parameter name -> its state by key
+        for full_name, value in tensors.items():
+            if full_name.startswith(prefix):
+                name, _, key = full_name.removeprefix(prefix).rpartition(".")
+                states.setdefault(name, {})[key] = value
+        if not states:
+            continue  # saved before its first step, which fp16 may have skipped
+        keys: set[str] = set().union(*states.values())
+        numbered = {}  # the form that torch loads: a parameter is its number, through all groups
+        for number, (name, _) in enumerate(_named_parameters(model, optimizer)):
+            state = states.get(name, {})
+            missing = keys - state.keys()
+            if missing:
+                raise ValueError(f"no {prefix}{name}.{min(missing)}")
+            numbered[number] = state
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _kind(optimizer: Optimizer) -> str:
+    """adamw or muon."""
+    return type(optimizer).__name__.lower()
+
+
+def _named_parameters(model: GPT2, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's parameters in its own order, with their names in the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[parameter], parameter

@@ -1,0 +1,73 @@
+"""The model and the tokenizer that a run starts from: new weights, or those that `init_from` names.
+
+Everything random here is drawn from the config's seed, so that the same config starts from the same
+weights.
+"""
+
+import torch
+
+from gptchat.config import Config
+from gptchat.console import UserError
+from gptchat.data.tokenizer import Tokenizer, tokenizer_for
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2, GPT2Config
+
+
+def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
+    """A new model of the config's size, or the one that `init_from` names."""
+    torch.manual_seed(config.train.seed)
+    if config.init_from:
+        return load_start_model(config)
+    tokenizer = tokenizer_for(config)
+    size = config.model
+    model_config = GPT2Config(
+        vocab_size=tokenizer.vocab_size,
+        n_positions=size.n_ctx,
+        n_embd=size.n_embd,
+        n_layer=size.n_layer,
+        n_head=size.n_head,
+        embd_pdrop=size.dropout,
+        attn_pdrop=size.dropout,
+        resid_pdrop=size.dropout,
+    )
+    return GPT2(model_config), tokenizer
+
+
+def load_start_model(config: Config) -> tuple[GPT2, Tokenizer]:
+    """The model that `init_from` names; special tokens and token types that it lacks are appended.
+
+    A ChatLM draws the type rows of an LM anew, N(0, initializer_range): LM training has seen them
+    only as outputs that are never right. `keep_type_rows` leaves them. Raises UserError if the
+    model is not of the size that the config wants.
+    """
+    model, tokenizer, model_task = pretrained.load_model(
+        config.init_from, dropout=config.model.dropout
+    )
+    check_size(config, model.config)
+    appended = pretrained.adapt(model, tokenizer, config.train.seed)
+    was_lm = config.task == "chatlm" and model_task == "lm"
+    if was_lm and "type 0" not in appended and not config.train.keep_type_rows:
+        rows = torch.randn(2, model.config.n_embd) * model.config.initializer_range
+        with torch.no_grad():
+            model.wte.weight[model.type_rows] = rows
+    return model.train(), tokenizer
+
+
+def check_size(config: Config, found: GPT2Config) -> None:
+    """Raise UserError if `[model]` wants another size than the loaded model's; 0 stands for it."""
+    for key, model_key in (
+        ("n_layer", "n_layer"),
+        ("n_head", "n_head"),
+        ("n_embd", "n_embd"),
+        ("n_ctx", "n_positions"),
+    ):
+        wanted = getattr(config.model, key)
+        size = getattr(found, model_key)
+        fits = wanted in (0, size)
+        if key == "n_ctx":
+            fits = wanted <= size  # a shorter context is fine
+        if not fits:
+            raise UserError(
+                f"[model] {key} is {wanted}, {config.init_from} has {model_key} {size}; "
+                f"leave {key} out"
+            )
