@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gptchat.inference.linear import prepare
+from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.sampling import Row, Sampling, Scored, draw, score
 from gptchat.model.gpt2 import GPT2
 
@@ -90,7 +90,7 @@ class Engine:
         self.model = deepcopy(
             model, {id(parameter): parameter for parameter in model.parameters()}
         ).eval()  # shared
-        activations = prepare(self.model, dtype) if dtype else model.wte.weight.dtype
+        activations = prepare_for_inference(self.model, dtype) if dtype else model.wte.weight.dtype
         self.slots, self.prefill_chunk = slots, prefill_chunk
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.device = self.model.wte.weight.device
@@ -155,9 +155,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """At most one token for each candidate that has a slot."""
-        with (
-            torch._C.DisableTorchFunctionSubclass()
-        ):  # asking packed weights for __torch_function__ takes 7 us each
+        with without_torch_function():
             return self._decode() + self._prefill()
 
     def _decode(self) -> list[Output]:

@@ -23,7 +23,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "gelu_fast": gelu_tanh,
@@ -104,14 +105,23 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_fc: nn.Module = nn.Linear(config.n_embd, n_inner)
         self.c_proj = nn.Linear(n_inner, config.n_embd)
-        self.activation = ACTIVATIONS[config.activation_function]
+        # None where `c_fc` applies it itself
+        self.activation: Activation | None = ACTIVATIONS[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
+    def fuse_activation(self, c_fc: nn.Module) -> None:
+        """Replace the first layer by one that applies the activation too: a kernel for inference."""
+        self.c_fc = c_fc
+        self.activation = None
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.c_proj(self.activation(self.c_fc(x)))
-        return self.dropout(y) if self.training else y
+        x = self.c_fc(x)  # (B, T, n_inner)
+        if self.activation is not None:
+            x = self.activation(x)
+        x = self.c_proj(x)  # (B, T, C)
+        return self.dropout(x) if self.training else x
 
 
 class Block(nn.Module):
@@ -144,7 +154,7 @@ class GPT2(nn.Module):
         self.lm_head.weight = self.wte.weight
         self.register_buffer("type_rows", torch.tensor(config.type_rows), persistent=False)
         self.activation_checkpointing = False
-        if not self.wte.weight.is_meta:  # random numbers on "meta" import torch._dynamo: 2 seconds
+        if not self.wte.weight.is_meta:  # random numbers on "meta" import dynamo: 2 seconds
             self.initialize()
 
     @torch.no_grad()
