@@ -14,6 +14,7 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import StreamDecoder, WordFilter
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.model.pretrained import hugging_face_state
 
 V, LENGTH = 97, 64
 CONFIG = GPT2Config(
@@ -53,12 +54,10 @@ def peer(model):
             eos_token_id=None,
         )
     ).eval()
-    own = dict(model.named_parameters())
+    own = hugging_face_state(model)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
-            value = own[name.removeprefix("transformer.")]
-            linear = "attn.c_" in name or "mlp.c_" in name
-            parameter.copy_(value.T if linear and value.dim() == 2 else value)
+            parameter.copy_(own[name])
     return peer
 
 

@@ -1,16 +1,19 @@
 """Fast linear layers for inference, and the only home of private torch APIs.
 
-`prepare_for_inference` replaces a model's nn.Linear modules, in place. A decoding step reads every weight once, so on a
-CPU its speed is that of memory and of the weights' layout. They are packed once: float32 and bfloat16 into oneDNN's
-blocked layout, int8 into FBGEMM's (one row through all layers of GPT-2 124M on two cores: 10, 5.1 and 3.6 ms).
-Everything else on a CPU stays float32 whatever the dtype, the KV cache included: with a single query row SDPA reads a
-float32 cache at the memory's speed, a bfloat16 cache nine times slower.
+`prepare_for_inference` replaces a model's nn.Linear modules, in place. A decoding step reads every
+weight once, so on a CPU its speed is that of memory and of the weights' layout. They are packed
+once: float32 and bfloat16 into oneDNN's blocked layout, int8 into FBGEMM's (one row through all
+layers of GPT-2 124M on two cores: 10, 5.1 and 3.6 ms). Everything else on a CPU stays float32
+whatever the dtype, the KV cache included: with a single query row SDPA reads a float32 cache at the
+memory's speed, a bfloat16 cache nine times slower.
 
-The kernels are private parts of torch, which may change with any release. So before layers are packed, their kernel is
-compared with F.linear on a small layer, once per process. Where it is missing, raises or disagrees, F.linear takes its
-place and one line on stderr says so: an upgrade of torch may slow generation down, but does not break it.
+The kernels are private parts of torch, which may change with any release. So before layers are
+packed, their kernel is compared with F.linear on a small layer, once per process. Where it is
+missing, raises or disagrees, F.linear takes its place and one line on stderr says so: an upgrade of
+torch may slow generation down, but does not break it.
 
-Invariants: a layer's output row does not depend on the other rows, and the model's parameters are never written to.
+Invariants: a layer's output row does not depend on the other rows, and the model's parameters are
+never written to.
 """
 
 import sys
@@ -26,16 +29,18 @@ from gptchat.console import UserError
 from gptchat.model.gpt2 import GPT2, MLP, gelu_tanh
 
 DTYPES = ("float32", "bfloat16", "int8")
+# What F.linear computes in, where it stands in for the kernel of a dtype
 PLAIN_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
-# How far a kernel may be from F.linear in float32 in its self-test: relative, in the 2-norm of an output row.
+# How far an output row may be from F.linear's in the self-test: relative, in the 2-norm
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}
 _fallback_reported = False
 
 
 class PlainLinear(nn.Module):
-    """y = x W^T + b of float32 rows by F.linear in `dtype`, returned as float32; with `gelu`, gelu(y), left in `dtype`.
+    """y = x W^T + b of float32 rows, by F.linear in `dtype`. Returns float32.
 
-    The kernels are compared with it, and it replaces those that cannot be used.
+    With `gelu` it returns gelu(y) instead, in `dtype`, which is what the next layer needs. The
+    kernels are compared with this layer, and it replaces those that cannot be used.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False):
@@ -66,11 +71,11 @@ class PackedLinear(PlainLinear):
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b of float32 rows, by FBGEMM: W in 8 bits with a scale per output, x in 8 bits with a scale per row.
+    """y = x W^T + b of float32 rows, by FBGEMM in 8 bits: W has a scale per output, x one per row.
 
-    FBGEMM's kernel quantizes x itself, but with one scale for all rows. So each row is divided by its largest absolute
-    value first, and x in [-1, 1] becomes an integer in [-levels, levels]. `levels` is 127; it is 63 on a CPU without
-    VNNI, whose older instructions saturate.
+    FBGEMM's kernel quantizes x itself, but with one scale for all rows. So each row is divided by
+    its largest absolute value first, and x in [-1, 1] becomes an integer in [-levels, levels].
+    `levels` is 127; it is 63 on a CPU without VNNI, whose older instructions saturate.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -92,15 +97,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
-        # a row of zeros is NaN here, some integer in the kernel, and 0 again when multiplied by `largest`
+        # a row of zeros: NaN, then some integer in the kernel, then 0 when multiplied by `largest`
         y = self.kernel(x / largest, 1 / self.levels, self.levels + 1, self.weight)
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
 def fast_linear(linear: nn.Linear, dtype: str, gelu: bool = False) -> nn.Module:
-    """What computes `linear` of float32 rows on a CPU in `dtype`; with `gelu` (not for int8), gelu of that.
+    """A layer for float32 rows on a CPU that computes `linear` in `dtype`, with `gelu` gelu too.
 
-    It is a PlainLinear, of float32 instead of int8, where `kernel_works` says no.
+    Where the kernel does not work it is a PlainLinear, of float32 in place of int8. int8 has no
+    kernel with gelu.
     """
     weight = linear.weight.detach()
     bias = None if linear.bias is None else linear.bias.detach()
@@ -117,18 +123,16 @@ def _kernel_linear(weight: Tensor, bias: Tensor | None, dtype: str, gelu: bool) 
 
 @cache
 def kernel_works(dtype: str, gelu: bool) -> bool:
-    """Whether the kernel is there and gives what F.linear gives, tried on a small layer, once per process.
+    """Whether the kernel gives what F.linear gives. It is tried once per process, on a small layer.
 
-    Reports a failure on stderr, but not that oneDNN has no kernel of this dtype for this machine.
+    A failure is reported on stderr. A machine for which oneDNN has no kernel of this dtype is none.
     """
     try:
         if dtype != "int8" and not onednn_supports(PLAIN_DTYPE[dtype]):
             return False
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(48, 64, generator=generator)
-        weight[0] = (
-            4.0  # all of its products with the row of ones are the largest: they saturate first
-        )
+        weight[0] = 4.0  # equal numbers become the largest products, which saturate first
         x = torch.cat([torch.randn(1, 64, generator=generator), torch.full((1, 64), 100.0)])
         for bias in (weight[:, 0].contiguous(), None):
             expected = PlainLinear(weight, bias, torch.float32, gelu)(x)  # (2, 48)
@@ -163,24 +167,28 @@ def _report_fallback(missing: str, replacement: str, error: Exception) -> None:
 
 
 def without_torch_function() -> AbstractContextManager[None]:
-    """A context in which torch does not ask tensors for `__torch_function__`: 7 us for each packed weight it is given."""
+    """A context in which torch does not look for `__torch_function__` of its arguments.
+
+    That saves 7 us for each packed weight that an operator is given.
+    """
     try:
         return torch._C.DisableTorchFunctionSubclass()
     except AttributeError as error:
-        _report_fallback("a switch for __torch_function__", "asking for it", error)
+        _report_fallback("DisableTorchFunctionSubclass", "the usual dispatch", error)
         return nullcontext()
 
 
 def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has AVX512-BF16."""
     try:
         return torch.cpu._is_avx512_bf16_supported()
     except AttributeError as error:
-        _report_fallback("a test of the CPU for bfloat16", "float32", error)
+        _report_fallback("_is_avx512_bf16_supported", "float32", error)
         return False
 
 
 def pack(model: GPT2, dtype: str) -> None:
-    """Replace every nn.Linear by a fast layer. oneDNN's kernel takes over GPT-2's gelu, FBGEMM's cannot."""
+    """Replace every nn.Linear by a fast layer. Only oneDNN's kernel can apply GPT-2's gelu too."""
     for module in list(model.modules()):
         if isinstance(module, MLP) and dtype != "int8":
             _fuse_gelu(module, dtype)
@@ -196,14 +204,16 @@ def _fuse_gelu(mlp: MLP, dtype: str) -> None:
 
 @torch.no_grad()
 def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
-    """Make the model fast to generate with, in place. Returns the dtype of its activations, which is also a KV cache's.
+    """Make the model fast to generate with, in place. Returns the dtype for its KV cache.
 
-    `dtype` is one of `DTYPES`, or "auto": bfloat16 where the device multiplies it (a GPU since Ampere, a CPU with
-    AVX512-BF16), else float32. The modules get new parameters: another model that shares the old ones is not changed.
+    `dtype` is one of `DTYPES`, or "auto": bfloat16 where the device multiplies it (a GPU since
+    Ampere, a CPU with AVX512-BF16), else float32. The modules get new parameters: another model
+    that shares the old ones is not changed.
 
-    On a CPU the linear layers are packed, the token embedding becomes bfloat16 if the dtype is bfloat16 or int8, and
-    all else float32. So each weight is in memory once, except the table that embedding and head share: rows cannot be
-    read out of the packed layout. On other devices everything becomes float32 or bfloat16.
+    On a CPU the linear layers are packed, the token embedding becomes bfloat16 if the dtype is
+    bfloat16 or int8, and all else float32. So each weight is in memory once, except the table that
+    embedding and head share: rows cannot be read out of the packed layout. On other devices
+    everything becomes float32 or bfloat16.
 
     Raises UserError for another dtype, and for int8 where there is no FBGEMM (not an x86 CPU).
     """
