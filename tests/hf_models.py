@@ -1,5 +1,6 @@
 """Small transformers GPT-2 models whose every tensor is away from its initial value, and directories of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def write(model: GPT2LMHeadModel, directory: Path, tokenizer: Tokenizer | None =
     model.save_pretrained(directory)
     (tokenizer or byte_tokenizer()).save(directory)
     return directory
+
+
+class BadWords:
+    """transformers' `bad_words_ids` as a word filter: no word, given as ids, is ever completed."""
+
+    def __init__(self, words: Sequence[Sequence[int]]):
+        self.words = [list(word) for word in words]
+
+    def banned(self, ids: Sequence[int]) -> list[int]:
+        begun = [
+            word for word in self.words if len(word) == 1 or list(ids[1 - len(word) :]) == word[:-1]
+        ]
+        return [word[-1] for word in begun]
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, relative: float) -> bool:
