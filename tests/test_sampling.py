@@ -1,4 +1,4 @@
-"""Each setting means what it means in transformers, and what is drawn follows the distribution and nothing else."""
+"""Each setting means what it means in transformers, and draws follow the distribution alone."""
 
 import dataclasses
 import itertools

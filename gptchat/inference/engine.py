@@ -92,9 +92,7 @@ class QueuedRequest:
         return self.n_prefilled == len(self.request.input_ids)
 
     def next_chunk(self, size: int) -> tuple[Ids, Ids]:
-        """Ids and types of the next `size` prompt tokens or fewer; without types the latter is
-        ().
-        """
+        """Ids and types of the next prompt tokens, at most `size`; no types are ()."""
         chunk = slice(self.n_prefilled, self.n_prefilled + size)
         types = self.request.token_type_ids or ()
         return self.request.input_ids[chunk], types[chunk]

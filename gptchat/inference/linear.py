@@ -36,6 +36,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}
 _fallback_reported = False
 
 
+def cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.detach().to(dtype)
+
+
 class PlainLinear(nn.Module):
     """y = x W^T + b of float32 rows, by F.linear in `dtype`. Returns float32.
 
@@ -48,7 +52,7 @@ class PlainLinear(nn.Module):
         self.dtype = dtype
         self.gelu = gelu
         self.weight = weight.to(dtype)  # (out, in)
-        self.bias = None if bias is None else bias.to(dtype)  # (out,)
+        self.bias = cast_bias(bias, dtype)  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x.to(self.dtype), self.weight, self.bias)
@@ -93,13 +97,15 @@ class Int8Linear(nn.Module):
         self.weight = torch.ops.quantized.linear_prepack(quantized, None)
         # `_op` skips the operator's search for arguments that override it: 2 us a call
         self.kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
-        self.bias = None if bias is None else bias.float()  # (out,)
+        self.bias = cast_bias(bias, torch.float32)  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
         # a row of zeros: NaN, then some integer in the kernel, then 0 when multiplied by `largest`
         y = self.kernel(x / largest, 1 / self.levels, self.levels + 1, self.weight)
-        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+        if self.bias is None:
+            return y.mul_(largest)
+        return torch.addcmul(self.bias, y, largest)
 
 
 def fast_linear(linear: nn.Linear, dtype: str, gelu: bool = False) -> nn.Module:
@@ -109,10 +115,9 @@ def fast_linear(linear: nn.Linear, dtype: str, gelu: bool = False) -> nn.Module:
     kernel with gelu.
     """
     weight = linear.weight.detach()
-    bias = None if linear.bias is None else linear.bias.detach()
     if kernel_works(dtype, gelu):
-        return _kernel_linear(weight, bias, dtype, gelu)
-    return PlainLinear(weight, bias, PLAIN_DTYPE[dtype], gelu)
+        return _kernel_linear(weight, linear.bias, dtype, gelu)
+    return PlainLinear(weight, linear.bias, PLAIN_DTYPE[dtype], gelu)
 
 
 def _kernel_linear(weight: Tensor, bias: Tensor | None, dtype: str, gelu: bool) -> nn.Module:
@@ -178,13 +183,17 @@ def without_torch_function() -> AbstractContextManager[None]:
         return nullcontext()
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has AVX512-BF16."""
+def _best_dtype(on_cpu: bool) -> str:
+    """bfloat16 where the device multiplies it, else float32."""
     try:
-        return torch.cpu._is_avx512_bf16_supported()
+        if on_cpu:
+            native = torch.cpu._is_avx512_bf16_supported()
+        else:
+            native = torch.cuda.is_bf16_supported()
     except AttributeError as error:
         _report_fallback("_is_avx512_bf16_supported", "float32", error)
-        return False
+        native = False
+    return "bfloat16" if native else "float32"
 
 
 def pack(model: GPT2, dtype: str) -> None:
@@ -219,8 +228,7 @@ def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
     """
     on_cpu = model.wte.weight.device.type == "cpu"
     if dtype == "auto":
-        native = cpu_multiplies_bfloat16() if on_cpu else torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if native else "float32"
+        dtype = _best_dtype(on_cpu)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; wanted auto, {', '.join(DTYPES)}")
     if dtype == "int8" and not (on_cpu and "fbgemm" in torch.backends.quantized.supported_engines):

@@ -14,12 +14,12 @@ from gptchat.data.tokenizer import Tokenizer
 
 
 class StreamDecoder:
-    """The text of a growing list of ids, in pieces without half characters or parts of stop
-    strings.
+    """The text of a growing list of ids, in pieces.
 
-    The joined pieces are the decoded text up to the stop string that is complete first (the
-    longest, if several end there); `stopped` is then true. The end of the text is held back as long
-    as it may become a stop string. Raises ValueError for an empty stop string.
+    A piece holds no half character and no part of a stop string. The joined pieces are the decoded
+    text up to the stop string that is complete first (the longest, if several end there); `stopped`
+    is then true. The end of the text is held back as long as it may become a stop string. Raises
+    ValueError for an empty stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -56,9 +56,7 @@ class StreamDecoder:
         return text[:certain]
 
     def _first_stop(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first, and is the longest that ends
-        there.
-        """
+        """Where the stop string begins that is complete first; of two that end there the longer."""
         places = []  # (end, start)
         for stop in self.stop:
             start = text.find(stop)
