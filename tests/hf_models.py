@@ -1,5 +1,6 @@
-"""Small transformers GPT-2 models whose every tensor is away from its initial value, and directories of them."""
+"""Small transformers GPT-2 models with no tensor at its initial value, and directories of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ SMALL: dict[str, Any] = dict(
 
 
 def byte_tokenizer(special: tuple[str, ...] = SPECIAL) -> Tokenizer:
-    """A byte-level tokenizer without merges: the special tokens, then the 256 bytes; entries 0..261."""
+    """A byte-level tokenizer without merges: the special tokens, then the 256 bytes; entries
+    0..261.
+    """
     vocabulary = {
         piece: id
         for id, piece in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
@@ -44,8 +47,9 @@ def byte_tokenizer(special: tuple[str, ...] = SPECIAL) -> Tokenizer:
 
 @torch.no_grad()
 def shake(model: torch.nn.Module, seed: int) -> None:
-    """Move every parameter away from its initial value: biases off zero, gains off one, weights large enough that
-    attention is peaked and activations leave their linear part."""
+    """Move every parameter away from its initial value: biases off zero, gains off one, weights
+    large enough that attention is peaked and activations leave their linear part.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -67,6 +71,19 @@ def write(model: GPT2LMHeadModel, directory: Path, tokenizer: Tokenizer | None =
     model.save_pretrained(directory)
     (tokenizer or byte_tokenizer()).save(directory)
     return directory
+
+
+class BadWords:
+    """transformers' `bad_words_ids` as a word filter: no word, given as ids, is ever completed."""
+
+    def __init__(self, words: Sequence[Sequence[int]]):
+        self.words = [list(word) for word in words]
+
+    def banned(self, ids: Sequence[int]) -> list[int]:
+        begun = [
+            word for word in self.words if len(word) == 1 or list(ids[1 - len(word) :]) == word[:-1]
+        ]
+        return [word[-1] for word in begun]
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, relative: float) -> bool:

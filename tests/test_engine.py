@@ -1,4 +1,4 @@
-"""The engine: each answer is that of its request alone, whoever else comes and goes, and that of transformers."""
+"""The engine: each answer is that of its request alone, whatever the traffic, and transformers'."""
 
 import itertools
 import random
@@ -14,6 +14,8 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import StreamDecoder, WordFilter
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.model.pretrained import hugging_face_state
+from tests.hf_models import BadWords
 
 V, LENGTH = 97, 64
 CONFIG = GPT2Config(
@@ -23,7 +25,7 @@ CONFIG = GPT2Config(
 
 @pytest.fixture(scope="module")
 def model():
-    """A tiny model in float32 with no tensor at its initial value, and logits that differ clearly."""
+    """A tiny float32 model with no tensor at its initial value, and clearly different logits."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     model = GPT2(CONFIG)
@@ -53,12 +55,10 @@ def peer(model):
             eos_token_id=None,
         )
     ).eval()
-    own = dict(model.named_parameters())
+    own = hugging_face_state(model)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
-            value = own[name.removeprefix("transformer.")]
-            linear = "attn.c_" in name or "mlp.c_" in name
-            parameter.copy_(value.T if linear and value.dim() == 2 else value)
+            parameter.copy_(own[name])
     return peer
 
 
@@ -75,8 +75,8 @@ def some_request(random_):
         min_p=random_.choice([0.0, 0.05]),
         repetition_penalty=random_.choice([1.0, 1.0, 1.4]),
         seed=random_.randrange(5),
-        bad_words_ids=random_.choice(
-            [(), tuple((random_.randrange(V),) for _ in range(20)), ((3, 4), (5,))]
+        word_filter=random_.choice(
+            [None, BadWords([[random_.randrange(V)] for _ in range(20)]), BadWords([[3, 4], [5]])]
         ),
         max_new_tokens=random_.choice([0, 1, 5, 20, 99]),
         logprobs=random_.choice([None, None, 0, 3]),
@@ -215,7 +215,7 @@ def theirs(peer, request, suppress=()):
         pad_token_id=0,
         suppress_tokens=list(suppress) or None,
         repetition_penalty=sampling.repetition_penalty,
-        bad_words_ids=[list(word) for word in sampling.bad_words_ids] or None,
+        bad_words_ids=sampling.word_filter.words if sampling.word_filter else None,
     )
     return drawn[0, len(request.input_ids) :].tolist()
 
@@ -234,7 +234,7 @@ def test_greedy_equals_transformers_generate(model, peer, typed):
                     temperature=0,
                     max_new_tokens=12,
                     repetition_penalty=random_.choice([1.0, 1.3]),
-                    bad_words_ids=((2, 3), (i,)),
+                    word_filter=BadWords([[2, 3], [i]]),
                 ),
             )
         )
@@ -309,7 +309,7 @@ def test_candidates_differ_and_each_is_the_one_of_its_number(model):
 
 
 def test_an_answer_whose_every_id_is_forbidden_stops(model):
-    sampling = Sampling(bad_words_ids=tuple((i,) for i in range(V)))
+    sampling = Sampling(word_filter=BadWords([[i] for i in range(V)]))
     [[none], [some]] = generate(Engine(model), [Request([1], sampling=sampling), Request([1])])
     assert none.ids == [] and none[-1].finish_reason == "stop" and len(some.ids) == LENGTH - 1
 
@@ -417,7 +417,6 @@ def test_cancelled_sequences_are_gone_by_the_next_step(model, candidate, left):
         ),
         (Request([1, V]), f"id {V} is not in the vocabulary of {V} entries"),
         (Request([-1]), "id -1 is not in"),
-        (Request([1], sampling=Sampling(bad_words_ids=((1, 500),))), "id 500 is not in"),
         (Request([1, 2], [0]), "token_type_ids must be 2 numbers 0 or 1"),
         (Request([1], [2]), "token_type_ids must be 1 numbers 0 or 1"),
         (Request([1], n=9), "n is 9, wanted from 1 to 8"),
@@ -446,7 +445,7 @@ def test_a_shorter_engine_ends_at_its_length(model):
 
 
 class Script(torch.nn.Module):
-    """A model that wants to say given ids, each at its position, and next best of all the id `other`."""
+    """A model whose best id is a given one at each position, and whose next best is `other`."""
 
     def __init__(self, vocab_size, ids, other):
         super().__init__()
@@ -469,7 +468,7 @@ class Script(torch.nn.Module):
 
 
 def spellings(text):
-    """A tokenizer whose entries are all parts of the text's bytes, and the ids of every way to cut the text."""
+    """A tokenizer of all parts of the text's bytes, and the ids of every way to cut the text."""
     data = text.encode()
     spell = {byte: character for character, byte in BYTE_OF.items()}
     parts = {data[i:j] for i in range(len(data)) for j in range(i + 2, len(data) + 1)}

@@ -1,29 +1,58 @@
-"""The inference kernels: how far they are from F.linear, and that a row does not see its neighbours."""
+"""The inference kernels: how close to F.linear they are, and what happens where one is missing."""
 
 import copy
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gptchat.console import UserError
-from gptchat.inference.linear import Int8Linear, PackedLinear, prepare
+from gptchat.inference import linear as linear_module
+from gptchat.inference.engine import Engine, Request, generate
+from gptchat.inference.linear import (
+    Int8Linear,
+    PackedLinear,
+    PlainLinear,
+    fast_linear,
+    kernel_works,
+    onednn_supports,
+    prepare_for_inference,
+)
+from gptchat.inference.sampling import Sampling
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = GPT2Config(vocab_size=311, n_positions=64, n_embd=64, n_layer=3, n_head=4)
-ROUNDING = {
-    "float32": 1e-6,
-    "bfloat16": 6e-3,
-    "int8": 2.5e-2,
-}  # of one layer's output, relative, in the 2-norm
+# of one layer's output, relative, in the 2-norm
+ROUNDING = {"float32": 1e-6, "bfloat16": 6e-3, "int8": 2.5e-2}
+NEIGHBOUR_ROUNDING = {"float32": 1e-6, "bfloat16": 4e-3, "int8": 1e-6}
 
 
-def fast(linear: nn.Linear, dtype: str) -> nn.Module:
-    return Int8Linear(linear) if dtype == "int8" else PackedLinear(linear, getattr(torch, dtype))
+@pytest.fixture(autouse=True)
+def untried_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts as a new process does: no kernel has been tried, no fallback reported."""
+    monkeypatch.setattr(linear_module, "_fallback_reported", False)
+    kernel_works.cache_clear()
+    yield
+    kernel_works.cache_clear()
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_this_torch_has_every_kernel_that_the_machine_supports(dtype, capsys):
+    supported = dtype != "bfloat16" or onednn_supports(torch.bfloat16)
+    kernel = Int8Linear if dtype == "int8" else PackedLinear
+    layer = fast_linear(nn.Linear(8, 8), dtype)
+    assert type(layer) is (kernel if supported else PlainLinear)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -35,10 +64,9 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def test_kernels_equal_f_linear_within_their_rounding(dtype, n_in, n_out, bias, rows):
     torch.manual_seed(0)
     linear = nn.Linear(n_in, n_out, bias)
-    x = (
-        torch.randn(rows, n_in) * torch.logspace(-2, 2, rows)[:, None]
-    )  # rows of very different size
-    found, wanted = fast(linear, dtype)(x), linear(x)
+    sizes = torch.logspace(-2, 2, rows)[:, None]  # rows of very different size
+    x = torch.randn(rows, n_in) * sizes
+    found, wanted = fast_linear(linear, dtype)(x), linear(x)
     assert found.dtype == torch.float32
     assert max(map(distance, found, wanted)) < ROUNDING[dtype]
 
@@ -47,21 +75,18 @@ def test_kernels_equal_f_linear_within_their_rounding(dtype, n_in, n_out, bias, 
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_neighbours(dtype):
     torch.manual_seed(0)
-    layer = fast(nn.Linear(768, 300), dtype)
+    layer = fast_linear(nn.Linear(768, 300), dtype)
     row = torch.randn(1, 768)
     alone = layer(row)[0]
-    for company in (1, 7, 31, 200):
+    for neighbours in (1, 7, 31, 200):
         for size in (1e-3, 1e3):
-            rows = torch.cat([torch.randn(company, 768) * size, row])
-            assert (
-                distance(layer(rows)[-1], alone)
-                < {"float32": 1e-6, "bfloat16": 4e-3, "int8": 1e-6}[dtype]
-            )
+            rows = torch.cat([torch.randn(neighbours, 768) * size, row])
+            assert distance(layer(rows)[-1], alone) < NEIGHBOUR_ROUNDING[dtype]
 
 
 @torch.inference_mode()
 def test_int8_keeps_a_row_of_zeros_and_the_shape():
-    layer = fast(nn.Linear(16, 8), "int8")
+    layer = fast_linear(nn.Linear(16, 8), "int8")
     assert torch.equal(layer(torch.zeros(2, 3, 16)), layer.bias.expand(2, 3, 8))
 
 
@@ -69,16 +94,150 @@ def test_int8_keeps_a_row_of_zeros_and_the_shape():
 def test_int8_without_vnni_uses_seven_bits(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     linear = nn.Linear(768, 64)
-    layer, x = fast(linear, "int8"), torch.randn(4, 768)
+    layer, x = fast_linear(linear, "int8"), torch.randn(4, 768)
     assert layer.levels == 63 and distance(layer(x), linear(x)) < 2 * ROUNDING["int8"]
 
 
 @torch.inference_mode()
-def test_without_onednn_the_linear_layers_are_plain(monkeypatch):
-    monkeypatch.setattr("gptchat.inference.linear.packs", lambda dtype: False)
+def test_without_onednn_the_linear_layers_are_plain(monkeypatch, capsys):
+    monkeypatch.setattr(linear_module, "onednn_supports", lambda dtype: False)
     linear, x = nn.Linear(64, 32), torch.randn(4, 64)
-    assert torch.equal(fast(linear, "float32")(x), linear(x))
-    assert distance(fast(linear, "bfloat16")(x), linear(x)) < ROUNDING["bfloat16"]
+    assert torch.equal(fast_linear(linear, "float32")(x), linear(x))
+    assert distance(fast_linear(linear, "bfloat16")(x), linear(x)) < ROUNDING["bfloat16"]
+    assert capsys.readouterr().err == ""  # the machine's lack, not a change of torch
+
+
+# A private API of torch that is missing, raises, or gives wrong numbers
+
+
+class Operators:
+    """A namespace of torch.ops in which one operator is another one, or missing (None)."""
+
+    def __init__(self, namespace: Any, name: str, replacement: Any):
+        self.namespace, self.name, self.replacement = namespace, name, replacement
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self.name:
+            return getattr(self.namespace, name)
+        if self.replacement is None:
+            raise AttributeError(f"no operator {name}")
+        return self.replacement
+
+
+def replace_operator(
+    monkeypatch: pytest.MonkeyPatch, namespace: str, name: str, replacement: Any
+) -> None:
+    operators = Operators(getattr(torch.ops, namespace), name, replacement)
+    monkeypatch.setattr(torch.ops, namespace, operators)
+
+
+def raising(*arguments: Any) -> Any:
+    raise RuntimeError("schema\nhas changed")
+
+
+def doubling(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments: kernel(*arguments) * 2
+
+
+def as_operator(kernel: Callable[..., Tensor]) -> SimpleNamespace:
+    return SimpleNamespace(default=SimpleNamespace(_op=kernel))
+
+
+REORDER = ("mkldnn", "_reorder_linear_weight")
+ONEDNN = ("mkldnn", "_linear_pointwise")
+PREPACK = ("quantized", "linear_prepack")
+FBGEMM = ("quantized", "linear_with_input_q_dq_qweight_dq_output_fp32")
+ONEDNN_OP = torch.ops.mkldnn._linear_pointwise.default._op
+FBGEMM_OP = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
+CHANGED_OPERATORS = [  # (dtype, (namespace, operator), what stands there now)
+    *((dtype, REORDER, None) for dtype in ("float32", "bfloat16")),
+    *((dtype, ONEDNN, None) for dtype in ("float32", "bfloat16")),
+    *((dtype, ONEDNN, SimpleNamespace(default=object())) for dtype in ("float32", "bfloat16")),
+    *((dtype, ONEDNN, as_operator(raising)) for dtype in ("float32", "bfloat16")),
+    *((dtype, ONEDNN, as_operator(doubling(ONEDNN_OP))) for dtype in ("float32", "bfloat16")),
+    ("float32", REORDER, lambda weight: weight.flip(0)),
+    ("bfloat16", ("mkldnn", "_is_mkldnn_bf16_supported"), None),
+    ("int8", PREPACK, None),
+    ("int8", PREPACK, raising),
+    ("int8", FBGEMM, None),
+    ("int8", FBGEMM, SimpleNamespace(default=object())),
+    ("int8", FBGEMM, as_operator(raising)),
+    ("int8", FBGEMM, as_operator(doubling(FBGEMM_OP))),
+]
+MISSING_FUNCTIONS = [  # (dtype, where, name)
+    ("int8", torch, "_make_per_channel_quantized_tensor"),
+    ("int8", torch.cpu, "_is_vnni_supported"),
+    ("auto", torch.cpu, "_is_avx512_bf16_supported"),
+    ("float32", torch._C, "DisableTorchFunctionSubclass"),
+]
+
+
+def answers(model: GPT2, dtype: str) -> list[Any]:
+    """What two engines say to two requests, with the log-probabilities."""
+    sampling = Sampling(temperature=0, max_new_tokens=8, logprobs=3)
+    requests = [Request([1, 2, 3], sampling=sampling), Request([7] * 20, sampling=sampling)]
+    return [generate(Engine(model, slots=2, dtype=dtype), requests) for _ in range(2)]
+
+
+def answers_of_f_linear(model: GPT2, dtype: str) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_module, "kernel_works", lambda dtype, gelu: False)
+        return answers(model, dtype)
+
+
+def assert_one_warning(stderr: str) -> None:
+    assert stderr.count("\n") == 1 and stderr.startswith(f"warning: torch {torch.__version__} ")
+
+
+@pytest.mark.parametrize(("dtype", "operator", "replacement"), CHANGED_OPERATORS)
+def test_f_linear_answers_with_one_warning_where_an_operator_has_changed(
+    dtype, operator, replacement, monkeypatch, capsys
+):
+    torch.manual_seed(0)
+    model = GPT2(SMALL)
+    expected = answers_of_f_linear(model, dtype)
+    replace_operator(monkeypatch, *operator, replacement)
+    assert answers(model, dtype) == expected
+    error = capsys.readouterr().err
+    assert_one_warning(error)
+    assert "F.linear" in error
+
+
+@pytest.mark.parametrize(("dtype", "module", "name"), MISSING_FUNCTIONS)
+def test_the_engine_answers_with_one_warning_where_a_function_is_missing(
+    dtype, module, name, monkeypatch, capsys
+):
+    torch.manual_seed(0)
+    model = GPT2(SMALL)
+    if dtype == "int8":
+        expected = answers_of_f_linear(model, dtype)
+    else:
+        expected = answers(model, "float32")
+    monkeypatch.delattr(module, name)
+    assert answers(model, dtype) == expected
+    error = capsys.readouterr().err
+    assert_one_warning(error)
+    assert name in error
+
+
+def test_trying_a_kernel_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    assert kernel_works("float32", True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_private_torch_is_used_in_linear_alone():
+    private = re.compile(r"\btorch(\.[a-z]+)*\._(?!_)|\btorch\.ops\.|\._op\b")
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("gptchat", "handlers")
+        for path in (ROOT / folder).glob("**/*.py")
+        if private.search(path.read_text(encoding="utf-8"))
+    ]
+    assert users == ["gptchat/inference/linear.py"]
+
+
+# Whole models
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -90,30 +249,37 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
     wanted = model.logits(model(ids, types))
     before = [p.clone() for p in model.parameters()]
     prepared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    cache = model.kv_cache(slots=2, length=16, dtype=prepare(prepared, dtype))
-    pieces = [
-        prepared(
-            ids[:, :5], types[:, :5], cache=cache.view(0, torch.zeros(2, dtype=torch.int64), 5, 5)
-        ),
-        prepared(ids[:, 5:], types[:, 5:], cache=cache.view(0, torch.full((2,), 5), 4, 9)),
-    ]
+    cache = model.kv_cache(slots=2, length=16, dtype=prepare_for_inference(prepared, dtype))
+    first = cache.view(0, torch.zeros(2, dtype=torch.int64), 5, 5)
+    pieces = [prepared(ids[:, :5], types[:, :5], cache=first)]
+    second = cache.view(0, torch.full((2,), 5), 4, 9)
+    pieces += [prepared(ids[:, 5:], types[:, 5:], cache=second)]
     for hidden in (prepared(ids, types), torch.cat(pieces, dim=1)):
         logits = prepared.logits(hidden)
         assert logits.dtype == torch.float32 and distance(logits, wanted) < 4 * ROUNDING[dtype]
-    assert all(
-        torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)
-    )  # what it shared is whole
+    # what it shared is whole
+    assert all(map(torch.equal, before, model.parameters()))
     assert torch.equal(model.logits(model(ids, types)), wanted)
 
 
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(UserError, match="dtype is 'int4'; wanted auto, float32, bfloat16, int8"):
-        prepare(GPT2(SMALL), "int4")
+        prepare_for_inference(GPT2(SMALL), "int4")
 
 
 @pytest.mark.parametrize("native, wanted", [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch, native, wanted):
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
     model = GPT2(SMALL)
-    prepare(model, "auto")
+    prepare_for_inference(model, "auto")
     assert model.h[0].mlp.c_fc.dtype == wanted
+
+
+def test_a_model_whose_activation_no_kernel_knows_is_prepared_too():
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(**vars(SMALL) | {"activation_function": "quick_gelu"})).eval()
+    ids = torch.randint(311, (2, 9))
+    with torch.inference_mode():
+        wanted = model(ids)
+        prepare_for_inference(model)
+        assert distance(model(ids), wanted) < 1e-5

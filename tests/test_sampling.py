@@ -1,5 +1,6 @@
-"""Each setting means what it means in transformers, and what is drawn follows the distribution and nothing else."""
+"""Each setting means what it means in transformers, and draws follow the distribution alone."""
 
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from transformers.generation import logits_process as theirs
 
 from gptchat.inference import sampling
 from gptchat.inference.sampling import Row, Sampling, score, uniform, weigh
+from tests.hf_models import BadWords
 
 V = 301
 TINY = 1e-11  # ours rounds what is less than 2**-40 of the best down to 0
@@ -119,9 +121,7 @@ def test_bad_words_and_suppressed_ids_equal_transformers():
     wanted = theirs.NoBadWordsLogitsProcessor(words)(ids, logits.clone())
     wanted = theirs.SuppressTokensLogitsProcessor([0, 300])(ids, wanted)
     scores = logits.clone()
-    process(
-        scores, [row(i, bad_words_ids=tuple(map(tuple, words))) for i in ids.tolist()], (0, 300)
-    )
+    process(scores, [row(i, word_filter=BadWords(words)) for i in ids.tolist()], (0, 300))
     assert torch.equal(scores, wanted)
     assert wanted.isinf().sum() == 3 * 3 + 3 + 1  # every kind has met a row
 
@@ -219,7 +219,8 @@ def test_an_id_without_probability_is_never_drawn(monkeypatch, noise):
 def test_greedy_takes_the_best_that_is_left():
     logits = some_logits(2)
     order = logits.argsort(-1, descending=True)
-    rows = [row(temperature=0), row(temperature=0, bad_words_ids=((order[1, 0].item(),),))]
+    without_the_best = BadWords([[order[1, 0].item()]])
+    rows = [row(temperature=0), row(temperature=0, word_filter=without_the_best)]
     assert [d.token for d in draw(logits.clone(), rows)] == [order[0, 0], order[1, 1]]
 
 
@@ -238,9 +239,9 @@ def test_a_vanishing_temperature_is_greedy():
 def test_nothing_to_draw_is_said_and_leaves_the_neighbour_alone(temperature):
     logits = some_logits(3, size=5)
     logits[1] = math.nan
-    everything = tuple((i,) for i in range(5))
+    everything = BadWords([[i] for i in range(5)])
     rows = [
-        row(temperature=temperature, bad_words_ids=everything, top_p=0.9),
+        row(temperature=temperature, word_filter=everything, top_p=0.9),
         row(temperature=temperature),
         row(),
     ]
@@ -285,14 +286,31 @@ def test_score_lists_at_most_the_vocabulary():
         ("top_p", math.nan),
         ("min_p", -1),
         ("repetition_penalty", 0),
-        ("bad_words_ids", ((),)),
         ("max_new_tokens", -1),
         ("logprobs", -1),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} (is .*, wanted|has a word)"):
+    with pytest.raises(ValueError, match=f"^{setting} is .*, wanted"):
         Sampling(**{setting: value})
+
+
+NUMBERS = [field.name for field in dataclasses.fields(Sampling) if field.type in (int, float)]
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "seed"])  # any is right
+def test_each_number_is_declared_with_range_and_help(name):
+    declared = sampling.SETTINGS[name]
+    low, high = declared.metadata["low"], declared.metadata["high"]
+    assert low <= declared.default <= high and declared.metadata["help"]
+    for outside in (low - 1, high + 1 if high < math.inf else math.nan):
+        with pytest.raises(ValueError, match=f"^{name} is {outside}, wanted from {low} to {high}$"):
+            Sampling(**{name: outside})
+
+
+def test_every_setting_is_a_declared_number_or_one_of_these():
+    others = {field.name for field in dataclasses.fields(Sampling)} - sampling.SETTINGS.keys()
+    assert others == {"word_filter", "seed", "logprobs"}
 
 
 def test_rows_need_no_more_than_settings_candidate_and_ids():

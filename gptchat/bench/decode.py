@@ -43,14 +43,8 @@ class Transformers:
             ) from None
         keys = asdict(model.config) | {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
         self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**keys)).eval()
-        self.model.load_state_dict(
-            {"lm_head.weight": model.wte.weight}
-            | {
-                f"transformer.{key}": value.T if ".c_" in key and value.dim() == 2 else value
-                for key, value in model.named_parameters()
-            },
-            strict=False,
-        )
+        state = pretrained.hugging_face_state(model)
+        self.model.load_state_dict({"lm_head.weight": model.wte.weight} | state, strict=False)
 
     def generate(self, prompts: Tensor, n: int, **how: Any) -> list[float]:
         """Seconds to each of n tokens; their ids (B, n) are then in `ids`."""

@@ -1,12 +1,22 @@
-"""Many sequences at once: slots of a KV cache that requests join and leave between steps. Token ids in, token ids out.
+"""Generation for many requests at once: token ids in, token ids out.
 
-A step gives every live sequence its next token, in one pass over all of them, then prefills the next prompts of the
-queue, a chunk of tokens at most: several short ones together, or a piece of a long one. A prompt that is complete draws
-its first token. The n candidates of a request share its prefill and are admitted together.
+A step does two things. It decodes: every live sequence gets its next token, in one forward pass
+over all of them. Then it prefills prompts of the queue, first come first served and at most
+`prefill_chunk` tokens: several short prompts together, or a piece of a long one. A complete prompt
+draws its first token. The n candidates of a request share its prefill and start together.
 
-Live sequences stand in the slots 0..n-1, each from position 0 of its slot, so that a pass sees a view of the cache, as
-far as the longest of them reaches. Where one leaves, the last one is copied into its slot; the prompt in work stands in
-the slot after them. An engine is for one thread.
+A slot of the KV cache holds one sequence from position 0 on. Invariants between steps:
+
+- Live sequences occupy the slots 0..n-1, in the order of `running`, so that a pass works on a view
+  of the cache. When one leaves, the last one is copied into its slot.
+- At most one prompt is partially prefilled. It is the first in the queue, and stands in slot n.
+- Prompts that are prefilled in a group all start at position 0 of their slots; a prompt that
+  continues at a later position is alone in its pass.
+- Rows of a pass are padded at their end. What padding leaves in the cache is overwritten before
+  anything attends to it.
+- All ids of a live sequence but the last are in the cache.
+
+So an answer does not depend on the other requests, but for rounding. An engine is for one thread.
 """
 
 from collections import abc, deque
@@ -17,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gptchat.inference.linear import prepare
+from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.sampling import Row, Sampling, Scored, draw, score
 from gptchat.model.gpt2 import GPT2
 
@@ -27,21 +37,27 @@ SCORED_AT_ONCE = 32  # prompt positions whose logits (x V) are in memory togethe
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and what is wanted of it. What is drawn has the type of the prompt's last token."""
+    """A prompt and how to answer it. Tokens that are drawn have the type of the prompt's last one.
+
+    `token_type_ids` is as long as `input_ids`; None adds no types, which is not type 0. Drawing one
+    of `stop_ids` ends the answer; it is not emitted. `score_prompt` asks for `prompt_logprobs`.
+    """
 
     input_ids: Ids
     token_type_ids: Ids | None = None
     sampling: Sampling = Sampling()
     n: int = 1  # candidates
-    stop_ids: Ids = ()  # drawing one ends the answer; it is not emitted
+    stop_ids: Ids = ()
     score_prompt: bool = False
 
 
 @dataclass
 class Output:
-    """What a step has to say about a candidate: a token, or the reason why there is no further one, or both.
+    """What a step gives a candidate: a token, or the reason why there are no more, or both.
 
-    `prompt_logprobs` comes with a request's first output: an entry per token, the first one without a log-probability.
+    `finish_reason` is "stop" (a stop id, or nothing left to draw), "length", or None: not the last.
+    `logprob` and `top` are those of `Scored`. `prompt_logprobs` comes with the first output of a
+    request that asked for it: an entry per token, the first one without a log-probability.
     """
 
     request_id: int
@@ -49,245 +65,283 @@ class Output:
     token: int | None = None
     logprob: float | None = None
     top: abc.Sequence[tuple[int, float]] = ()
-    finish_reason: str | None = None  # "stop" (or nothing was left to draw), "length"
+    finish_reason: str | None = None
     prompt_logprobs: list[Scored] | None = None
 
 
 @dataclass
 class Sequence(Row):
-    """A live sequence: the candidate in a slot. All its ids but the last are in the cache."""
+    """One candidate of a request. `ids` are its prompt and what has been drawn."""
 
     request_id: int
     request: Request
-    max_length: int  # so many ids are enough
+    max_length: int  # the maximum number of ids
 
 
 @dataclass
 class QueuedRequest:
-    """A request in the queue, the sequences that it will become, and how many of its prompt tokens are in the cache."""
+    """A request in the queue, and the sequences that it will become, which share a prefill."""
 
     request: Request
-    rows: list[Sequence]
-    done: int = 0
-    scored: list[Scored] = field(default_factory=list)
+    sequences: list[Sequence]
+    n_prefilled: int = 0  # tokens of its prompt in the cache
+    prompt_logprobs: list[Scored] = field(default_factory=list)
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.n_prefilled == len(self.request.input_ids)
+
+    def next_chunk(self, size: int) -> tuple[Ids, Ids]:
+        """Ids and types of the next prompt tokens, at most `size`; no types are ()."""
+        chunk = slice(self.n_prefilled, self.n_prefilled + size)
+        types = self.request.token_type_ids or ()
+        return self.request.input_ids[chunk], types[chunk]
 
 
 class Engine:
-    """Generates with `model` in `slots` slots of `length` positions. `dtype`, one of `linear.DTYPES`, packs a copy of
-    its layers as they are now (the model itself stays fit for training); None takes them as they are. `suppress` are
-    ids that are never drawn. A step prefills at most `prefill_chunk` prompt tokens, so that long prompts do not stall
-    the live sequences."""
+    """Generates with a model in `slots` slots of `length` positions.
+
+    `dtype`, one of `linear.DTYPES` or "auto", packs the layers for speed; None takes them as they
+    are. The engine has its own copy of the model, which shares parameters but can be packed without
+    harm to the original. `suppress` are ids that are never drawn. A step prefills at most
+    `prefill_chunk` prompt tokens, so that long prompts do not stall the live sequences.
+    """
 
     def __init__(
         self,
         model: GPT2,
         slots: int = 8,
-        length: int | None = None,
+        length: int | None = None,  # None: the model's n_positions, which is also the maximum
         dtype: str | None = None,
-        suppress: abc.Sequence[int] = (),
+        suppress: Ids = (),
         prefill_chunk: int = 256,
     ):
-        self.model = deepcopy(
-            model, {id(parameter): parameter for parameter in model.parameters()}
-        ).eval()  # shared
-        activations = prepare(self.model, dtype) if dtype else model.wte.weight.dtype
-        self.slots, self.prefill_chunk = slots, prefill_chunk
+        shared = {id(parameter): parameter for parameter in model.parameters()}
+        self.model = deepcopy(model, shared).eval()
+        cache_dtype = model.wte.weight.dtype
+        if dtype is not None:
+            cache_dtype = prepare_for_inference(self.model, dtype)
+        self.slots = slots
+        self.prefill_chunk = prefill_chunk
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.device = self.model.wte.weight.device
         self.suppress = torch.tensor(suppress, dtype=torch.int64, device=self.device)
-        self.cache = self.model.kv_cache(slots, self.length, activations)
-        self.waiting: deque[QueuedRequest] = deque()  # only the first one's prompt may be in work
+        self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
+        self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Sequence] = []  # in the order of their slots
         self.submitted = 0
-        self.typed: bool | None = None  # whether requests come with token types
+        self.typed: bool | None = None  # whether requests have token types; None: no request yet
 
     @property
     def live(self) -> int:
-        """Slots in use."""
-        return len(self.running) + (len(self.waiting[0].rows) if self._prefilling else 0)
+        """Slots in use, or reserved for the candidates of a partially prefilled prompt."""
+        reserved = len(self.waiting[0].sequences) if self._n_partial else 0
+        return len(self.running) + reserved
 
     @property
     def queued(self) -> int:
         """Requests that have no slot yet."""
-        return len(self.waiting) - bool(self._prefilling)
+        return len(self.waiting) - (1 if self._n_partial else 0)
 
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
 
     @property
-    def _prefilling(self) -> int:
-        """Tokens in the slot of the prompt in work."""
-        return self.waiting[0].done if self.waiting else 0
+    def _n_partial(self) -> int:
+        """Tokens in the slot of the partially prefilled prompt; 0 where there is none."""
+        return self.waiting[0].n_prefilled if self.waiting else 0
 
     def submit(self, request: Request) -> int:
-        """Queue a request; its id. Raises ValueError with the reason if it could never be served."""
+        """Queue a request and return its id. Raises ValueError if it could never be served."""
         check(request, self.slots, self.length, self.model.config.vocab_size)
-        if self.typed not in (None, request.token_type_ids is not None):
+        typed = request.token_type_ids is not None
+        if self.typed not in (None, typed):
             raise ValueError("requests with and without token types cannot share an engine")
-        self.typed = request.token_type_ids is not None
+        self.typed = typed
         self.submitted += 1
-        prompt, sampling = request.input_ids, request.sampling
-        max_length = min(len(prompt) + sampling.max_new_tokens, self.length)
-        rows = [
-            Sequence(sampling, c, list(prompt), self.submitted, request, max_length)
-            for c in range(request.n)
+        prompt = request.input_ids
+        max_length = min(len(prompt) + request.sampling.max_new_tokens, self.length)
+        sequences = [
+            Sequence(request.sampling, candidate, list(prompt), self.submitted, request, max_length)
+            for candidate in range(request.n)
         ]
-        self.waiting.append(QueuedRequest(request, rows))
+        self.waiting.append(QueuedRequest(request, sequences))
         return self.submitted
 
     def cancel(self, request_id: int, candidate: int | None = None) -> None:
-        """Forget a request, or one of its candidates, and free its slots. One that has ended is no error."""
+        """Forget one candidate of a request, or all, and free the slots. It may have ended."""
+
+        def cancelled(sequence: Sequence) -> bool:
+            right_candidate = candidate is None or sequence.candidate == candidate
+            return sequence.request_id == request_id and right_candidate
+
         for slot in reversed(range(len(self.running))):
-            if (
-                candidate in (None, self.running[slot].candidate)
-                and self.running[slot].request_id == request_id
-            ):
+            if cancelled(self.running[slot]):
                 self._free(slot)
-        for job in self.waiting:
-            job.rows = [
-                r
-                for r in job.rows
-                if r.request_id != request_id or candidate not in (None, r.candidate)
-            ]
-        self.waiting = deque(job for job in self.waiting if job.rows)
+        for queued in self.waiting:
+            queued.sequences = [s for s in queued.sequences if not cancelled(s)]
+        self.waiting = deque(queued for queued in self.waiting if queued.sequences)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """At most one token for each candidate that has a slot."""
-        with (
-            torch._C.DisableTorchFunctionSubclass()
-        ):  # asking packed weights for __torch_function__ takes 7 us each
+        """At most one output for each candidate that has a slot."""
+        with without_torch_function():
             return self._decode() + self._prefill()
 
     def _decode(self) -> list[Output]:
-        if not (rows := self.running):
+        """The next token of every live sequence."""
+        if not self.running:
             return []
-        types = [(row.request.token_type_ids or ())[-1:] for row in rows]
         hidden = self._run(
-            [row.ids[-1:] for row in rows], types, 0, [len(row.ids) - 1 for row in rows]
-        )
+            ids=[sequence.ids[-1:] for sequence in self.running],
+            types=[(sequence.request.token_type_ids or ())[-1:] for sequence in self.running],
+            start=[len(sequence.ids) - 1 for sequence in self.running],
+            first_slot=0,
+        )  # (n, 1, C)
         return self._draw(0, self.model.logits(hidden[:, -1]))
 
     def _prefill(self) -> list[Output]:
-        """A piece of the prompt in work, or else all of the first waiting ones."""
-        if not (jobs := self._admit()):
+        """The next chunk of prompts, and the first tokens of those that are complete."""
+        group = self._admit()
+        if not group:
             return []
-        pieces = [job.request.input_ids[job.done : job.done + self.prefill_chunk] for job in jobs]
-        types = [
-            (job.request.token_type_ids or ())[job.done : job.done + self.prefill_chunk]
-            for job in jobs
-        ]
-        hidden = self._run(pieces, types, len(self.running), [job.done for job in jobs])
-        for job, piece, states in zip(jobs, pieces, hidden, strict=True):
-            if job.request.score_prompt:
-                job.scored += self._score(job, states)
-            job.done += len(piece)
-        if jobs[0].done < len(jobs[0].request.input_ids):
-            self.waiting.appendleft(jobs[0])
+        chunks = [queued.next_chunk(self.prefill_chunk) for queued in group]
+        hidden = self._run(
+            ids=[ids for ids, _ in chunks],
+            types=[types for _, types in chunks],
+            start=[queued.n_prefilled for queued in group],
+            first_slot=len(self.running),
+        )  # (n, T, C)
+        for queued, (ids, _), states in zip(group, chunks, hidden, strict=True):
+            if queued.request.score_prompt:
+                queued.prompt_logprobs += self._score(queued, states)
+            queued.n_prefilled += len(ids)
+        if not group[0].is_prefilled:  # then it is alone
+            self.waiting.appendleft(group[0])
             return []
-        return self._begin(jobs, hidden[range(len(jobs)), [len(piece) - 1 for piece in pieces]])
+        last = [len(ids) - 1 for ids, _ in chunks]
+        return self._start(group, hidden[range(len(group)), last])
 
     def _admit(self) -> list[QueuedRequest]:
-        """The prompt in work, or else the first in the queue, as many as there are slots for and one chunk holds."""
-        jobs: list[QueuedRequest] = []
-        longest, free = 0, self.slots - len(self.running)
-        while self.waiting and (free := free - len(self.waiting[0].rows)) >= 0:
-            longest = max(longest, len(self.waiting[0].request.input_ids))
-            if jobs and longest * (len(jobs) + 1) > self.prefill_chunk:  # so one in work is alone
-                break
-            jobs.append(self.waiting.popleft())
-        return jobs
+        """Take from the queue what is prefilled now: as many as slots and one chunk allow.
 
-    def _run(
-        self, ids: abc.Sequence[Ids], types: abc.Sequence[Ids], first: int, start: list[int]
-    ) -> Tensor:
-        """Hidden states (n, T, C) of new tokens in the slots from `first` on, at the positions from `start` (n,). Rows
-        are padded at their end: what that leaves in the cache is overwritten before it is looked at."""
+        A partially prefilled prompt is longer than a chunk, and so nothing joins it.
+        """
+        group: list[QueuedRequest] = []
+        free = self.slots - len(self.running)
+        longest = 0
+        while self.waiting:
+            queued = self.waiting[0]
+            longest = max(longest, len(queued.request.input_ids))
+            too_long = longest * (len(group) + 1) > self.prefill_chunk  # padded to the longest
+            if len(queued.sequences) > free or (group and too_long):
+                break
+            free -= len(queued.sequences)
+            group.append(self.waiting.popleft())
+        return group
+
+    def _run(self, ids: list[Ids], types: list[Ids], start: list[int], first_slot: int) -> Tensor:
+        """Hidden states (n, T, C) of n rows of new tokens, padded to the longest.
+
+        They go to n slots from `first_slot` on, to the positions from `start` (n,) on.
+        """
         width = max(map(len, ids))
-        tokens = torch.tensor(
-            [[[*row, *[0] * (width - len(row))] for row in rows] for rows in (ids, types)]
-        )
-        view = self.cache.view(
-            first, torch.tensor(start, device=self.device), width, max(start) + width
-        )
-        input_ids, token_type_ids = tokens.to(self.device)
+        padded = [[_pad(row, width) for row in ids], [_pad(row, width) for row in types]]
+        input_ids, token_type_ids = torch.tensor(padded).to(self.device)  # (n, T) each
+        starts = torch.tensor(start, device=self.device)
+        view = self.cache.view(first_slot, starts, width, max(start) + width)
         return self.model(input_ids, token_type_ids if self.typed else None, cache=view)
 
-    def _score(self, job: QueuedRequest, hidden: Tensor) -> list[Scored]:
-        """The prompt's tokens scored by a piece's hidden states (T, C), each of which foretells the token after it."""
-        ids = job.request.input_ids[job.done + 1 : job.done + 1 + len(hidden)]
-        wanted = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        scored = [] if job.done else [Scored(job.request.input_ids[0])]
-        for some, these in zip(
-            hidden[: len(ids)].split(SCORED_AT_ONCE), wanted.split(SCORED_AT_ONCE), strict=True
-        ):
-            scored += score(self.model.logits(some), these, job.request.sampling.logprobs or 0)
+    def _score(self, queued: QueuedRequest, hidden: Tensor) -> list[Scored]:
+        """The prompt tokens scored by the hidden states (T, C) of a chunk.
+
+        Each state predicts the token after it; no state predicts the first token of all.
+        """
+        prompt = queued.request.input_ids
+        first = queued.n_prefilled + 1
+        next_ids = torch.tensor(
+            prompt[first : first + len(hidden)], dtype=torch.int64, device=self.device
+        )
+        k = queued.request.sampling.logprobs or 0
+        scored = [Scored(prompt[0])] if queued.n_prefilled == 0 else []
+        id_chunks = next_ids.split(SCORED_AT_ONCE)
+        state_chunks = hidden[: len(next_ids)].split(SCORED_AT_ONCE)
+        for id_chunk, states in zip(id_chunks, state_chunks, strict=True):
+            scored += score(self.model.logits(states), id_chunk, k)
         return scored
 
-    def _begin(self, jobs: list[QueuedRequest], last: Tensor) -> list[Output]:
-        """The jobs, whose prompts are complete and end in `last` (jobs, C), become sequences with their first token."""
-        first, source = len(self.running), [*range(len(jobs))]
-        self.running += [job.rows[0] for job in jobs]
-        for i, job in enumerate(jobs):
-            for row in job.rows[1:]:
-                self._copy(first + i, len(self.running), job.done)
-                self.running.append(row)
-                source.append(i)
-        outputs = self._draw(first, self.model.logits(last)[source])
-        for job, output in zip(jobs, outputs, strict=False):
-            output.prompt_logprobs = job.scored if job.request.score_prompt else None
+    def _start(self, group: list[QueuedRequest], last: Tensor) -> list[Output]:
+        """Make prefilled requests live, and draw their first tokens from `last` (group, C).
+
+        The prompts stand in the slots after the live sequences; further candidates get copies.
+        """
+        first = len(self.running)
+        prompt_of = list(range(len(group)))  # index into the group of each new sequence
+        self.running += [queued.sequences[0] for queued in group]
+        for index, queued in enumerate(group):
+            for sequence in queued.sequences[1:]:
+                self._copy(first + index, len(self.running), queued.n_prefilled)
+                self.running.append(sequence)
+                prompt_of.append(index)
+        outputs = self._draw(first, self.model.logits(last)[prompt_of])
+        for queued, output in zip(group, outputs, strict=False):
+            if queued.request.score_prompt:
+                output.prompt_logprobs = queued.prompt_logprobs
         return outputs
 
-    def _draw(self, first: int, logits: Tensor) -> list[Output]:
-        """The next token of the live sequences in the slots from `first` on; those that end leave."""
-        rows = self.running[first:]
-        outputs = [
-            _accept(row, scored)
-            for row, scored in zip(rows, draw(logits, rows, self.suppress), strict=True)
-        ]
-        for slot in reversed(range(len(outputs))):
-            if outputs[slot].finish_reason:
-                self._free(first + slot)
+    def _draw(self, first_slot: int, logits: Tensor) -> list[Output]:
+        """Draw a token for the live sequences from `first_slot` on; those that end leave."""
+        sequences = self.running[first_slot:]
+        drawn = draw(logits, sequences, self.suppress)
+        outputs = [_accept(*pair) for pair in zip(sequences, drawn, strict=True)]
+        for index in reversed(range(len(outputs))):
+            if outputs[index].finish_reason:
+                self._free(first_slot + index)
         return outputs
 
     def _free(self, slot: int) -> None:
-        """Take the sequence out of its slot; the last one, and the prompt in work, move up."""
+        """Take a sequence out of its slot; the last one and the partial prompt move up."""
         last = self.running.pop()
         if slot < len(self.running):
             self.running[slot] = last
             self._copy(len(self.running), slot, len(last.ids))
-        if self._prefilling:
-            self._copy(len(self.running) + 1, len(self.running), self._prefilling)
+        if self._n_partial:
+            self._copy(len(self.running) + 1, len(self.running), self._n_partial)
 
-    def _copy(self, source: int, to: int, length: int) -> None:
-        self.cache.kv[:, :, to, :, :length] = self.cache.kv[:, :, source, :, :length]
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self.cache.kv[:, :, target, :, :length] = self.cache.kv[:, :, source, :, :length]
 
 
-def _accept(row: Sequence, drawn: Scored) -> Output:
+def _pad(ids: Ids, width: int) -> list[int]:
+    return [*ids, *[0] * (width - len(ids))]
+
+
+def _accept(sequence: Sequence, drawn: Scored) -> Output:
     """Append the drawn token to its sequence, unless that has ended."""
-    if len(row.ids) >= row.max_length:
-        return Output(row.request_id, row.candidate, finish_reason="length")
-    if drawn.token < 0 or drawn.token in row.request.stop_ids:
-        return Output(row.request_id, row.candidate, finish_reason="stop")
-    row.ids.append(drawn.token)
-    reason = "length" if len(row.ids) >= row.max_length else None
-    return Output(row.request_id, row.candidate, *drawn, finish_reason=reason)
+    output = Output(sequence.request_id, sequence.candidate)
+    if len(sequence.ids) >= sequence.max_length:  # max_new_tokens is 0
+        output.finish_reason = "length"
+    elif drawn.token < 0 or drawn.token in sequence.request.stop_ids:
+        output.finish_reason = "stop"
+    else:
+        sequence.ids.append(drawn.token)
+        output.token, output.logprob, output.top = drawn
+        if len(sequence.ids) >= sequence.max_length:
+            output.finish_reason = "length"
+    return output
 
 
 def check(request: Request, slots: int, length: int, vocab_size: int) -> None:
     """Raise ValueError with the reason if the request could never be served."""
-    ids, types, sampling = request.input_ids, request.token_type_ids, request.sampling
-    longest = length - 1 if sampling.max_new_tokens else length
-    outside = [
-        i
-        for i in (*ids, *(i for word in sampling.bad_words_ids for i in word))
-        if not 0 <= i < vocab_size
-    ]
+    ids = request.input_ids
+    types = request.token_type_ids
+    longest = length - 1 if request.sampling.max_new_tokens else length
     if not 1 <= len(ids) <= longest:
         raise ValueError(f"the prompt has {len(ids)} tokens, wanted from 1 to {longest}")
-    if outside:
-        raise ValueError(f"id {outside[0]} is not in the vocabulary of {vocab_size} entries")
+    for id in ids:
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"id {id} is not in the vocabulary of {vocab_size} entries")
     if types is not None and (len(types) != len(ids) or not set(types) <= {0, 1}):
         raise ValueError(
             f"token_type_ids must be {len(ids)} numbers 0 or 1, one for each of the prompt's tokens"
@@ -305,11 +359,11 @@ class Completion(list[Output]):
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> list[list[Completion]]:
-    """Serve the requests, through all slots; of each one its candidates, in order."""
-    answers = {
-        engine.submit(request): [Completion() for _ in range(request.n)] for request in requests
-    }
+    """Serve the requests together: of each one its candidates, in order."""
+    completions: dict[int, list[Completion]] = {}
+    for request in requests:
+        completions[engine.submit(request)] = [Completion() for _ in range(request.n)]
     while not engine.idle:
         for output in engine.step():
-            answers[output.request_id][output.candidate].append(output)
-    return list(answers.values())
+            completions[output.request_id][output.candidate].append(output)
+    return list(completions.values())

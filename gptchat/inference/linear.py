@@ -1,114 +1,234 @@
-"""Fast linear layers for inference, behind one seam: `prepare` swaps the nn.Linear modules of a model in place.
+"""Fast linear layers for inference, and the only home of private torch APIs.
 
-A decoding step reads every weight once, so on a CPU it is as fast as memory and the weights' layout allow: they are
-packed once, as float32 or bfloat16 into oneDNN's blocked layout, as int8 into FBGEMM's (all layers of GPT-2 124M, two
-cores: 10, 5.1 and 3.6 ms for one row). All else on a CPU is float32 in every dtype, the KV cache too:
-with one query row SDPA reads a float32 cache at the memory's speed, a bfloat16 one nine times slower.
+`prepare_for_inference` replaces a model's nn.Linear modules, in place. A decoding step reads every
+weight once, so on a CPU its speed is that of memory and of the weights' layout. They are packed
+once: float32 and bfloat16 into oneDNN's blocked layout, int8 into FBGEMM's (one row through all
+layers of GPT-2 124M on two cores: 10, 5.1 and 3.6 ms). Everything else on a CPU stays float32
+whatever the dtype, the KV cache included: with a single query row SDPA reads a float32 cache at the
+memory's speed, a bfloat16 cache nine times slower.
+
+The kernels are private parts of torch, which may change with any release. So before layers are
+packed, their kernel is compared with F.linear on a small layer, once per process. Where it is
+missing, raises or disagrees, F.linear takes its place and one line on stderr says so: an upgrade of
+torch may slow generation down, but does not break it.
+
+Invariants: a layer's output row does not depend on the other rows, and the model's parameters are
+never written to.
 """
 
+import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptchat.console import UserError
-from gptchat.model.gpt2 import GPT2, gelu_tanh
+from gptchat.model.gpt2 import GPT2, MLP, gelu_tanh
 
 DTYPES = ("float32", "bfloat16", "int8")
+# What F.linear computes in, where it stands in for the kernel of a dtype
+PLAIN_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+# How far an output row may be from F.linear's in the self-test: relative, in the 2-norm
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}
+_fallback_reported = False
 
 
-class PackedLinear(nn.Module):
-    """y = x W^T + b of float32 rows, computed in `dtype`; with `gelu`, GPT-2's gelu of that, left in `dtype`. Where
-    oneDNN is missing, it is F.linear."""
+def cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.detach().to(dtype)
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
+
+class PlainLinear(nn.Module):
+    """y = x W^T + b of float32 rows, by F.linear in `dtype`. Returns float32.
+
+    With `gelu` it returns gelu(y) instead, in `dtype`, which is what the next layer needs. The
+    kernels are compared with this layer, and it replaces those that cannot be used.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False):
         super().__init__()
-        self.dtype, self.weight, self.gelu = dtype, linear.weight.detach().to(dtype), gelu  # (N, K)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.packed = packs(dtype)
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-            self.kernel = torch.ops.mkldnn._linear_pointwise.default._op
+        self.dtype = dtype
+        self.gelu = gelu
+        self.weight = weight.to(dtype)  # (out, in)
+        self.bias = cast_bias(bias, dtype)  # (out,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x.to(self.dtype), self.weight, self.bias)
+        return gelu_tanh(y) if self.gelu else y.float()
+
+
+class PackedLinear(PlainLinear):
+    """The same by oneDNN, from weights in its own layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False):
+        super().__init__(weight, bias, dtype, gelu)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.kernel = torch.ops.mkldnn._linear_pointwise.default._op
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        if not self.packed:
-            y = F.linear(x, self.weight, self.bias)
-            return gelu_tanh(y) if self.gelu else y.float()
         if self.gelu:
             return self.kernel(x, self.weight, self.bias, "gelu", [], "tanh")
         return self.kernel(x, self.weight, self.bias, "none", [], "").float()
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b of float32 rows, W in 8 bits with a scale per output, x in 8 bits with a scale per row: what comes
-    out of a row does not depend on its neighbours.
+    """y = x W^T + b of float32 rows, by FBGEMM in 8 bits: W has a scale per output, x one per row.
 
-    FBGEMM's kernel rounds x itself, to levels x + levels + 1, but with one scale for all rows; so each row comes
-    divided by its largest. `levels` is 127; 63 where the CPU lacks VNNI, whose predecessor saturates.
+    FBGEMM's kernel quantizes x itself, but with one scale for all rows. So each row is divided by
+    its largest absolute value first, and x in [-1, 1] becomes an integer in [-levels, levels].
+    `levels` is 127; it is 63 on a CPU without VNNI, whose older instructions saturate.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        weight = linear.weight.detach().float()
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
-        steps = weight.abs().amax(1).clamp_min(1e-30) / 127  # (N,)
-        levels = (weight / steps[:, None]).round().to(torch.int8)  # (N, K)
-        with warnings.catch_warnings():  # a later torch may lack quantized tensors; ours is pinned
+        weight = weight.float()  # (out, in)
+        steps = weight.abs().amax(1).clamp_min(1e-30) / 127  # (out,)
+        integers = (weight / steps[:, None]).round().to(torch.int8)
+        zero_points = torch.zeros(len(steps), dtype=torch.int64)
+        with warnings.catch_warnings():  # torch means to drop quantized tensors
             warnings.simplefilter("ignore")
-            zeros = torch.zeros(len(steps), dtype=torch.int64)
-            quantized = torch._make_per_channel_quantized_tensor(levels, steps.double(), zeros, 0)
+            quantized = torch._make_per_channel_quantized_tensor(
+                integers, steps.double(), zero_points, 0
+            )
         self.weight = torch.ops.quantized.linear_prepack(quantized, None)
-        # `_op` is what the operator calls, 2 us later, once it has looked for arguments of its own kind
+        # `_op` skips the operator's search for arguments that override it: 2 us a call
         self.kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.bias = cast_bias(bias, torch.float32)  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
-        y = self.kernel(
-            x / largest, 1 / self.levels, self.levels + 1, self.weight
-        )  # of 0 / 0 any number, times 0
-        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+        # a row of zeros: NaN, then some integer in the kernel, then 0 when multiplied by `largest`
+        y = self.kernel(x / largest, 1 / self.levels, self.levels + 1, self.weight)
+        if self.bias is None:
+            return y.mul_(largest)
+        return torch.addcmul(self.bias, y, largest)
 
 
-def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels of that dtype here."""
+def fast_linear(linear: nn.Linear, dtype: str, gelu: bool = False) -> nn.Module:
+    """A layer for float32 rows on a CPU that computes `linear` in `dtype`, with `gelu` gelu too.
+
+    Where the kernel does not work it is a PlainLinear, of float32 in place of int8. int8 has no
+    kernel with gelu.
+    """
+    weight = linear.weight.detach()
+    if kernel_works(dtype, gelu):
+        return _kernel_linear(weight, linear.bias, dtype, gelu)
+    return PlainLinear(weight, linear.bias, PLAIN_DTYPE[dtype], gelu)
+
+
+def _kernel_linear(weight: Tensor, bias: Tensor | None, dtype: str, gelu: bool) -> nn.Module:
+    if dtype == "int8":
+        return Int8Linear(weight, bias)
+    return PackedLinear(weight, bias, PLAIN_DTYPE[dtype], gelu)
+
+
+@cache
+def kernel_works(dtype: str, gelu: bool) -> bool:
+    """Whether the kernel gives what F.linear gives. It is tried once per process, on a small layer.
+
+    A failure is reported on stderr. A machine for which oneDNN has no kernel of this dtype is none.
+    """
+    try:
+        if dtype != "int8" and not onednn_supports(PLAIN_DTYPE[dtype]):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(48, 64, generator=generator)
+        weight[0] = 4.0  # equal numbers become the largest products, which saturate first
+        x = torch.cat([torch.randn(1, 64, generator=generator), torch.full((1, 64), 100.0)])
+        for bias in (weight[:, 0].contiguous(), None):
+            expected = PlainLinear(weight, bias, torch.float32, gelu)(x)  # (2, 48)
+            difference = _kernel_linear(weight, bias, dtype, gelu)(x).float() - expected
+            error = (difference.norm(dim=1) / expected.norm(dim=1)).max().item()
+            if not error <= TOLERANCE[dtype]:
+                raise ArithmeticError(f"differs from F.linear by {error:.1%}")
+    except Exception as error:  # a private API that has changed may raise anything
+        _report_fallback(f"the {dtype} kernel", "F.linear", error)
+        return False
+    return True
+
+
+def onednn_supports(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for float32 or bfloat16 on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def _report_fallback(missing: str, replacement: str, error: Exception) -> None:
+    """Say on stderr what is slower from now on; the first time in a process only."""
+    global _fallback_reported
+    if not _fallback_reported:
+        _fallback_reported = True
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"warning: torch {torch.__version__} lacks {missing} as gptchat knows it; "
+            f"{replacement} takes its place, which is slower ({reason:.200})",
+            file=sys.stderr,
+        )
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """A context in which torch does not look for `__torch_function__` of its arguments.
+
+    That saves 7 us for each packed weight that an operator is given.
+    """
+    try:
+        return torch._C.DisableTorchFunctionSubclass()
+    except AttributeError as error:
+        _report_fallback("DisableTorchFunctionSubclass", "the usual dispatch", error)
+        return nullcontext()
+
+
+def _best_dtype(on_cpu: bool) -> str:
+    """bfloat16 where the device multiplies it, else float32."""
+    try:
+        if on_cpu:
+            native = torch.cpu._is_avx512_bf16_supported()
+        else:
+            native = torch.cuda.is_bf16_supported()
+    except AttributeError as error:
+        _report_fallback("_is_avx512_bf16_supported", "float32", error)
+        native = False
+    return "bfloat16" if native else "float32"
+
+
 def pack(model: GPT2, dtype: str) -> None:
-    """Swap every nn.Linear for a fast layer, which takes over GPT-2's gelu where one follows and its kernel has it."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+    """Replace every nn.Linear by a fast layer. Only oneDNN's kernel can apply GPT-2's gelu too."""
+    for module in list(model.modules()):
+        if isinstance(module, MLP) and dtype != "int8":
+            _fuse_gelu(module, dtype)
+        for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                gelu = dtype != "int8" and name == "c_fc" and parent.activation is gelu_tanh
-                fast = (
-                    Int8Linear(child)
-                    if dtype == "int8"
-                    else PackedLinear(child, getattr(torch, dtype), gelu)
-                )
-                setattr(parent, name, fast)
-                if gelu:
-                    parent.activation = nn.Identity()
+                setattr(module, name, fast_linear(child, dtype))
+
+
+def _fuse_gelu(mlp: MLP, dtype: str) -> None:
+    if mlp.activation is gelu_tanh and isinstance(mlp.c_fc, nn.Linear):
+        mlp.fuse_activation(fast_linear(mlp.c_fc, dtype, gelu=True))
 
 
 @torch.no_grad()
-def prepare(model: GPT2, dtype: str = "float32") -> torch.dtype:
-    """Make the model ready to generate where it stands, in place, and return the dtype of its activations, and so of a
-    KV cache. Its parameters themselves stay as they are, so that another model that shares them is not changed.
+def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
+    """Make the model fast to generate with, in place. Returns the dtype for its KV cache.
 
-    On a CPU the linear layers are packed, with bfloat16 and int8 the token embedding becomes bfloat16, all else is
-    float32. So weights are held once, but for the tied table of embedding and head, whose rows the packed
-    layout does not give out. On other devices everything becomes float32 or bfloat16; int8 is refused (UserError).
-    "auto" is bfloat16 where the device multiplies it (a GPU since Ampere, a CPU with AVX512-BF16), else float32.
+    `dtype` is one of `DTYPES`, or "auto": bfloat16 where the device multiplies it (a GPU since
+    Ampere, a CPU with AVX512-BF16), else float32. The modules get new parameters: another model
+    that shares the old ones is not changed.
+
+    On a CPU the linear layers are packed, the token embedding becomes bfloat16 if the dtype is
+    bfloat16 or int8, and all else float32. So each weight is in memory once, except the table that
+    embedding and head share: rows cannot be read out of the packed layout. On other devices
+    everything becomes float32 or bfloat16.
+
+    Raises UserError for another dtype, and for int8 where there is no FBGEMM (not an x86 CPU).
     """
     on_cpu = model.wte.weight.device.type == "cpu"
     if dtype == "auto":
-        native = torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if native else "float32"
+        dtype = _best_dtype(on_cpu)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; wanted auto, {', '.join(DTYPES)}")
     if dtype == "int8" and not (on_cpu and "fbgemm" in torch.backends.quantized.supported_engines):
@@ -116,10 +236,20 @@ def prepare(model: GPT2, dtype: str = "float32") -> torch.dtype:
     if on_cpu:
         pack(model, dtype)
     activations = torch.float32 if on_cpu or dtype == "float32" else torch.bfloat16
-    cast: dict[int, nn.Parameter] = {}  # by identity, so that what is tied stays tied
-    for module in model.modules():
-        to = torch.bfloat16 if dtype != "float32" and module is model.wte else activations
-        for name, parameter in module.named_parameters(recurse=False):
-            values = nn.Parameter(parameter.detach().to(to), requires_grad=False)
-            setattr(module, name, cast.setdefault(id(parameter), values))
+    embedding = torch.float32 if dtype == "float32" else torch.bfloat16
+    _cast_parameters(model, embedding, activations)
     return activations
+
+
+def _cast_parameters(model: GPT2, embedding: torch.dtype, others: torch.dtype) -> None:
+    """Give the modules new parameters: the token embedding as `embedding`, the rest as `others`."""
+    cast: dict[
+        int, nn.Parameter
+    ] = {}  # id of the old parameter -> new one, so that what is tied stays tied
+    for module in model.modules():
+        dtype = embedding if module is model.wte else others
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in cast:
+                values = parameter.detach().to(dtype)
+                cast[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            setattr(module, name, cast[id(parameter)])

@@ -1,11 +1,19 @@
-"""Keys and values of many sequences."""
+"""The keys and values of many sequences, one tensor for all layers.
+
+A slot holds one sequence, from position 0 on. A forward pass works on a `CacheView`: neighbouring
+slots, each with the same number of new tokens, but each at its own position. A token attends to its
+own position and those before it. So a position is written before anything attends to it: padding
+tokens behind a sequence's end, and what a former sequence left there, are never seen.
+"""
 
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of `slots` sequences, `length` positions each: one tensor (layers, 2, slots, H, length, D)."""
+    """Zeros (n_layer, 2, slots, n_head, length, head_dim): keys and values of `length`
+    positions.
+    """
 
     def __init__(
         self,
@@ -14,39 +22,51 @@ class KVCache:
         head_dim: int,
         slots: int,
         length: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        dtype: torch.dtype,
+        device: torch.device,
     ):
         shape = (n_layer, 2, slots, n_head, length, head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
-    def view(self, first: int, start: Tensor, n_new: int, longest: int) -> "CacheView":
-        """The slots first..first+n-1, whose next `n_new` tokens stand at `start` (n,) and after. Attention reaches over
-        the first `longest` = max(start) + n_new positions."""
-        return CacheView(self, first, start, n_new, longest)
+    def view(self, first: int, start: Tensor, n_new: int, length: int) -> "CacheView":
+        """The n slots from `first` on, for a pass over T = `n_new` tokens in each.
+
+        `start` (n,) are the positions of their first new tokens, `length` is max(start) + n_new: no
+        token attends to a position beyond. (The caller knows it without reading a tensor.)
+        """
+        return CacheView(self, first, start, n_new, length)
 
 
 class CacheView:
-    """What one forward pass sees of a cache: where its tokens go, and which positions each of them may look at."""
+    """What a forward pass sees of a cache: where its new tokens go, and what they may attend to.
 
-    def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, longest: int):
-        self.kv, self.new = (
-            cache.kv[:, :, first : first + len(start)],
-            slice(longest - n_new, longest),
-        )
-        self.position_ids = start[:, None] + torch.arange(n_new, device=start.device)  # (n, T)
-        self.rows = torch.arange(len(start), device=start.device)[:, None]  # (n, 1)
-        self.mask: Tensor | None = None  # (n, 1, T, longest); one row with one token sees all of it
-        if len(start) > 1 or n_new > 1:
-            unseen = torch.arange(longest, device=start.device) > self.position_ids[:, :, None]
-            self.mask = torch.zeros(unseen.shape, dtype=cache.kv.dtype, device=start.device)
-            self.mask = self.mask.masked_fill_(unseen, -torch.inf)[:, None]
+    `position_ids` (n, T). `mask` (n, 1, T, length) is added to the scores: 0, or minus infinity
+    where a token must not look. It is None for a single token of a single sequence, which sees
+    everything.
+    """
+
+    def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, length: int):
+        n_slots = len(start)
+        device = start.device
+        self.kv = cache.kv[:, :, first : first + n_slots]
+        self.length = length
+        self.n_new = n_new
+        self.slots = torch.arange(n_slots, device=device)[:, None]  # (n, 1)
+        self.position_ids = start[:, None] + torch.arange(n_new, device=device)
+        self.mask: Tensor | None = None
+        if n_slots > 1 or n_new > 1:
+            later = torch.arange(length, device=device) > self.position_ids[:, :, None]
+            mask = torch.zeros(later.shape, dtype=cache.kv.dtype, device=device)
+            self.mask = mask.masked_fill_(later, -torch.inf)[:, None]
 
     def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
-        """Store the new keys and values (2, n, H, T, D); return all keys and all values: (n, H, longest, D) each."""
-        kv = self.kv[layer]
-        if len(self.rows) == 1:  # a plain copy takes half the time
-            kv[:, :, :, self.new] = new
+        """Store a layer's new keys and values (2, n, H, T, D).
+
+        Returns all of its keys and all of its values so far, (n, H, length, D) each.
+        """
+        kv = self.kv[layer]  # (2, n, H, positions, D)
+        if len(self.slots) == 1:  # a slice takes half the time of an index
+            kv[:, :, :, self.length - self.n_new : self.length] = new
         else:
-            kv[:, self.rows, :, self.position_ids] = new.permute(1, 3, 0, 2, 4)
-        return kv[:, :, :, : self.new.stop].unbind()
+            kv[:, self.slots, :, self.position_ids] = new.permute(1, 3, 0, 2, 4)
+        return kv[:, :, :, : self.length].unbind()
