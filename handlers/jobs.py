@@ -119,8 +119,9 @@ class JobReader:
             raise Refusal('wanted {"context": "some text"}')
         if not self.is_chat_model and (beginning or not isinstance(context, str)):
             raise Refusal('wanted {"context": "some text"}: an LM continues one text')
-        beginning_ids = self.encode(beginning)
+        beginning_ids: list[int] = []
         if self.is_chat_model:
+            beginning_ids = self.encode(beginning)
             turns = [context] if isinstance(context, str) else context
             sampling = self.chat_sampling(CHAT_SAMPLING)
             dialogue = alternate(turns, last_speaker=SPEAKERS["user"])
