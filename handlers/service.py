@@ -188,6 +188,7 @@ class Service:
     def finish(self, answer: Answer, result: str) -> None:
         """Forget a request and free its slots. `result` is its status, "left", or "error" where the
         status 200 had gone out before."""
+        ended = time.monotonic()
         del self.live[answer.id]
         for engine_id in answer.engine_ids:
             if result != "200":  # it may still be decoded
@@ -195,27 +196,26 @@ class Service:
                     engine.cancel(engine_id)
             del self.owners[engine_id]
             self.loop.streaming_ids.discard(engine_id)
-        self._report(answer, result)
+        self._report(answer, result, ended)
 
-    def _report(self, answer: Answer, result: str) -> None:
-        """Record the figures of a finished request, and log one line without its text."""
-        now = time.monotonic()
+    def _report(self, answer: Answer, result: str, ended: float) -> None:
+        """Record the figures of a request that ended at `ended`; log one line without its text."""
         kind, first_token, n_prompt, n_new = "none", 0.0, 0, 0
         if answer.generation:
             kind = answer.generation.job.kind
             first_token = answer.generation.first_token
             usage = answer.generation.usage
             n_prompt, n_new = usage["prompt_tokens"], usage["completion_tokens"]
-        first_seconds = (first_token or now) - answer.began
+        first_seconds = (first_token or ended) - answer.began
         self._record("counter", "requests", 1, kind, result)
         self._record("counter", "prompt_tokens", n_prompt)
         self._record("counter", "generated_tokens", n_new)
         if answer.generation and first_token:
             longest = max(choice.n_tokens for choice in answer.generation.choices)
             self._record("histogram", "first_token_seconds", first_seconds)
-            self._record("histogram", "token_seconds", (now - first_token) / longest)
+            self._record("histogram", "token_seconds", (ended - first_token) / longest)
         line = "%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s"
-        figures = (n_prompt, n_new, first_seconds, now - answer.began)
+        figures = (n_prompt, n_new, first_seconds, ended - answer.began)
         log.info(line, answer.id, self.model.name, kind, result, *figures)
 
     def _record(self, kind: str, name: str, value: float, *labels: str) -> None:

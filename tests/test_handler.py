@@ -145,3 +145,12 @@ def test_readme_has_every_setting_with_its_default():
     settings = {row[1].strip(" `"): row[2].strip(" `") for row in rows if len(row) > 3}
     for name, default in vars(ServerSettings()).items():
         assert settings.get(name) == str(default)
+
+
+def test_readme_has_every_metric():
+    text = (ROOT / "handlers" / "README.md").read_text()
+    declared = yaml.safe_load((ROOT / "configs/serve/metrics.yaml").read_text())["model_metrics"]
+    for kind, entries in declared.items():
+        for entry in entries:
+            rows = [line for line in text.splitlines() if f"`{entry['name']}`" in line]
+            assert len(rows) == 1 and f"| {kind} |" in rows[0]
