@@ -1,4 +1,4 @@
-# All but the repository itself, which is mounted:
+# An image with all that gptchat needs but the repository itself, which is mounted:
 #   docker run --rm -it -v $PWD:/workspace -w /workspace gptchat make tokenizer lm chatlm
 # Several GB smaller, for CPUs: docker build --build-arg TORCH_INDEX=URL_OF_PYTORCH'S_CPU_INDEX -t gptchat .
 FROM python:3.11-slim-bookworm

@@ -174,6 +174,37 @@ class Config:
         return Path(self.data.shards or f"out/shards/{self.task}")
 
 
+@dataclass(frozen=True)
+class ServerSettings:
+    """The section `gptchat` of configs/serve/model-config.yaml: engine and limits of one model."""
+
+    dtype: str = field(
+        default="float32", metadata={"choices": ("auto", "float32", "bfloat16", "int8")}
+    )
+    slots: int = field(default=32, metadata={"min": 1})  # sequences decoded at once
+    cache_mb: int = field(default=4096, metadata={"min": 1})  # the KV cache; limits the slots
+    threads: int = field(default=0, metadata={"min": 0})  # of the decoder; 0: all cores
+    max_requests: int = field(default=128, metadata={"min": 1})  # answered or queued
+    max_new_tokens: int = field(default=1024, metadata={"min": 1})
+    default_new_tokens: int = field(default=64, metadata={"min": 1})
+    max_candidates: int = field(default=16, metadata={"min": 1})  # of one prompt
+    max_prompts: int = field(default=64, metadata={"min": 1})  # of one request, times candidates
+    max_stops: int = field(default=8, metadata={"min": 1})  # stop strings
+    max_bad_words: int = field(default=64, metadata={"min": 1})
+    max_logprobs: int = field(default=20, metadata={"min": 0})  # best tokens beside the drawn one
+
+
+def build_server_settings(values: Any, source: str) -> ServerSettings:
+    """The section `gptchat` of a parsed model-config.yaml.
+
+    Raises UserError that names the file, `source`, and the key.
+    """
+    section = values.get("gptchat") if isinstance(values, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(f"{source}: found no section gptchat; wanted the server's settings in it")
+    return build(ServerSettings, section, source, "gptchat")
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides, in order.
 

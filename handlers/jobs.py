@@ -1,29 +1,34 @@
-"""JSON bodies -> jobs: the original's API and OpenAI's, checked to the last key. Knows nothing of TorchServe."""
+"""JSON bodies -> jobs: the original program's API and OpenAI's, checked to the last key.
 
-import json
+A `Job` is a request that has been understood: the engine's requests for it, and how to answer.
+`JobReader.read` raises `Refusal` for a body that is wrong, too long or beyond the server's limits,
+so that whatever becomes a job can be served.
+"""
+
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from math import inf
 from typing import Any
 
 from gptchat.console import UserError
-from gptchat.data.dialogue import SPEAKERS, encode_prompt
-from gptchat.data.tokenizer import Tokenizer
-from gptchat.inference.generate import CHAT_SAMPLING
+from gptchat.data.dialogue import SPEAKERS, alternate
+from gptchat.inference.engine import Request
+from gptchat.inference.generate import CANDIDATES, CHAT_SAMPLING, prompt_room
 from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import WordFilter
+from handlers.fields import Fields, Refusal, is_list, is_text
+from handlers.served_model import ServedModel
 
-NEUTRAL: dict[
-    str, Any
-] = {  # OpenAI's settings that change nothing with these values (...: with any)
-    "user": ...,
-    "metadata": ...,
-    "store": ...,
-    "service_tier": ...,
-    "safety_identifier": ...,
-    "prompt_cache_key": ...,
-    "parallel_tool_calls": ...,
+ANY_VALUE = object()
+# Settings of OpenAI's API that this server lacks: only the value that changes nothing is accepted.
+NEUTRAL: dict[str, Any] = {
+    "user": ANY_VALUE,
+    "metadata": ANY_VALUE,
+    "store": ANY_VALUE,
+    "service_tier": ANY_VALUE,
+    "safety_identifier": ANY_VALUE,
+    "prompt_cache_key": ANY_VALUE,
+    "parallel_tool_calls": ANY_VALUE,
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "logit_bias": {},
@@ -34,327 +39,328 @@ NEUTRAL: dict[
     "response_format": {"type": "text"},
     "modalities": ["text"],
 }
-NUMBERS = tuple(name for name, declared in SETTINGS.items() if declared.type is float)
-LONGEST_WORD = (
-    200  # characters of a stop string or forbidden word: their tables grow with the square
-)
+OPENAI_SAMPLING = Sampling()  # OpenAI's clients expect settings that change nothing
+COMPLETION_TOKENS = 16  # OpenAI's default length of a completion
+LARGEST_INTEGER = 10**9  # of a setting that has no upper limit of its own
+MOST_TURNS = 1000
 TOO_LONG = "context_length_exceeded"
-
-
-class Refusal(Exception):
-    """A request that is answered with `status` and a reason; `param` and `code` are OpenAI's."""
-
-    def __init__(
-        self, message: str, status: int = 400, param: str | None = None, code: str | None = None
-    ):
-        super().__init__(message)
-        self.message, self.status, self.param, self.code = message, status, param, code
-
-
-@dataclass(frozen=True)
-class Served:
-    """What this worker serves. `task` is lm or chatlm, `n_ctx` in tokens, `limits` those of model-config.yaml."""
-
-    name: str
-    task: str
-    tokenizer: Tokenizer
-    n_ctx: int
-    limits: Any
-    stop_id: int
-
-    @cached_property
-    def longest_text(self) -> int:
-        """Characters; longer ones no tokens can make fit."""
-        return self.n_ctx * max(map(len, self.tokenizer.token_bytes))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One HTTP request, understood: each prompt is to be continued by `n` candidates."""
+    """One HTTP request, understood. Its engine requests, one a prompt, share `sampling` and `n`."""
 
     kind: str  # original, completions or chat
-    prompts: list[tuple[list[int], list[int] | None]]  # ids and types
-    sampling: Sampling
-    n: int
+    requests: list[Request]
     stop: tuple[str, ...]
     stream: bool
-    beginning: tuple[
-        int, ...
-    ] = ()  # of the answer, given by the client: part of the prompt and of the answer
-    echo: bool = False
-    usage: bool = False  # a stream's last chunk tells it
-    request: Any = None  # the original's API gives it back
+    beginning: tuple[int, ...] = ()  # ids of the answer's first words, where the client gave them
+    echo: bool = False  # the prompt's text comes before the answer
+    include_usage: bool = False  # a stream ends with the numbers of tokens
+    original_request: Any = None  # given back in the original's API
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.requests[0].sampling
+
+    @property
+    def n(self) -> int:
+        """Candidates of each prompt."""
+        return self.requests[0].n
 
 
-def is_text(value: Any) -> bool:
-    """A string that UTF-8 can hold: JSON's escapes can write half a surrogate pair too."""
-    return isinstance(value, str) and not any(
-        "\ud800" <= character <= "\udfff" for character in value
-    )
+class JobReader:
+    """Reads one body into a job. Every method raises Refusal."""
 
-
-def is_word(value: Any) -> bool:
-    return is_text(value) and 0 < len(value) <= LONGEST_WORD
-
-
-def is_list(value: Any, most: float, right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= most and all(map(right, value))
-
-
-class Reader:
-    """Takes the keys of a body one by one, and refuses it if one is left. Everything raises Refusal."""
-
-    def __init__(self, body: Any, served: Served):
-        if isinstance(body, (bytes, bytearray)):  # TorchServe could not read it
-            try:
-                body = json.loads(body)
-            except (ValueError, RecursionError) as error:
-                raise Refusal(f"the body is not JSON: {str(error)[:80]}") from None
-        if not isinstance(body, dict):
-            raise Refusal("the body is no JSON object")
-        self.values = {key: value for key, value in body.items() if value is not None}
-        self.served, self.limits, self.chats = served, served.limits, served.task == "chatlm"
+    def __init__(self, body: Any, model: ServedModel):
+        self.body = Fields(body)
+        self.model = model
+        self.settings = model.settings
+        self.tokenizer = model.generator.tokenizer
+        self.n_ctx = model.generator.n_ctx
+        self.is_chat_model = model.generator.task == "chatlm"
 
     def read(self, path: str) -> Job:
         """The job that a POST to `path` (what follows /predictions/NAME/1.0/) asks for."""
-        kinds = {
-            "": self.original,
-            "v1/completions": self.completions,
-            "v1/chat/completions": self.chat,
-        }
-        if path not in kinds:
+        if path == "":
+            job = self.original()
+        elif path == "v1/completions":
+            self.check_model()
+            self.drop_neutral()
+            job = self.completions()
+        elif path == "v1/chat/completions":
+            self.check_model()
+            self.drop_neutral()
+            job = self.chat()
+        else:
             raise Refusal(f"no such path: {path[:60]}", 404)
-        self.usual = (
-            Sampling() if path else CHAT_SAMPLING
-        )  # OpenAI's clients expect settings that change nothing
-        if path:
-            if (
-                name := self.take("model", is_text, "a string", self.served.name)
-            ) != self.served.name:
-                raise Refusal(
-                    f"no model {name!r:.60}: this is {self.served.name}",
-                    404,
-                    "model",
-                    "model_not_found",
-                )
-            self.values = {
-                k: v
-                for k, v in self.values.items()
-                if k not in NEUTRAL or NEUTRAL[k] not in (v, ...)
-            }
-        job = kinds[path]()
-        for name in self.values:
-            raise Refusal(
-                f"{name!r:.60} is unknown here, or more than this model can do", param=f"{name:.60}"
-            )
-        if (count := len(job.prompts) * job.n) > self.limits.max_prompts:
-            raise Refusal(
-                f"{count} answers at once, wanted at most {self.limits.max_prompts}", param="n"
-            )
+        self.body.refuse_the_rest()
+        answers = len(job.requests) * job.n
+        if answers > self.settings.max_prompts:
+            message = f"{answers} answers at once, wanted at most {self.settings.max_prompts}"
+            raise Refusal(message, param="n")
         return job
 
-    def take(
-        self, names: str, right: Callable[[Any], Any], wanted: str, default: Any = None
-    ) -> Any:
-        """The value under that one of `names` (parted by |) that is there."""
-        for name in names.split("|"):
-            if name in self.values:
-                if not right(value := self.values.pop(name)):
-                    raise Refusal(f"{name} is {value!r:.60}, wanted {wanted}", param=name)
-                return value
-        return default
-
-    def integer(self, names: str, low: int, high: int, default: int | None = None) -> Any:
-        return self.take(
-            names,
-            lambda x: type(x) is int and low <= x <= high,
-            f"an integer, {low} to {high}",
-            default,
-        )
-
-    def number(self, name: str) -> Any:  # a float
-        low, high = SETTINGS[name].metadata["low"], SETTINGS[name].metadata["high"]
-        default = getattr(self.usual, name)
-        wanted = f"a number, {low} to {high}"
-        return float(
-            self.take(name, lambda x: type(x) in (int, float) and low <= x <= high, wanted, default)
-        )
-
-    def flag(self, name: str) -> bool:
-        return self.take(name, lambda x: type(x) is bool, "true or false", False)
-
-    def texts(self, name: str, most: int) -> tuple[str, ...]:
-        value = self.take(
-            name,
-            lambda x: is_word(x) or is_list(x, most, is_word) or x == [],
-            f"a string of 1 to {LONGEST_WORD} characters, or up to {most} in a list",
-            (),
-        )
-        return (value,) if isinstance(value, str) else tuple(value)
-
-    def sampling(self, room: int, default: int, logprobs: int | None = None) -> Sampling:
-        """The settings by their usual names; the prompt leaves `room` new tokens."""
-        words, n_ctx = self.texts("bad_words", self.limits.max_bad_words), self.served.n_ctx
-        most = min(self.limits.max_new_tokens, n_ctx)
-        new = self.integer(
-            "max_tokens|max_new_tokens|max_completion_tokens", 0, most, min(default, room)
-        )
-        if new > room:
-            raise Refusal(
-                f"the context of {n_ctx} tokens has room for {room} new ones, not {new}",
-                code=TOO_LONG,
-            )
-        return Sampling(
-            **{name: self.number(name) for name in NUMBERS},
-            max_new_tokens=new,
-            logprobs=logprobs,
-            top_k=self.integer("top_k", 0, 10**9, self.usual.top_k),
-            seed=self.integer("seed", -(1 << 63), (1 << 63) - 1, secrets.randbits(31)),
-            word_filter=WordFilter(self.served.tokenizer, words) if words else None,
-        )
-
-    def common(self, n: int = 1) -> dict[str, Any]:
-        most = min(self.limits.max_candidates, self.limits.slots)
-        return {
-            "stop": self.texts("stop", self.limits.max_stops),
-            "stream": self.flag("stream"),
-            "n": self.integer("n|num_return_sequences", 1, most, min(n, most)),
-        }
-
-    def openai(self) -> dict[str, Any]:
-        options = self.take(
-            "stream_options",
-            lambda x: isinstance(x, dict) and {*x} <= {"include_usage"},
-            "an object with include_usage",
-            {},
-        )
-        return self.common() | {"usage": options.get("include_usage") is True}
-
-    def encode(self, text: str) -> list[int]:
-        if len(text) > self.served.longest_text:
-            raise Refusal(
-                f"{len(text)} characters cannot fit into {self.served.n_ctx} tokens", code=TOO_LONG
-            )
-        return self.served.tokenizer.encode(text)
-
-    def answering(
-        self, turns: list[tuple[int, str]], beginning: str, logprobs: int | None = None
-    ) -> dict[str, Any]:
-        """A dialogue's prompt and settings. What does not fit beside the new tokens (or half the context) goes, the
-        oldest turns first, not even encoded."""
-        half, tokenizer = self.served.n_ctx // 2, self.served.tokenizer
-        sampling = self.sampling(
-            self.served.n_ctx, min(self.limits.default_new_tokens, half), logprobs
-        )
-        begun, room = self.encode(beginning), self.served.n_ctx - min(sampling.max_new_tokens, half)
-        encoded: list[tuple[int, list[int]]] = []
-        for speaker, text in reversed(turns):
-            if encoded and (
-                sum(len(ids) for _, ids in encoded) > room or len(text) > self.served.longest_text
-            ):
-                break
-            encoded.insert(0, (speaker, self.encode(text)))
-        try:
-            prompt = encode_prompt(encoded, begun, tokenizer.cls_id, tokenizer.sep_id, room)
-        except UserError as error:
-            raise Refusal(str(error), code=TOO_LONG) from None
-        return {"prompts": [prompt], "sampling": sampling, "beginning": tuple(begun)}
-
-    def continuing(
-        self, texts: list[Any], default: int = 0, logprobs: int | None = None
-    ) -> dict[str, Any]:
-        """Prompts (text or ids) to be continued as they are, an empty one from [EOS], and their settings. A ChatLM
-        takes them for the responder's words."""
-        prompts = [
-            (self.encode(x) if isinstance(x, str) else x) or [self.served.tokenizer.eos_id]
-            for x in texts
-        ]
-        longest, n_ctx = max(map(len, prompts)), self.served.n_ctx
-        if longest > n_ctx:
-            raise Refusal(f"a prompt has {longest} tokens, the context {n_ctx}", code=TOO_LONG)
-        return {
-            "prompts": [(ids, [1] * len(ids) if self.chats else None) for ids in prompts],
-            "sampling": self.sampling(
-                n_ctx - longest, default or self.limits.default_new_tokens, logprobs
-            ),
-        }
-
     def original(self) -> Job:
-        """`{"context": text or turns, "response": beginning, ...}`: five candidates, or one if streamed."""
-        request = {key: self.values[key] for key in ("context", "response") if key in self.values}
-        context = self.take(
-            "context",
-            lambda x: is_text(x) or is_list(x, 1000, is_text),
-            "a text, or a list of turns",
-        )
-        beginning = self.take("response", is_text, "a string", "")
-        common = self.common(1 if self.values.get("stream") is True else 5)
-        if common["stream"] and common["n"] > 1:
-            raise Refusal(f"n is {common['n']}, wanted 1 with stream", param="n")
-        if context is None or not self.chats and (beginning or isinstance(context, list)):
-            raise Refusal(
-                'wanted {"context": "some text"}'
-                + ("" if self.chats else ": an LM continues one text")
+        """The API of the original program: five candidates, or one if it is streamed.
+
+        `{"context": a text or a list of turns, "response": the answer's first words, ...}`
+        """
+        values = self.body.values
+        original_request = {key: values[key] for key in ("context", "response") if key in values}
+        context = self.body.take("context", is_context, "a text, or a list of turns")
+        beginning = self.body.take("response", is_text, "a string", "")
+        stop = self.stop_strings()
+        stream = self.body.flag("stream")
+        n = self.candidates(default=1 if stream else CANDIDATES)
+        if stream and n > 1:
+            raise Refusal(f"n is {n}, wanted 1 with stream", param="n")
+        if context is None and self.is_chat_model:
+            raise Refusal('wanted {"context": "some text"}')
+        if not self.is_chat_model and (beginning or not isinstance(context, str)):
+            raise Refusal('wanted {"context": "some text"}: an LM continues one text')
+        beginning_ids: list[int] = []
+        if self.is_chat_model:
+            beginning_ids = self.encode(beginning)
+            turns = [context] if isinstance(context, str) else context
+            sampling = self.chat_sampling(CHAT_SAMPLING)
+            dialogue = alternate(turns, last_speaker=SPEAKERS["user"])
+            requests = [self.reply(dialogue, sampling, n, beginning_ids)]
+        else:
+            requests = self.continuations(
+                [context], CHAT_SAMPLING, self.settings.default_new_tokens, n
             )
-        texts = [context] if isinstance(context, str) else context
-        turns = [
-            ((len(texts) - 1 - i) % 2, text) for i, text in enumerate(texts)
-        ]  # the last one is the client's
-        prompts = self.answering(turns, beginning) if self.chats else self.continuing(texts)
-        return Job("original", request=request, **common, **prompts)
+        return Job(
+            kind="original",
+            requests=requests,
+            stop=stop,
+            stream=stream,
+            beginning=tuple(beginning_ids),
+            original_request=original_request,
+        )
 
     def completions(self) -> Job:
         """OpenAI's completions, which continue texts. `echo` with `logprobs` scores them."""
-        most, size = self.limits.max_prompts, self.served.tokenizer.vocab_size
-
-        def is_prompt(x: Any) -> bool:
-            return (
-                is_text(x)
-                or x == []
-                or is_list(x, float("inf"), lambda id: type(id) is int and 0 <= id < size)
-            )
-
-        prompt = self.take(
+        most = self.settings.max_prompts
+        prompts = self.body.take(
             "prompt",
-            lambda x: is_prompt(x) or is_list(x, most, is_prompt),
-            f"a text, ids below {size}, or up to {most} of them in a list",
+            lambda value: self.is_prompt(value) or is_list(value, self.is_prompt, most),
+            f"a text, ids below {self.tokenizer.vocab_size}, or up to {most} of them in a list",
             "",
         )
-        logprobs = self.integer("logprobs", 0, self.limits.max_logprobs)
-        prompts = self.continuing([prompt] if is_prompt(prompt) else prompt, 16, logprobs)
-        return Job("completions", echo=self.flag("echo"), **prompts, **self.openai())
+        if self.is_prompt(prompts):
+            prompts = [prompts]
+        logprobs = self.body.integer("logprobs", 0, self.settings.max_logprobs)
+        echo = self.body.flag("echo")
+        stop = self.stop_strings()
+        stream = self.body.flag("stream")
+        n = self.candidates(default=1)
+        return Job(
+            kind="completions",
+            requests=self.continuations(
+                prompts,
+                OPENAI_SAMPLING,
+                COMPLETION_TOKENS,
+                n,
+                logprobs=logprobs,
+                score_prompt=echo and logprobs is not None,
+            ),
+            stop=stop,
+            stream=stream,
+            echo=echo,
+            include_usage=self.include_usage(),
+        )
 
     def chat(self) -> Job:
         """OpenAI's chat completions. The system's messages count as the user's side."""
-        if not self.chats:
-            raise Refusal(
-                f"{self.served.name} continues texts and does not chat: use v1/completions"
-            )
-        messages = self.take(
-            "messages", lambda x: is_list(x, 1000, lambda _: True), "1 to 1000 messages", [None]
+        if not self.is_chat_model:
+            name = self.model.name
+            raise Refusal(f"{name} continues texts and does not chat: use v1/completions")
+        messages = self.body.take(
+            "messages",
+            lambda value: is_list(value, lambda _: True, MOST_TURNS),
+            f"1 to {MOST_TURNS} messages",
+            [None],
         )
-        top, asked = (
-            self.integer("top_logprobs", 0, self.limits.max_logprobs, 0),
-            self.flag("logprobs"),
+        turns = [read_message(message) for message in messages]
+        logprobs = self.body.integer("top_logprobs", 0, self.settings.max_logprobs, 0)
+        if not self.body.flag("logprobs"):
+            logprobs = None
+        stop = self.stop_strings()
+        stream = self.body.flag("stream")
+        n = self.candidates(default=1)
+        sampling = self.chat_sampling(OPENAI_SAMPLING, logprobs)
+        return Job(
+            kind="chat",
+            requests=[self.reply(turns, sampling, n)],
+            stop=stop,
+            stream=stream,
+            include_usage=self.include_usage(),
         )
-        prompt = self.answering(
-            [read_message(message) for message in messages], "", top if asked else None
+
+    # --- prompts
+
+    def is_prompt(self, value: Any) -> bool:
+        """A text or token ids; no ids are an empty text."""
+
+        def is_id(item: Any) -> bool:
+            return type(item) is int and 0 <= item < self.tokenizer.vocab_size
+
+        return is_text(value) or value == [] or is_list(value, is_id)
+
+    def encode(self, text: str) -> list[int]:
+        if len(text) > self.model.longest_text:
+            message = f"{len(text)} characters cannot fit into {self.n_ctx} tokens"
+            raise Refusal(message, code=TOO_LONG)
+        return self.tokenizer.encode(text)
+
+    def reply(
+        self,
+        turns: list[tuple[int, str]],
+        sampling: Sampling,
+        n: int,
+        beginning: list[int] | None = None,
+    ) -> Request:
+        """The request for a dialogue's next turn, which starts with `beginning`.
+
+        The oldest turns are dropped until the answer has room; turns that cannot fit are not even
+        encoded.
+        """
+        room = prompt_room(self.n_ctx, sampling.max_new_tokens)
+        encoded: list[tuple[int, list[int]]] = []  # the last turn first
+        n_tokens = 0
+        for speaker, text in reversed(turns):
+            if encoded and (n_tokens > room or len(text) > self.model.longest_text):
+                break
+            ids = self.encode(text)
+            encoded.append((speaker, ids))
+            n_tokens += len(ids)
+        try:
+            return self.model.generator.request(encoded[::-1], sampling, n, beginning or [])
+        except UserError as error:
+            raise Refusal(str(error), code=TOO_LONG) from None
+
+    def continuations(
+        self,
+        prompts: list[Any],
+        defaults: Sampling,
+        default_new_tokens: int,
+        n: int,
+        logprobs: int | None = None,
+        score_prompt: bool = False,
+    ) -> list[Request]:
+        """Requests that continue prompts (text or ids) as they are; an empty one starts from [EOS].
+        A ChatLM takes them for the responder's words."""
+        encoded = []
+        for prompt in prompts:
+            ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+            encoded.append(ids or [self.tokenizer.eos_id])
+        longest = max(map(len, encoded))
+        if longest > self.n_ctx:
+            message = f"a prompt has {longest} tokens, the context {self.n_ctx}"
+            raise Refusal(message, code=TOO_LONG)
+        sampling = self.sampling(defaults, self.n_ctx - longest, default_new_tokens, logprobs)
+        stop_ids = (self.model.generator.stop_id,)
+        requests = []
+        for ids in encoded:
+            types = [1] * len(ids) if self.is_chat_model else None
+            requests.append(Request(ids, types, sampling, n, stop_ids, score_prompt))
+        return requests
+
+    # --- settings
+
+    def check_model(self) -> None:
+        """OpenAI's clients name the model, which must be this one."""
+        name = self.body.take("model", is_text, "a string", self.model.name)
+        if name != self.model.name:
+            message = f"no model {name!r:.60}: this is {self.model.name}"
+            raise Refusal(message, 404, "model", "model_not_found")
+
+    def drop_neutral(self) -> None:
+        """Take out OpenAI's settings that would change nothing."""
+        for name, value in list(self.body.values.items()):
+            if name in NEUTRAL and NEUTRAL[name] in (ANY_VALUE, value):
+                del self.body.values[name]
+
+    def stop_strings(self) -> tuple[str, ...]:
+        return self.body.words("stop", self.settings.max_stops)
+
+    def candidates(self, default: int) -> int:
+        most = min(self.settings.max_candidates, self.model.generator.engine.slots)
+        name = self.body.given("n", "num_return_sequences")
+        return self.body.integer(name, 1, most, min(default, most))
+
+    def include_usage(self) -> bool:
+        options = self.body.take(
+            "stream_options",
+            lambda value: isinstance(value, dict) and set(value) <= {"include_usage"},
+            "an object with include_usage",
+            {},
         )
-        return Job("chat", **prompt, **self.openai())
+        return options.get("include_usage") is True
+
+    def chat_sampling(self, defaults: Sampling, logprobs: int | None = None) -> Sampling:
+        """Settings of an answer in a dialogue, whose turns will be cut to make room for it."""
+        default_new_tokens = min(self.settings.default_new_tokens, self.n_ctx // 2)
+        return self.sampling(defaults, self.n_ctx, default_new_tokens, logprobs)
+
+    def sampling(
+        self, defaults: Sampling, room: int, default_new_tokens: int, logprobs: int | None
+    ) -> Sampling:
+        """The sampling settings by their usual names, with room for `room` new tokens."""
+        forbidden = self.body.words("bad_words", self.settings.max_bad_words)
+        max_new_tokens = self.max_new_tokens(room, default_new_tokens)
+        chosen = {
+            name: self.setting(name, getattr(defaults, name))
+            for name in SETTINGS
+            if name != "max_new_tokens"
+        }
+        return Sampling(
+            **chosen,
+            max_new_tokens=max_new_tokens,
+            logprobs=logprobs,
+            seed=self.body.integer("seed", -(1 << 63), (1 << 63) - 1, secrets.randbits(31)),
+            word_filter=WordFilter(self.tokenizer, forbidden) if forbidden else None,
+        )
+
+    def setting(self, name: str, default: Any) -> Any:
+        """A setting that `sampling.SETTINGS` declares, within its range."""
+        declared = SETTINGS[name]
+        low, high = declared.metadata["low"], declared.metadata["high"]
+        if declared.type is int:
+            return self.body.integer(name, low, LARGEST_INTEGER if high == inf else high, default)
+        return self.body.number(name, low, high, default)
+
+    def max_new_tokens(self, room: int, default: int) -> int:
+        most = min(self.settings.max_new_tokens, self.n_ctx)
+        name = self.body.given("max_tokens", "max_new_tokens", "max_completion_tokens")
+        new = self.body.integer(name, 0, most, min(default, room))
+        if new > room:
+            message = f"the context of {self.n_ctx} tokens has room for {room} new ones, not {new}"
+            raise Refusal(message, code=TOO_LONG)
+        return new
+
+
+def is_context(value: Any) -> bool:
+    """What the original's API answers: a text, or a list of turns."""
+    return is_text(value) or is_list(value, is_text, MOST_TURNS)
+
+
+def is_text_part(value: Any) -> bool:
+    return isinstance(value, dict) and is_text(value.get("text"))
 
 
 def read_message(message: Any) -> tuple[int, str]:
-    """A message's speaker and text, which may come in parts."""
-    role: Any = message.get("role") if isinstance(message, dict) else None
-    content: Any = message["content"] if role and "content" in message else None
-    if is_list(
-        content, float("inf"), lambda part: isinstance(part, dict) and is_text(part.get("text"))
-    ):
+    """The speaker and the text of one of OpenAI's messages; the text may come in parts."""
+    fields: dict[str, Any] = message if isinstance(message, dict) else {}
+    role: Any = fields.get("role")
+    content: Any = fields.get("content")
+    if is_list(content, is_text_part):
         content = "".join(part["text"] for part in content)
-    if role not in [*SPEAKERS] or not is_text(content):
+    if not isinstance(role, str) or role not in SPEAKERS or not is_text(content):
         raise Refusal(
-            f"a message wants a role among {', '.join(SPEAKERS)}, and text as content: this model sees no "
-            "images, hears nothing and calls no tools",
+            f"a message wants a role among {', '.join(SPEAKERS)}, and text as content: "
+            "this model sees no images, hears nothing and calls no tools",
             param="messages",
         )
     return SPEAKERS[role], content

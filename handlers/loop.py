@@ -1,4 +1,15 @@
-"""The decode thread, which runs the engine while the handler's thread speaks with TorchServe."""
+"""The decode thread: it runs the engine while the handler's thread speaks with TorchServe.
+
+The engine is for one thread at a time. The decode thread has it during a step; whoever wants to
+submit or cancel takes it between two steps, in `at_rest`. `collect` hands over what has been
+decoded since the last call.
+
+Invariants: while `stepping` is true, no thread but this one touches the engine. State changes under
+the lock of `changed`; `failure` and `load` may be read without it, and `streaming_ids` belongs to
+the other thread, this one only looks ids up in it. Nested `at_rest` is legal, because the
+condition's lock is re-entrant: the inner one finds the engine at rest and goes on at once. A step
+that raises ends the thread and is kept in `failure`.
+"""
 
 import logging
 import threading
@@ -7,76 +18,90 @@ from contextlib import contextmanager
 
 from gptchat.inference.engine import Engine, Output
 
-# Steps decoded while nobody collects: without a bound the thread would decode for clients that have left. If they were
-# the only ones, TorchServe calls the handler no more, until someone asks: their slots wait for that, idle.
-AHEAD = 4
+# Steps decoded while nobody collects. Without a bound the thread would decode for clients that have
+# left: if they were the only ones, TorchServe calls the handler no more until somebody asks, and
+# their slots stay taken, idle, until then.
+MAX_STEPS_AHEAD = 4
 
 
 class DecodeLoop(threading.Thread):
-    """Runs `engine.step()` while there is work. `failure` is what ended the thread, if anything did."""
+    """Runs `engine.step()` while there is work. `failure` is the exception that ended it."""
 
     def __init__(self, engine: Engine):
         super().__init__(name="decode", daemon=True)
-        self.engine, self.changed = engine, threading.Condition()
+        self.engine = engine
+        self.changed = threading.Condition()
         self.failure: BaseException | None = None
-        self.outputs: list[Output] = []
-        self.streaming_ids: set[int] = (
-            set()
-        )  # requests whose every token is worth a round to the client, not the last only
-        self.stepping = self.wanted = self.collecting = self.urgent = False
-        self.ahead, self.load = (
-            0,
-            (0, 0),
-        )  # and slots in use and requests in the queue, between two steps
+        self.outputs: list[Output] = []  # not collected yet
+        self.streaming_ids: set[int] = set()  # requests whose every token is worth a round
+        self.stepping = False
+        self.rest_wanted = False  # somebody waits in `at_rest`: start no step
+        self.collecting = False  # somebody waits in `collect`
+        self.urgent = False  # `outputs` has something that a client waits for
+        self.steps_ahead = 0  # since the last `collect`
+        self.load = (0, 0)  # slots in use and requests in the queue, between two steps
 
     @contextmanager
     def at_rest(self) -> Iterator[Engine]:
         """The engine between two steps, to submit and cancel."""
         with self.changed:
-            self.wanted = True
+            self.rest_wanted = True
             self.changed.wait_for(lambda: not self.stepping)
             try:
                 yield self.engine
             finally:
-                self.wanted, self.load = False, (self.engine.live, self.engine.queued)
+                self.rest_wanted = False
+                self.load = (self.engine.live, self.engine.queued)
                 self.changed.notify_all()
 
     def collect(self, patience: float) -> list[Output]:
-        """The outputs since the last call; waits up to `patience` seconds for one that is urgent."""
+        """The outputs since the last call; waits up to `patience` seconds for one that is urgent.
+
+        Then it waits for the end of the step at work (100 times `patience` at most): nobody new is
+        admitted before, and each round costs TorchServe and us milliseconds.
+        """
         with self.changed:
-            self.ahead, self.collecting = 0, True
+            self.steps_ahead = 0
+            self.collecting = True
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.urgent or self.failure, patience)
-            # no newcomer is admitted before a step ends, and each round costs TorchServe and us milliseconds
             self.changed.wait_for(
-                lambda: self.ahead or not self.stepping or self.failure, 100 * patience
+                lambda: self.steps_ahead or not self.stepping or self.failure, 100 * patience
             )
-            self.collecting = self.urgent = False
-            outputs, self.outputs = self.outputs, []
+            self.collecting = False
+            self.urgent = False
+            outputs = self.outputs
+            self.outputs = []
         return outputs
 
     def run(self) -> None:
         try:
             while True:
                 with self.changed:
-                    self.changed.wait_for(
-                        lambda: (
-                            not (self.wanted or self.engine.idle)
-                            and (self.collecting or self.ahead < AHEAD)
-                        )
-                    )
+                    self.changed.wait_for(self._may_step)
                     self.stepping = True
                 outputs = self.engine.step()
                 with self.changed:
-                    self.stepping, self.ahead = False, self.ahead + 1
-                    self.outputs += outputs
-                    self.load = self.engine.live, self.engine.queued
-                    self.urgent |= any(
-                        o.finish_reason or o.request_id in self.streaming_ids for o in outputs
-                    )
-                    self.changed.notify_all()
+                    self._add(outputs)
         except BaseException as error:
             logging.exception("the decode thread ended")
             with self.changed:
-                self.stepping, self.failure = False, error
+                self.stepping = False
+                self.failure = error
                 self.changed.notify_all()
+
+    def _may_step(self) -> bool:
+        if self.rest_wanted or self.engine.idle:
+            return False
+        return self.collecting or self.steps_ahead < MAX_STEPS_AHEAD
+
+    def _add(self, outputs: list[Output]) -> None:
+        """Note that a step has ended, with these outputs."""
+        self.stepping = False
+        self.steps_ahead += 1
+        self.outputs += outputs
+        self.load = (self.engine.live, self.engine.queued)
+        self.urgent |= any(
+            output.finish_reason or output.request_id in self.streaming_ids for output in outputs
+        )
+        self.changed.notify_all()

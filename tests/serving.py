@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -16,9 +18,12 @@ import yaml
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gptchat.config import ServerSettings
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from handlers.served_model import load_served_model
+from handlers.service import Arrival, Chunk, Service
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = [
@@ -36,7 +41,8 @@ def tiny_model(
     n_positions: int = 128,
     seed: int = 0,
 ) -> Path:
-    """A model directory with random weights, wide enough that greedy answers vary, and a vocabulary of about 300."""
+    """A model directory with random weights, wide enough that greedy answers vary, and about 300
+    tokens."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -64,6 +70,66 @@ def tiny_model(
     pretrained.save_static(folder, config, tokenizer, task)
     pretrained.save_weights(folder, model)
     return folder
+
+
+class ServiceClient:
+    """The caller of a `Service`: rounds over all live requests, with headers and body of the new
+    ones."""
+
+    def __init__(self, folder: Path, task: str, **settings: Any):
+        self.model = tiny_model(folder / "model", task)
+        self.figures: list[tuple[str, str, float, list[str]]] = []
+        self.live: dict[str, dict[str, str]] = {}  # id -> headers
+        self.new: dict[str, Any] = {}  # id -> body
+        self.got: dict[str, SimpleNamespace] = {}
+        self.start(folder, task, settings)
+
+    def start(self, folder: Path, task: str, settings: dict[str, Any]) -> None:
+        model = load_served_model(self.model, task, ServerSettings(**settings))
+
+        def record(*figure: Any) -> None:
+            self.figures.append(figure)
+
+        self.service = Service(model, "<p>page", folder / "draining", record)
+        self.service.start()
+
+    def chunks(self) -> list[Chunk]:
+        arrivals = {id: Arrival(self.live[id], body) for id, body in self.new.items()}
+        self.new.clear()
+        return self.service.round(list(self.live), arrivals)
+
+    def send(self, id: str, body: Any, path: str = "", **headers: str) -> None:
+        self.new[id] = body
+        self.live[id] = {"url_path": path, "content-type": "application/json"} | headers
+        self.got[id] = SimpleNamespace(text="", chunks=0, status=None, kind=None, done=False)
+
+    def round(self) -> None:
+        ids = list(self.live)
+        chunks = self.chunks()
+        assert len(chunks) == len(ids)
+        for id, chunk in zip(ids, chunks, strict=True):
+            got = self.got[id]
+            assert chunk.is_first == (got.status is None)
+            got.status = got.status or chunk.status
+            got.kind = got.kind or chunk.content_type
+            got.text += chunk.text
+            got.chunks += bool(chunk.text)
+            if chunk.is_last:
+                got.done = True
+                del self.live[id]
+
+    def finish(self, *ids: str, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while any(id in self.live for id in (ids or tuple(self.live))):
+            assert time.monotonic() < deadline
+            self.round()
+
+    def ask(self, body: Any, path: str = "", **headers: str) -> tuple[int, Any]:
+        id = f"ask {len(self.got)}"
+        self.send(id, body, path, **headers)
+        self.finish(id)
+        got = self.got[id]
+        return got.status, json.loads(got.text) if got.kind == "application/json" else got.text
 
 
 def free_ports(count: int = 12) -> int:
@@ -186,7 +252,7 @@ class Server:
         return response.status, json.loads(raw) if is_json else raw.decode()
 
     def events(self, path: str, body: object) -> list[tuple[float, object]]:
-        """(seconds since the request, event) of a stream; "[DONE]" is left out and must have been there."""
+        """(seconds since the request, event) of a stream, whose last event must be "[DONE]"."""
         begin = time.monotonic()
         connection, response = self.open(path, body)
         assert response.status == 200, response.read()

@@ -1,14 +1,17 @@
-"""`make soak`: ragged clients against a real TorchServe for minutes; memory of Java and worker, slots and jobs, stated.
+"""`make soak`: clients of several kinds against a real TorchServe for minutes.
+
+It states the memory of Java and worker, and the slots and requests that are left over.
 
     python tests/soak.py [--minutes 10] [--clients 64]
 
-Exits with 1 if an answer was wrong or lost, a slot is left, or the memory of a process grew by more than 5 % between
-the second fifth of the time and the last.
+Exits with 1 if an answer was wrong or lost, a slot is left, or the memory of a process grew by
+more than 5 % between the second fifth of the time and the last.
 """
 
 import argparse
 import collections
 import random
+import statistics
 import sys
 import tempfile
 import threading
@@ -17,29 +20,26 @@ from pathlib import Path
 
 from serving import Server, tiny_model
 
-WORDS = "good morning how are you where do you live in a small town by the sea thank you おはよう 😀".split()
+TEXT = "good morning how are you where do you live in a small town by the sea thank you おはよう 😀"
+WORDS = TEXT.split()
 
 
 class Crowd:
     """Clients that ask, leave and err until `until`; `count` says how often each thing happened."""
 
     def __init__(self, server: Server, until: float):
-        self.server, self.until, self.count, self.lock = (
-            server,
-            until,
-            collections.Counter(),
-            threading.Lock(),
-        )
+        self.server = server
+        self.until = until
+        self.count: collections.Counter[str] = collections.Counter()
+        self.lock = threading.Lock()
         self.slowest: dict[str, float] = {}  # seconds
         self.known: list[tuple[dict[str, object], str]] = []
 
     def client(self, seed: int) -> None:
         draw = random.Random(seed)
         while time.monotonic() < self.until:
-            kind, begin = (
-                draw.choice(["greedy", "greedy", "stream", "chat", "leave", "nonsense"]),
-                time.monotonic(),
-            )
+            kind = draw.choice(["greedy", "greedy", "stream", "chat", "leave", "nonsense"])
+            begin = time.monotonic()
             try:
                 outcome = getattr(self, kind)(draw)
             except Exception as error:
@@ -61,28 +61,24 @@ class Crowd:
 
     def greedy(self, draw: random.Random) -> str:
         body, expected = draw.choice(self.known)
-        return (
-            "right" if self.server.post("chatlm", body)[1]["response"] == expected else "WRONG text"
-        )
+        answer = self.server.post("chatlm", body)[1]
+        return "right" if answer["response"] == expected else "WRONG text"
 
     def stream(self, draw: random.Random) -> str:
-        events = self.server.events(
-            "chatlm", self.body(draw) | {"stream": True, "temperature": 1.2}
-        )
+        body = self.body(draw) | {"stream": True, "temperature": 1.2}
+        events = self.server.events("chatlm", body)
         text = "".join(event.get("token", "") for _, event in events)
         return "right" if text == events[-1][1]["response"] else "WRONG text"
 
     def chat(self, draw: random.Random) -> str:
         message = {"role": "user", "content": self.body(draw)["context"]}
-        status, answer = self.server.post(
-            "chatlm/1.0/v1/chat/completions", {"messages": [message], "n": 2, "max_tokens": 20}
-        )
+        body = {"messages": [message], "n": 2, "max_tokens": 20}
+        status, answer = self.server.post("chatlm/1.0/v1/chat/completions", body)
         return "right" if status == 200 and len(answer["choices"]) == 2 else f"WRONG {status}"
 
     def leave(self, draw: random.Random) -> str:
-        connection, response = self.server.open(
-            "chatlm", self.body(draw) | {"stream": True, "max_tokens": 100}
-        )
+        body = self.body(draw) | {"stream": True, "max_tokens": 100}
+        connection, response = self.server.open("chatlm", body)
         response.read1(draw.randint(1, 200))
         response.close()
         connection.close()
@@ -101,13 +97,11 @@ def memory(server: Server) -> dict[str, float]:
     roles: dict[str, float] = {}
     for process in server.family():
         line = " ".join(process.cmdline())
-        role = (
-            "worker"
-            if "model_service_worker" in line
-            else "java"
-            if "ModelServer" in line
-            else "launcher"
-        )
+        role = "launcher"
+        if "model_service_worker" in line:
+            role = "worker"
+        elif "ModelServer" in line:
+            role = "java"
         roles[role] = roles.get(role, 0) + process.memory_info().rss / 2**20
     return roles
 
@@ -117,22 +111,29 @@ def watch(server: Server, until: float) -> list[dict[str, float]]:
     while time.monotonic() < until:
         time.sleep(5)
         samples.append(memory(server))
-        print(
-            f"{max(until - time.monotonic(), 0):4.0f} s left:",
-            {k: round(v) for k, v in samples[-1].items()},
-            flush=True,
-        )
+        seconds = max(until - time.monotonic(), 0)
+        rounded = {role: round(megabytes) for role, megabytes in samples[-1].items()}
+        print(f"{seconds:4.0f} s left:", rounded, flush=True)
     return samples
 
 
 def growth(samples: list[dict[str, float]], role: str) -> float:
     """From the second fifth of the samples to the last fifth, as a share; medians."""
     fifth = max(1, len(samples) // 5)
-    early, late = (
-        sorted(s[role] for s in part)[len(part) // 2]
-        for part in (samples[fifth : 2 * fifth], samples[-fifth:])
-    )
+    early = statistics.median_high(sample[role] for sample in samples[fifth : 2 * fifth])
+    late = statistics.median_high(sample[role] for sample in samples[-fifth:])
     return late / early - 1
+
+
+def left_over(server: Server) -> list[str]:
+    """The gauges that are not 0, after a round in which the last leavers go."""
+    server.post("chatlm", {"context": "last", "n": 1, "max_tokens": 1})
+    gauges = [
+        line
+        for line in server.metrics().splitlines()
+        if line.startswith(("gptchat_live", "gptchat_queued"))
+    ]
+    return [line for line in gauges if not line.endswith(" 0.0")]
 
 
 def main() -> int:
@@ -155,29 +156,18 @@ def main() -> int:
             samples = watch(server, crowd.until)
             for thread in threads:
                 thread.join(60)
-            server.post(
-                "chatlm", {"context": "last", "n": 1, "max_tokens": 1}
-            )  # a round, in which the last leavers go
-            left = [
-                line
-                for line in server.metrics().splitlines()
-                if line.startswith(("gptchat_live", "gptchat_queued")) and not line.endswith(" 0.0")
-            ]
+            left = left_over(server)
         finally:
             server.stop()
     grown = {role: growth(samples, role) for role in samples[0]}
+    shares = {role: f"{share:+.1%}" for role, share in grown.items()}
     print(*sorted(f"{count:7d} {what}" for what, count in crowd.count.items()), sep="\n")
     print("slowest, s:", {kind: round(seconds, 1) for kind, seconds in crowd.slowest.items()})
-    print(
-        "growth:",
-        {role: f"{share:+.1%}" for role, share in grown.items()},
-        "| left over:",
-        left or "nothing",
-    )
-    wrong = any("WRONG" in what for what in crowd.count) or any(
-        thread.is_alive() for thread in threads
-    )
-    return int(wrong or bool(left) or any(share > 0.05 for share in grown.values()))
+    print("growth:", shares, "| left over:", left or "nothing")
+    wrong = any("WRONG" in what for what in crowd.count)
+    hanging = any(thread.is_alive() for thread in threads)
+    too_large = any(share > 0.05 for share in grown.values())
+    return int(wrong or hanging or bool(left) or too_large)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The chat page in a real Chromium (Debian's packages chromium and chromium-driver); skipped where there is none."""
+"""The chat page in a real Chromium (Debian's packages chromium and chromium-driver).
+
+Skipped where there is none.
+"""
 
 import os
 import shutil
@@ -119,7 +122,8 @@ def test_answer_streams_and_can_be_stopped_and_tried_again(browser, server):
     show(browser, server)
     find(browser, "#tune").click()
     browser.execute_script(
-        "for (const [id, v] of [['length', 200], ['temperature', 2]]) { $(id).value = v; $(id).oninput() }"
+        "const values = [['length', 200], ['temperature', 2]];"
+        "for (const [id, value] of values) { $(id).value = value; $(id).oninput() }"
     )
     say(browser, "hello", wait=False)
     lengths = set()

@@ -10,22 +10,22 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import openai
 import psutil
 import pytest
 import torch
 import transformers
-import yaml
 from serving import ROOT, Server, configs, tiny_model
 
-from gptchat.inference.engine import Engine, Request, generate
+from gptchat.config import ServerSettings
+from gptchat.inference.engine import generate
+from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from handlers import jobs
+from handlers.served_model import ServedModel
 
 torch.set_num_threads(1)
-LIMITS = yaml.safe_load((ROOT / "configs/serve/model-config.yaml").read_text())["gptchat"]
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +50,15 @@ def reference(models):
     """name -> function that answers a body by the engine alone."""
 
     def build(name):
-        model, tokenizer, task = pretrained.load_model(models[name])
-        engine = Engine(
-            model, 16, suppress=pretrained.never_generated(model.config, tokenizer, task)
-        )
-        served = jobs.Served(name, task, tokenizer, engine.length, SimpleNamespace(**LIMITS), 0)
+        generator = TextGenerator(*pretrained.load_model(models[name]), slots=16)
+        model = ServedModel(name, generator, ServerSettings())
 
         def answer(path, body):
-            job = jobs.Reader(body, served).read(path)
-            requests = [
-                Request(ids, types, job.sampling, job.n, [pretrained.stop_id(tokenizer, task)])
-                for ids, types in job.prompts
-            ]
+            job = jobs.JobReader(body, model).read(path)
             return [
-                tokenizer.decode(c.ids)
-                for candidates in generate(engine, requests)
-                for c in candidates
+                generator.tokenizer.decode(candidate.ids)
+                for candidates in generate(generator.engine, job.requests)
+                for candidate in candidates
             ]
 
         return answer
@@ -372,10 +365,8 @@ def test_metrics_and_log_tell_figures_and_no_text(server):
     eventually(lambda: "chatlm original 200" in server.log.read_text())
     assert "Zanzibar" not in server.log.read_text()
     text = server.metrics()
-    assert re.search(
-        r'gptchat_requests\{ModelName="chatlm",Kind="original",Result="200",Hostname=".*",?\} [1-9]',
-        text,
-    )
+    labels = 'ModelName="chatlm",Kind="original",Result="200",Hostname=".*",?'
+    assert re.search(rf"gptchat_requests\{{{labels}\}} [1-9]", text)
     for name in (
         "prompt_tokens",
         "generated_tokens",
@@ -489,10 +480,9 @@ def test_sole_client_that_left_costs_no_more_steps_and_delays_no_stop(tmp_path):
 
 
 def test_taken_port_is_one_line(server, models, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "gptchat.serve", "--model", f"lm={models['lm']}", "--port", str(server.port - 1)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "gptchat.serve", "--model", f"lm={models['lm']}"]
+    command += ["--port", str(server.port - 1)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: port {server.port}: ") and "--port" in done.stderr
 
@@ -514,3 +504,20 @@ def test_launcher_ends_with_the_reason_when_a_model_cannot_start(models, tmp_pat
         for p in psutil.process_iter(["cmdline"])
         if str(tmp_path) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
     ]
+
+
+def test_wrong_setting_refuses_to_start_with_one_line(models, tmp_path):
+    folder = configs(tmp_path / "configs", max_request=3)
+    server = Server(tmp_path / "run", {"lm": models["lm"]}, "--configs", str(folder))
+    assert server.process.wait(30) == 2
+    assert server.log.read_text() == (
+        f"error: {folder}/model-config.yaml: [gptchat] max_request: unknown key; "
+        f"wanted one of {', '.join(vars(ServerSettings()))}\n"
+    )
+    for text, reason in (("gptchat: [", "not valid YAML"), ("a: 1", "no section gptchat")):
+        (folder / "model-config.yaml").write_text(text)
+        server = Server(tmp_path / "run", {"lm": models["lm"]}, "--configs", str(folder))
+        assert server.process.wait(30) == 2
+        log = server.log.read_text()
+        assert log.startswith(f"error: {folder}/model-config.yaml: ") and log.count("\n") == 1
+        assert reason in log

@@ -1,0 +1,53 @@
+"""The model that one worker serves, with its engine and the server's settings.
+
+The engine gets as many slots as `settings.slots` asks for and `settings.cache_mb` has memory for.
+`generator.engine.slots` is their number; the settings never change.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from gptchat.config import ServerSettings
+from gptchat.inference.engine import Request, generate
+from gptchat.inference.generate import TextGenerator, default_device
+from gptchat.model import pretrained
+from gptchat.model.gpt2 import GPT2Config
+from gptchat.runtime import tune_memory
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model under the name that clients use for it."""
+
+    name: str
+    generator: TextGenerator
+    settings: ServerSettings
+
+    @cached_property
+    def longest_text(self) -> int:
+        """Characters that a full context can hold; longer texts are refused unencoded."""
+        longest_token = max(map(len, self.generator.tokenizer.token_bytes))
+        return self.generator.n_ctx * longest_token
+
+
+def slots_that_fit(config: GPT2Config, settings: ServerSettings) -> int:
+    """How many sequences the KV cache holds: limited by `slots` and `cache_mb`, at least one."""
+    bytes_per_float = 4
+    keys_and_values = 2 * config.n_layer * config.n_embd * config.n_positions
+    slots_in_memory = settings.cache_mb * 2**20 // (keys_and_values * bytes_per_float)
+    return max(1, min(settings.slots, slots_in_memory))
+
+
+def load_served_model(directory: Path, name: str, settings: ServerSettings) -> ServedModel:
+    """Read a model directory and start an engine, which then has run once. Raises UserError."""
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    model, tokenizer, task = pretrained.load_model(directory, default_device())
+    slots = slots_that_fit(model.config, settings)
+    generator = TextGenerator(model, tokenizer, task, slots, settings.dtype)
+    token_types = [1] if task == "chatlm" else None
+    generate(generator.engine, [Request([tokenizer.eos_id], token_types)])
+    tune_memory()
+    return ServedModel(name, generator, settings)

@@ -1,0 +1,231 @@
+"""The server without TorchServe: HTTP requests in, chunks of their answers out, round by round.
+
+A round (`Service.round`) takes in the requests that are new, drops those whose client has left,
+waits until the decode thread has something to say, and returns one chunk for every live request,
+often empty. Its caller is one thread.
+
+Invariants: `round` raises nothing, since TorchServe would end every live request; what goes wrong
+for one request becomes that request's own error. A finished request holds no slot of the engine and
+is in no table here. When the decode thread has died, everybody is told so, and the process ends, to
+be restarted by TorchServe. Figures and log lines hold no text of any request.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptchat.inference.engine import Engine, Output
+from handlers.answers import JSON, Answer, Page, model_list
+from handlers.fields import Refusal
+from handlers.jobs import JobReader
+from handlers.loop import DecodeLoop
+from handlers.served_model import ServedModel
+
+HTML = "text/html; charset=utf-8"
+PATIENCE = 0.01  # seconds that a round waits for the decode thread
+SECONDS_TO_ANSWER = 0.5  # before the process ends because the decode thread has died
+GAUGES = ("live_requests", "live_slots", "queued")
+
+# Receives every figure: its kind (counter, gauge or histogram), name, value and labels.
+Record = Callable[[str, str, float, list[str]], None]
+
+log = logging.getLogger("gptchat")
+
+
+class Arrival(NamedTuple):
+    """A request as it came; `body` is a parsed JSON object, raw bytes, text, or None."""
+
+    headers: Mapping[str, Any]
+    body: Any
+
+
+class Chunk(NamedTuple):
+    """The next piece of an answer. Its status and content type are those of the first chunk."""
+
+    text: str
+    status: int
+    content_type: str
+    is_first: bool
+    is_last: bool
+
+
+class Service:
+    """Answers requests with one model. While the file `draining` exists, it refuses new ones."""
+
+    def __init__(self, model: ServedModel, page: str, draining: Path, record: Record):
+        self.model = model
+        self.page = page
+        self.draining = draining
+        self.record = record
+        self.loop = DecodeLoop(model.generator.engine)
+        self.live: dict[str, Answer] = {}  # by the request's id
+        # the engine's id of a request -> the answer that it is for, and the number of its prompt
+        # there
+        self.owners: dict[int, tuple[Answer, int]] = {}
+        self.recorded_load: tuple[int, ...] = ()
+
+    def start(self) -> None:
+        self.loop.start()
+        self._record_load()
+
+    def round(self, ids: Sequence[str], arrivals: Mapping[str, Arrival]) -> list[Chunk]:
+        """The next chunk of every live request, in the order of `ids`; `arrivals` are new."""
+        self._take_in(ids, arrivals)
+        answered = any(answer.done for answer in self.live.values())
+        for output in self.loop.collect(0 if answered else PATIENCE):
+            self._deliver(output)
+        if self.loop.failure and self.live:
+            self._fail_all()
+        chunks = [self._next_chunk(self.live[id]) for id in ids]
+        self._record_load()
+        return chunks
+
+    def _take_in(self, ids: Sequence[str], arrivals: Mapping[str, Arrival]) -> None:
+        """Open the new requests, forget those that `ids` lacks, and submit the new ones."""
+        left = self.live.keys() - ids
+        for id, arrival in arrivals.items():
+            self.live[id] = Answer(id)
+            self._guarded(self.live[id], self.open, arrival)
+        if not left and not arrivals:
+            return
+        with self.loop.at_rest() as engine:
+            for id in left:
+                self.finish(self.live[id], "left")
+            for id in arrivals:
+                self._guarded(self.live[id], self.submit, engine)
+
+    def _guarded(self, answer: Answer, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something for a request. What goes wrong is its own error; then this returns None."""
+        try:
+            return action(answer, *arguments)
+        except Refusal as refusal:
+            answer.error = refusal
+        except Exception:
+            log.exception("request %s failed", answer.id)
+            answer.error = Refusal("internal error", 500)
+        return None
+
+    def open(self, answer: Answer, arrival: Arrival) -> None:
+        """Read a request, so that its answer can begin. Raises Refusal."""
+        path = str(arrival.headers.get("url_path", ""))
+        content_type = "missing"
+        for name, value in arrival.headers.items():
+            if name.lower() == "content-type":
+                content_type = str(value)
+                break
+        if arrival.body in (b"", ""):
+            answer.page = self.get(path)
+            return
+        if arrival.body is None or content_type.partition(";")[0].strip().lower() != JSON:
+            raise Refusal(f"the content type is {content_type[:60]}, wanted {JSON}", 415)
+        if self.draining.exists() or self.loop.failure:
+            raise Refusal("the server is stopping or restarting", 503)
+        max_requests = self.model.settings.max_requests
+        if len(self.live) > max_requests:
+            message = (
+                f"the queue is full: {max_requests} requests (max_requests) are being answered"
+            )
+            raise Refusal(f"{message}; try later", 503)
+        answer.begin(self.model, JobReader(arrival.body, self.model).read(path))
+
+    def get(self, path: str) -> Page:
+        """The answer to a request without a body. Raises Refusal."""
+        if path.startswith("v1/models"):
+            return Page(JSON, json.dumps(model_list(self.model.name, path)))
+        if path == "" and self.model.generator.task == "chatlm":
+            return Page(HTML, self.page)
+        message = 'the body is empty; wanted JSON such as {"context": "some text"}'
+        raise Refusal(message, 404 if path else 400)
+
+    def submit(self, answer: Answer, engine: Engine) -> None:
+        """Hand a request's prompts to the engine, if it has any."""
+        if answer.generation is None or answer.error:
+            return
+        job = answer.generation.job
+        for number, request in enumerate(job.requests):
+            engine_id = engine.submit(request)
+            answer.engine_ids.append(engine_id)
+            self.owners[engine_id] = (answer, number)
+            if job.stream:
+                self.loop.streaming_ids.add(engine_id)
+
+    def _deliver(self, output: Output) -> None:
+        """Give an output to its answer; those of requests that have been forgotten are dropped."""
+        owner = self.owners.get(output.request_id)
+        if owner:
+            answer, prompt = owner
+            self._guarded(answer, self.take, prompt, output)
+
+    def take(self, answer: Answer, prompt: int, output: Output) -> None:
+        """Add an output to its answer; free the slot of a candidate that a stop string ended."""
+        if answer.generation and answer.generation.take(prompt, output):
+            with self.loop.at_rest() as engine:
+                engine.cancel(output.request_id, output.candidate)
+
+    def _fail_all(self) -> None:
+        """Tell everybody that the decode thread has died; end the process once that is sent."""
+        for answer in self.live.values():
+            if not answer.error:
+                answer.error = Refusal("the decoder failed and is restarted: try again", 500)
+        threading.Timer(SECONDS_TO_ANSWER, os._exit, (1,)).start()
+
+    def _next_chunk(self, answer: Answer) -> Chunk:
+        is_first = not answer.started
+        text = self._guarded(answer, Answer.drain)
+        if text is None:  # that failed, and an error can always be told
+            text = answer.drain()
+        is_last = answer.done
+        if is_last:
+            failed_late = answer.error and answer.status == 200
+            self.finish(answer, "error" if failed_late else str(answer.status))
+        return Chunk(text, answer.status, answer.content_type, is_first, is_last)
+
+    def finish(self, answer: Answer, result: str) -> None:
+        """Forget a request and free its slots. `result` is its status, "left", or "error" where the
+        status 200 had gone out before."""
+        ended = time.monotonic()
+        del self.live[answer.id]
+        for engine_id in answer.engine_ids:
+            if result != "200":  # it may still be decoded
+                with self.loop.at_rest() as engine:
+                    engine.cancel(engine_id)
+            del self.owners[engine_id]
+            self.loop.streaming_ids.discard(engine_id)
+        self._report(answer, result, ended)
+
+    def _report(self, answer: Answer, result: str, ended: float) -> None:
+        """Record the figures of a request that ended at `ended`; log one line without its text."""
+        kind, first_token, n_prompt, n_new = "none", 0.0, 0, 0
+        if answer.generation:
+            kind = answer.generation.job.kind
+            first_token = answer.generation.first_token
+            usage = answer.generation.usage
+            n_prompt, n_new = usage["prompt_tokens"], usage["completion_tokens"]
+        first_seconds = (first_token or ended) - answer.began
+        self._record("counter", "requests", 1, kind, result)
+        self._record("counter", "prompt_tokens", n_prompt)
+        self._record("counter", "generated_tokens", n_new)
+        if answer.generation and first_token:
+            longest = max(choice.n_tokens for choice in answer.generation.choices)
+            self._record("histogram", "first_token_seconds", first_seconds)
+            self._record("histogram", "token_seconds", (ended - first_token) / longest)
+        line = "%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s"
+        figures = (n_prompt, n_new, first_seconds, ended - answer.began)
+        log.info(line, answer.id, self.model.name, kind, result, *figures)
+
+    def _record(self, kind: str, name: str, value: float, *labels: str) -> None:
+        self.record(kind, f"gptchat_{name}", value, [self.model.name, *labels])
+
+    def _record_load(self) -> None:
+        """Record how much there is to do, where that has changed."""
+        load = (len(self.live), *self.loop.load)
+        if load == self.recorded_load:
+            return
+        self.recorded_load = load
+        for name, value in zip(GAUGES, load, strict=True):
+            self._record("gauge", name, value)
