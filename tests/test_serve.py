@@ -24,6 +24,7 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.model import pretrained
 from handlers import jobs
 
+pytestmark = pytest.mark.server
 torch.set_num_threads(1)
 LIMITS = yaml.safe_load((ROOT / "configs/serve/model-config.yaml").read_text())["gptchat"]
 
