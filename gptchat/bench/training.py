@@ -2,7 +2,7 @@
 
 Each contestant runs in its own process, because the allocator's settings and the peak memory belong
 to a process. The processes take turns: while one makes a step, the others wait. "As found" is
-without `runtime.settle`, which tells glibc's allocator to keep freed memory.
+without the settings of runtime.py, by which glibc keeps freed memory.
 
 Invariant: all contestants start from the same weights and train on the same ids.
 """
