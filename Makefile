@@ -7,12 +7,12 @@ CORPORA   := data/lm/train.txt
 GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench test soak tensorboard clean
+.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak tensorboard clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# --- set-up: a stamp for each set of packages. A torch that is already in $(VENV) is kept.
+# --- set-up: one stamp file per set of packages. A torch that is already in $(VENV) is kept.
 
 setup: $(VENV)/.base  ## a virtual environment with what training needs
 
@@ -40,10 +40,10 @@ $(CORPORA): | $(VENV)/.base
 	$(GPTCHAT) corpora
 
 tokenizer: out/tokenizer/tokenizer.json  ## the vocabulary, in out/tokenizer/
-out/tokenizer/tokenizer.json: $(CORPORA)  # another vocabulary: make clean, or remove out/tokenizer
+out/tokenizer/tokenizer.json: $(CORPORA)  # `make clean` or removing out/tokenizer makes it anew
 	$(GPTCHAT) tokenizer --config configs/lm.toml
 
-lm: out/lm/test.txt  ## pre-train the LM, in out/lm/; goes on where it was stopped
+lm: out/lm/test.txt  ## pre-train the LM, in out/lm/; resumes a run that was stopped
 out/lm/test.txt: configs/lm.toml out/tokenizer/tokenizer.json $(CORPORA)
 	$(GPTCHAT) shards --config configs/lm.toml
 	$(GPTCHAT) train --config configs/lm.toml
@@ -78,10 +78,16 @@ serve: | $(VENV)/.serve  ## archive what was trained and serve it over HTTP; Ctr
 tensorboard: | $(VENV)/.base  ## losses, rates and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir out --host $(HOST)
 
-bench: out/tokenizer/tokenizer.json | $(VENV)/.test  ## ours beside transformers, about five minutes
+bench: out/tokenizer/tokenizer.json | $(VENV)/.test  ## speed beside transformers, about five minutes
 	$(GPTCHAT) bench decode $(ARGS)
 	$(GPTCHAT) bench train $(ARGS)
 	$(GPTCHAT) bench tokenizer $(ARGS)
+
+check: | $(VENV)/.test  ## linters and the fast tests, under two minutes
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest -q -m "not slow and not server and not browser" $(ARGS)
 
 test: | $(VENV)/.test  ## set-up and all tests
 	$(VENV)/bin/python -m pytest -q $(ARGS)

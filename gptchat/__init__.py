@@ -1,4 +1,15 @@
-"""gptchat: text and dialogues in, a chat model of your own out. The names below are imported when first used."""
+"""gptchat: from text and dialogues to a GPT-2 chat model of your own.
+
+The public names below are imported on first use, so `import gptchat` itself does not load torch:
+
+    from gptchat import Engine, Request, Sampling, load
+    from gptchat.inference.engine import generate
+
+    model, tokenizer, task = load("out/lm/model")
+    request = Request(tokenizer.encode("Good morning"), sampling=Sampling(max_new_tokens=20))
+    candidates = generate(Engine(model, slots=1), [request])[0]
+    print(tokenizer.decode(candidates[0].ids))
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GPT2", "Engine", "Request", "Sampling", "Tokenizer", "load"]
 
-_HOMES = {  # name: (module, name there)
+_DEFINITIONS = {  # public name: (module, name in that module)
     "GPT2": ("gptchat.model.gpt2", "GPT2"),
     "Engine": ("gptchat.inference.engine", "Engine"),
     "Request": ("gptchat.inference.engine", "Request"),
@@ -23,7 +34,7 @@ _HOMES = {  # name: (module, name there)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _DEFINITIONS:
         raise AttributeError(f"module 'gptchat' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
+    module, attribute = _DEFINITIONS[name]
     return getattr(importlib.import_module(module), attribute)

@@ -1,52 +1,48 @@
-"""`gptchat COMMAND`, or `python -m gptchat COMMAND`: every command by its name. Starts without torch."""
+"""The command line: `gptchat COMMAND [ARGUMENTS]`, also as `python -m gptchat COMMAND [ARGUMENTS]`.
+
+Invariants: only the module of the given command is imported, so `gptchat --help` starts without
+torch. Each command's module has a function `main(arguments)`; it gets the words after COMMAND.
+"""
 
 import importlib
 import sys
 
 from gptchat.console import UserError, cli
 
-COMMANDS = {  # name: (module whose `main(arguments)` runs it, what it does)
+COMMANDS = {  # name: (module with `main(arguments)`, summary)
     "corpora": ("gptchat.data.corpora", "write the default corpora to data/ as plain text and TSV"),
     "tokenizer": ("gptchat.data.tokenizer", "train a tokenizer on a config's text"),
     "shards": ("gptchat.data.shards", "encode a config's data into token ids on disk"),
-    "train": ("gptchat.train", "train an LM or a ChatLM, or go on where a run was stopped"),
+    "train": ("gptchat.train", "train an LM or a ChatLM, or resume a run that was stopped"),
     "evaluate": ("gptchat.evaluate", "measure loss, perplexity and bits per byte on held-out text"),
-    "convert": (
-        "gptchat.model.pretrained",
-        "make any Hugging Face GPT-2 directory ready for gptchat",
-    ),
+    "convert": ("gptchat.model.pretrained", "adapt a Hugging Face GPT-2 directory to gptchat"),
     "chat": ("gptchat.chat", "talk to a model in the terminal, or answer a file of dialogues"),
     "serve": ("gptchat.serve", "serve models over HTTP with TorchServe"),
-    "bench": ("gptchat.bench.__main__", "measure speed beside transformers, in one run"),
+    "bench": ("gptchat.bench.__main__", "measure speed side by side with transformers"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: gptchat COMMAND [ARGUMENTS]",
-            "",
-            *lines,
-            "",
-            "`gptchat COMMAND --help` says more, with an example.",
-        ]
-    )
+    lines = ["usage: gptchat COMMAND [ARGUMENTS]", ""]
+    lines += [f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "`gptchat COMMAND --help` describes a command and its options, with an example."]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
         print(usage())
         return
-    if name not in COMMANDS:
-        raise UserError(f"{name}: no such command; wanted one of {', '.join(COMMANDS)}")
-    module, _ = COMMANDS[name]
+    command, arguments = words[0], words[1:]
+    if command not in COMMANDS:
+        raise UserError(f"{command}: no such command; wanted one of {', '.join(COMMANDS)}")
+    module, _ = COMMANDS[command]
     importlib.import_module(module).main(arguments)
 
 
 def run() -> None:
-    """The console script `gptchat`."""
+    """Entry point of the console script `gptchat`."""
     cli(main)
 
 

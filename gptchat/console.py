@@ -1,4 +1,8 @@
-"""What every command shares: errors of one line, and progress."""
+"""What all commands share: errors of one line, the command-line parser, and progress bars.
+
+Invariants: a user's mistake is a `UserError`, which `cli` turns into one line on stderr and exit
+status 2. Any other exception is a bug of ours and keeps its traceback. Nothing here imports torch.
+"""
 
 import argparse
 import sys
@@ -10,11 +14,11 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A person's mistake, told in one line: the file, the place in it, what was found and what is wanted."""
+    """A user's mistake. The message is one line: where it is, what was found, what is wanted."""
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run a command's main: a UserError is one line on stderr and exit status 2; Ctrl-C is exit status 130."""
+    """Run a command's `main`. UserError: one line, exit status 2. Ctrl-C: exit status 130."""
     try:
         main()
     except UserError as error:
@@ -25,11 +29,11 @@ def cli(main: Callable[[], None]) -> None:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of `gptchat COMMAND`: its help ends with an example, and wrong use is a UserError, one line."""
+    """The parser of `gptchat COMMAND`: its help ends with an example; bad usage is a UserError."""
 
     def __init__(self, command: str, description: str, example: str, **options: Any):
+        options.setdefault("prog", f"gptchat {command}")  # `add_subparsers` passes its own
         super().__init__(
-            prog=f"gptchat {command}",
             description=description,
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -37,19 +41,23 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists what there is")
+        raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")
 
 
 class Progress:
-    """A bar with rate and time left on a terminal; elsewhere a plain line every `seconds`. Use as a context manager."""
+    """A progress bar with rate and time left; use it as a context manager.
+
+    On a terminal the bar is redrawn in place. Elsewhere (a log file) it is printed as a plain line
+    every `seconds`. `figures` are shown behind the rate.
+    """
 
     def __init__(
         self, total: float | None, desc: str, unit: str, initial: float = 0, seconds: float = 10
     ):
-        terminal = sys.stderr.isatty()
-        self.interval = 0.2 if terminal else seconds
-        self.terminal, self.last = terminal, time.monotonic()
-        self.figures: dict[str, str] = {}  # told behind the rate
+        self.terminal = sys.stderr.isatty()
+        self.interval = 0.2 if self.terminal else seconds
+        self.last_shown = time.monotonic()
+        self.figures: dict[str, str] = {}
         self.bar = tqdm(
             total=total,
             desc=desc,
@@ -58,14 +66,14 @@ class Progress:
             unit_scale=True,
             dynamic_ncols=True,
             mininterval=self.interval,
-            file=sys.stderr if terminal else _Silent(),
+            file=sys.stderr if self.terminal else _NullStream(),
         )
 
     def update(self, n: float = 1) -> None:
         self.bar.n += n
         now = time.monotonic()
-        if now - self.last >= self.interval:
-            self.last = now
+        if now - self.last_shown >= self.interval:
+            self.last_shown = now
             self.show()
 
     def show(self) -> None:
@@ -89,6 +97,8 @@ class Progress:
         self.bar.close()
 
 
-class _Silent:
+class _NullStream:
+    """Discards what tqdm prints: away from a terminal `Progress.show` prints instead."""
+
     def write(self, text: str) -> None: ...
     def flush(self) -> None: ...

@@ -1,4 +1,8 @@
-"""Shared by the tests: the real corpora, cut small, encoded with a small vocabulary, and configs that train on them."""
+"""Shared by the tests: commands as subprocesses, and the real corpora cut small.
+
+The fixture `small` holds the beginnings of the corpora, encoded with a small vocabulary, and
+configs that train tiny models on them.
+"""
 
 import os
 import subprocess
@@ -11,7 +15,7 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 torch.set_num_threads(2)
 
-HEAD = {
+BYTES_KEPT = {  # of each file of the default corpora
     "lm/train.txt": 60_000,
     "lm/valid.txt": 8_000,
     "lm/test.txt": 8_000,
@@ -47,13 +51,13 @@ precision = "fp32"
 """
 
 
-def command(module: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-m", "gptchat", module, *map(str, arguments)]
+def command(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", "gptchat", name, *map(str, arguments)]
 
 
-def run(module: str, *arguments: object, status: int = 0) -> str:
-    """Run a module of the package; its output, both streams. The exit status must be `status`."""
-    done = subprocess.run(command(module, *arguments), capture_output=True, text=True, timeout=300)
+def run(name: str, *arguments: object, status: int = 0) -> str:
+    """Run `gptchat NAME` and return stdout and stderr. Its exit status must be `status`."""
+    done = subprocess.run(command(name, *arguments), capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -63,7 +67,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, tokenizer, shards, `lm.toml` and `chatlm.toml`."""
     folder = tmp_path_factory.mktemp("small")
     run("corpora", "--out", folder / "whole")
-    for name, size in HEAD.items():
+    for name, size in BYTES_KEPT.items():
         text = (folder / "whole" / name).read_bytes()[:size].rpartition(b"\n")[0] + b"\n"
         (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "data" / name).write_bytes(text)

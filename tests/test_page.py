@@ -17,6 +17,7 @@ if not (shutil.which("chromium") and shutil.which("chromedriver")):
         "found no chromium and chromedriver: apt-get install chromium chromium-driver",
         allow_module_level=True,
     )
+pytestmark = pytest.mark.browser
 SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 
 

@@ -585,6 +585,7 @@ def random_texts(n: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_gpt2_of_124_million_in_each_format_comes_back_with_equal_logits(
     canonical: Path, tmp_path: Path
 ) -> None:
@@ -622,6 +623,7 @@ def test_gpt2_of_124_million_in_each_format_comes_back_with_equal_logits(
     assert close(their_logits(back, ids)[..., :50257], wanted, 1e-6)
 
 
+@pytest.mark.slow
 def test_foreign_directory_starts_a_chatlm_run_by_naming_it(
     canonical: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from gptchat.model import pretrained
 from handlers import jobs
 from handlers.served_model import ServedModel
 
+pytestmark = pytest.mark.server
 torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""The shape of the code: who imports whom, how long things are, what stands where."""
+"""The structure of the code: who imports whom, how long things are, what files there are."""
 
 import ast
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each level may import the levels before it and itself; rooms on one level do not know each other.
+# A level may import itself and the levels before it; packages on one level are independent.
 LEVELS = (
     {"gptchat.console", "gptchat.files", "gptchat.runtime", "gptchat.config"},
     {"gptchat.data"},
@@ -18,7 +18,7 @@ LEVELS = (
     {"gptchat.inference", "gptchat.training"},
     {"gptchat.train", "gptchat.evaluate", "gptchat.chat", "gptchat.serve", "gptchat.bench"},
 )
-FACES = {"gptchat", "gptchat.__main__"}  # import by name, when asked
+LAZY = {"gptchat", "gptchat.__main__"}  # they import other modules by name, on first use
 TOP_LEVEL = {
     "gptchat",
     "handlers",
@@ -30,7 +30,8 @@ TOP_LEVEL = {
     "LICENSE",
     "pyproject.toml",
 }
-MAX_FUNCTION = 50
+MAX_FUNCTION = 50  # lines
+MAX_FILE = 400  # lines
 
 
 def sources(folder: str) -> list[Path]:
@@ -55,7 +56,7 @@ def imported(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno}: a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return {name for name in found & MODULES.keys() if name not in FACES}
+    return {name for name in found & MODULES.keys() if name not in LAZY}
 
 
 def reached(module: str) -> set[str]:
@@ -74,7 +75,7 @@ def room(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - FACES))
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - LAZY))
 def test_imports_go_downwards_only_transitively(module: str) -> None:
     allowed: set[str] = {room(module)}
     if module.startswith("handlers"):
@@ -92,25 +93,30 @@ def test_no_two_modules_import_each_other() -> None:
     assert not circles
 
 
-def largest_first(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {n}" for name, n in sorted(sizes.items(), key=lambda item: -item[1]))
+def longest(lengths: dict[str, int], n: int = 3) -> str:
+    names = sorted(lengths, key=lambda name: -lengths[name])[:n]
+    return ", ".join(f"{name} {lengths[name]}" for name in names)
 
 
 def test_no_function_is_over_50_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lengths = {}
-    for path in sources("gptchat") + sources("handlers"):
+    for path in MODULES.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lengths[f"{path.name}:{node.lineno} {node.name}"] = (
-                    (node.end_lineno or node.lineno) - node.lineno + 1
-                )
+                assert node.end_lineno is not None
+                name = f"{path.name}:{node.lineno} {node.name}"
+                lengths[name] = node.end_lineno - node.lineno + 1
     median = statistics.median(lengths.values())
-    longest = dict(sorted(lengths.items(), key=lambda item: -item[1])[:3])
     with capsys.disabled():
-        print(
-            f"\n{len(lengths)} functions, median {median:.0f} lines, longest: {largest_first(longest)}"
-        )
-    assert max(lengths.values()) <= MAX_FUNCTION
+        print(f"\n{len(lengths)} functions, median {median:.0f} lines, longest {longest(lengths)}")
+    assert max(lengths.values()) <= MAX_FUNCTION, longest(lengths)
+
+
+def test_no_file_is_over_400_lines() -> None:
+    lengths = {}
+    for path in MODULES.values():
+        lengths[str(path.relative_to(ROOT))] = len(path.read_text(encoding="utf-8").splitlines())
+    assert max(lengths.values()) <= MAX_FILE, longest(lengths)
 
 
 def tracked() -> list[Path]:
@@ -130,16 +136,23 @@ def test_top_level_holds_what_it_should_and_nothing_else() -> None:
     ]
 
 
-def test_no_tracked_file_is_large_or_binary() -> None:
+def test_no_tracked_file_is_large_and_only_pictures_are_binary() -> None:
     for path in tracked():
         content = (ROOT / path).read_bytes()
         assert len(content) < 200_000, path
-        content.decode("utf-8")
+        if path.parts[0] == ".github" and path.suffix == ".png":
+            assert content.startswith(b"\x89PNG"), path
+        else:
+            content.decode("utf-8")
 
 
-@pytest.mark.parametrize("tool", [["ruff", "check", "."], ["mypy"]], ids=lambda tool: tool[0])
-def test_linters_are_quiet(tool: list[str]) -> None:
-    if importlib.util.find_spec(tool[0]) is None:
-        pytest.skip(f"{tool[0]} is not installed")
-    done = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True)
+LINTERS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+
+
+@pytest.mark.slow  # `make check` runs them itself
+@pytest.mark.parametrize("linter", LINTERS, ids=lambda linter: " ".join(linter[:2]))
+def test_linters_are_quiet(linter: list[str]) -> None:
+    if importlib.util.find_spec(linter[0]) is None:
+        pytest.skip(f"{linter[0]} is not installed")
+    done = subprocess.run([sys.executable, "-m", *linter], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -186,6 +186,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_killed_ten_times_equals_an_uninterrupted_one(
     small: Path, tmp_path: Path, task: str
@@ -211,6 +212,7 @@ def test_a_run_killed_ten_times_equals_an_uninterrupted_one(
     assert_same_run(killed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(
     small: Path, tmp_path: Path, number: int
@@ -229,6 +231,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(
     small: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +244,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(
     assert before[1] == (tmp_path / "log.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_log_that_was_cut_by_hand_is_not_filled_up(small: Path, tmp_path: Path) -> None:
     finish(start(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=10"))
     (tmp_path / "log.jsonl").write_bytes(b"")
@@ -248,6 +252,7 @@ def test_a_log_that_was_cut_by_hand_is_not_filled_up(small: Path, tmp_path: Path
     assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")][-1] == 20
 
 
+@pytest.mark.slow
 def test_a_chat_run_does_not_go_on_from_another_lm(small: Path, tmp_path: Path) -> None:
     finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
     chat = [
@@ -263,6 +268,7 @@ def test_a_chat_run_does_not_go_on_from_another_lm(small: Path, tmp_path: Path) 
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(
     small: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +278,7 @@ def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(
     finish(start(small, "lm", tmp_path, "train.num_steps=5"))
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_model(small: Path, tmp_path: Path) -> None:
     settings = [
         "train.num_steps=2000",
@@ -391,6 +398,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_says_what_to
 # --- switches
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_and_compilation_change_no_result(
     small: Path, tmp_path: Path
 ) -> None:
@@ -414,6 +422,7 @@ def test_activation_checkpointing_and_compilation_change_no_result(
     assert_close(results[2], gradients(plain.model), 1e-4)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_one_line_says_so_and_training_is_eager(
     small: Path, tmp_path: Path
 ) -> None:
@@ -436,6 +445,7 @@ def test_without_a_compiler_one_line_says_so_and_training_is_eager(
     assert done.stderr.count("training eagerly") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_as_fp32_does(small: Path, tmp_path: Path, precision: str) -> None:
     losses = {}
@@ -452,6 +462,7 @@ def test_half_precision_learns_as_fp32_does(small: Path, tmp_path: Path, precisi
 # --- many processes
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(small: Path, tmp_path: Path) -> None:
     settings = [
         "model.dropout=0",
@@ -468,6 +479,7 @@ def test_two_processes_equal_one(small: Path, tmp_path: Path) -> None:
     assert_close({name: two[name] for name in weights}, weights, 1e-2)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_path: Path) -> None:
     settings = [
         "model.dropout=0",

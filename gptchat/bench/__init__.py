@@ -1,1 +1,1 @@
-"""gptchat beside what you would use instead. `gptchat bench` runs it."""
+"""Speed of gptchat beside the alternatives; `gptchat bench` runs it. Results: README.md here."""

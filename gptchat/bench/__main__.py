@@ -1,54 +1,78 @@
-"""gptchat beside what you would use instead: in one run, taking turns, on the same weights or text."""
+"""`gptchat bench BENCHMARK`: gptchat and its alternatives, side by side in one run.
+
+Each benchmark is a module with `add_options(parser)` and `run(args, report)`. In `run`, contestants
+with the same weights or the same text take turns. One warm-up round of each is not counted.
+"""
 
 import argparse
 from collections.abc import Sequence
 
 import torch
 
-from gptchat.bench.decode import bench_decode
+from gptchat.bench import decode, serving, tokenizer, training
 from gptchat.bench.report import Report
-from gptchat.bench.serving import bench_serving
-from gptchat.bench.tokenizer import bench_tokenizer
-from gptchat.bench.training import bench_training
-from gptchat.inference.linear import DTYPES
+from gptchat.console import CommandParser, cli
+
+BENCHMARKS = {  # name: (module, summary, example arguments)
+    "decode": (
+        decode,
+        "generate text, beside transformers' generate",
+        "--batches 1 8 --rounds 5",
+    ),
+    "train": (
+        training,
+        "one optimizer step, beside transformers' GPT2LMHeadModel",
+        "--config configs/lm.toml --rows 16",
+    ),
+    "tokenizer": (
+        tokenizer,
+        "encode text into shards, beside the package `tokenizers` alone",
+        "--config configs/lm.toml",
+    ),
+    "serve": (
+        serving,
+        "a running server, beside its engine alone and transformers behind a lock",
+        "--model out/chatlm/model --clients 1 32",
+    ),
+}
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    threads = torch.get_num_threads()
+    add("--rounds", type=int, default=3, help="turns of each contestant (%(default)s)")
+    add("--threads", type=int, default=threads, help="torch's threads (%(default)s)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def command_line() -> CommandParser:
+    parser = CommandParser(
+        "bench",
+        "Measure the speed of gptchat and of its alternatives, in turn, in one run.",
+        "gptchat bench decode --batches 1 8",
+    )
+    subparsers = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    for name, (module, summary, example) in BENCHMARKS.items():
+        subparser = subparsers.add_parser(
+            name,
+            command=f"bench {name}",
+            help=summary,
+            description=f"Measure: {summary}.",
+            example=f"gptchat bench {name} {example}",
+        )
+        module.add_options(subparser)
+        add_common_options(subparser)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="gptchat bench", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("what", choices=("decode", "train", "tokenizer", "serve"))
-    parser.add_argument("--model", metavar="DIR", help="default: 124M, random weights")
-    parser.add_argument(
-        "--config", metavar="FILE", help="train: sizes; tokenizer: texts (default configs/lm.toml)"
-    )
-    parser.add_argument(
-        "--text", metavar="FILE", help="decode: what perplexity is measured on, with --model"
-    )
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8080/predictions/chatlm/1.0/v1/completions"
-    )
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
-    for name, default in (("batches", [1, 8, 32]), ("clients", [1, 8, 32, 64])):
-        parser.add_argument(f"--{name}", nargs="+", type=int, default=default)
-    for name, number in (
-        ("rounds", 3),
-        ("prompt", 32),
-        ("new", 64),
-        ("first", 512),
-        ("rows", 4),
-        ("row", 256),
-        ("threads", torch.get_num_threads()),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--json", action="store_true")
-    args, report = parser.parse_args(argv), Report()
+    args = command_line().parse_args(argv)
     torch.set_num_threads(args.threads)
-    {
-        "decode": bench_decode,
-        "train": bench_training,
-        "tokenizer": bench_tokenizer,
-        "serve": bench_serving,
-    }[args.what](args, report)
+    report = Report()
+    module = BENCHMARKS[args.benchmark][0]
+    module.run(args, report)
     report.show(args.json)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,12 +1,20 @@
-"""Decoding beside transformers' generate."""
+"""`gptchat bench decode`: greedy decoding of random prompts, beside transformers' `generate`.
+
+Three measurements, each for float32, bfloat16 and int8 weights: decoding steps at several batch
+sizes, the time to the first token of a long prompt, and how far the smaller dtypes change the
+model's predictions. Decoding is also compared with the memory's limit: the time that a plain sum
+takes to read as many bytes as a step must read (the weights, and the cached keys and values).
+
+Invariant: all contestants have the same weights, and decode the same prompts.
+"""
 
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +24,39 @@ from gptchat.bench.report import Report, timed
 from gptchat.console import UserError
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.engine import Engine, Request, generate
+from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
 
-SIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
+BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="model directory (default: GPT-2 124M with random weights)")
+    add("--text", metavar="FILE", help="measure perplexity on this text; needs --model")
+    add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="of the weights (all)")
+    add(
+        "--batches",
+        nargs="+",
+        metavar="N",
+        type=int,
+        default=[1, 8, 32],
+        help="batch sizes (1 8 32)",
+    )
+    add("--prompt", type=int, default=32, help="tokens of a prompt (%(default)s)")
+    add("--new", type=int, default=64, help="new tokens of a row (%(default)s)")
+    add("--first", type=int, default=512, help="prompt tokens before a first token (%(default)s)")
 
 
 def start_model(directory: str | None) -> tuple[GPT2, Tokenizer | None, str]:
+    """The model, tokenizer and task of a directory; without one, GPT-2 124M with seeded weights."""
     torch.manual_seed(0)
-    return (
-        pretrained.load_model(directory) if directory else (GPT2(GPT2Config()).eval(), None, "lm")
-    )
+    if directory:
+        return pretrained.load_model(directory)
+    return GPT2(GPT2Config()).eval(), None, "lm"
 
 
 class Transformers:
@@ -46,11 +74,14 @@ class Transformers:
         state = pretrained.hugging_face_state(model)
         self.model.load_state_dict({"lm_head.weight": model.wte.weight} | state, strict=False)
 
-    def generate(self, prompts: Tensor, n: int, **how: Any) -> list[float]:
-        """Seconds to each of n tokens; their ids (B, n) are then in `ids`."""
+    def generate(self, prompts: Tensor, n: int, do_sample: bool = False) -> list[float]:
+        """Generate `n` tokens after each of `prompts` (B, T). Returns the seconds of each token.
+
+        The new tokens (B, n) are then in `new_ids`.
+        """
         stamps = [time.perf_counter()]
 
-        def clock(ids: Tensor, scores: Tensor) -> Tensor:
+        def record_time(ids: Tensor, scores: Tensor) -> Tensor:
             stamps.append(time.perf_counter())
             return scores
 
@@ -58,102 +89,132 @@ class Transformers:
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=n,
-            logits_processor=[clock],
-            **how or {"do_sample": False},
+            logits_processor=[record_time],
+            do_sample=do_sample,
         )
-        self.ids: list[list[int]] = ids[:, prompts.shape[1] :].tolist()
-        return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+        self.new_ids: list[list[int]] = ids[:, prompts.shape[1] :].tolist()
+        return differences(stamps)
 
 
-def greedy(prompts: list[list[int]], n: int) -> list[Request]:
-    return [
-        Request(prompt, sampling=Sampling(temperature=0, max_new_tokens=n)) for prompt in prompts
-    ]
+def differences(stamps: list[float]) -> list[float]:
+    return [end - start for start, end in zip(stamps, stamps[1:], strict=False)]
+
+
+def greedy_requests(prompts: Tensor, n: int) -> list[Request]:
+    """A request for `n` greedy tokens after each of `prompts` (B, T)."""
+    sampling = Sampling(temperature=0, max_new_tokens=n)
+    return [Request(prompt, sampling=sampling) for prompt in prompts.tolist()]
 
 
 def full_steps(engine: Engine, requests: list[Request]) -> list[float]:
-    """Seconds of each decoding step in which all requests are live."""
+    """The seconds of each decoding step in which all requests are running."""
     seconds = []
     for request in requests:
         engine.submit(request)
     while not engine.idle:
         full = len(engine.running) == len(requests)
-        took = timed(engine.step)
-        seconds += took if full else []
+        step_seconds = timed(engine.step)
+        if full:
+            seconds += step_seconds
     return seconds
 
 
-def bench_decode(args: argparse.Namespace, report: Report) -> None:
-    """Greedy, of random prompts; then how much the smaller dtypes change what the model says."""
-    model, text, _ = start_model(args.model)
-    config, peer = model.config, Transformers(model)
-    first = min(args.first, config.n_positions - 1)
-    length = min(config.n_positions, max(args.prompt + args.new, first + 1))
-    engines = {dtype: Engine(model, max(args.batches), length, dtype) for dtype in args.dtypes}
-    tune_memory()
-    weights = torch.ones(
-        sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    )
-    for batch in args.batches:
-        prompts = torch.randint(config.vocab_size, (batch, args.prompt))
-        asked = greedy(prompts.tolist(), args.new)
-        medians = report.race(
-            f"decode, batch {batch}",
-            "tokens/s",
-            {
-                "transformers": partial(peer.generate, prompts, args.new),
-                **{dtype: partial(full_steps, engine, asked) for dtype, engine in engines.items()},
-                "reading float32": lambda: [timed(weights.sum)[0] for _ in range(args.new)],
-            },
-            args.rounds,
-            batch,
+class DecodeBenchmark:
+    """The contestants, and the three measurements."""
+
+    def __init__(self, args: argparse.Namespace, report: Report):
+        self.args = args
+        self.report = report
+        self.model, self.tokenizer, _ = start_model(args.model)
+        self.config = self.model.config
+        self.peer = Transformers(self.model)
+        self.first_length = min(args.first, self.config.n_positions - 1)
+        length = max(args.prompt + args.new, self.first_length + 1)
+        length = min(length, self.config.n_positions)
+        slots = max(args.batches)
+        self.engines = {dtype: Engine(self.model, slots, length, dtype) for dtype in args.dtypes}
+        linear_layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+        self.weights = torch.ones(sum(layer.weight.numel() for layer in linear_layers))
+
+    def race_steps(self, batch: int) -> None:
+        """Decoding steps of `batch` rows, and how near they come to the memory's limit."""
+        args = self.args
+        prompts = torch.randint(self.config.vocab_size, (batch, args.prompt))
+        requests = greedy_requests(prompts, args.new)
+        contestants: dict[str, Callable[[], list[float]]] = {}
+        contestants["transformers"] = partial(self.peer.generate, prompts, args.new)
+        for dtype, engine in self.engines.items():
+            contestants[dtype] = partial(full_steps, engine, requests)
+        contestants["reading float32"] = self.read_weights
+        medians = self.report.race(
+            f"decode, batch {batch}", "tokens/s", contestants, args.rounds, batch
         )
-        cached = 8 * config.n_layer * config.n_embd * batch * (args.prompt + args.new / 2)  # bytes
-        for dtype in engines:  # the limit is the time to read as many bytes as the step must
-            limit = (
-                medians["reading float32"]
-                * (weights.numel() * SIZE[dtype] + cached)
-                / weights.nbytes
-            )
-            report.note(dtype, of_memory_limit=f"{limit / medians[dtype]:.0%}")
-        if "float32" in engines:
-            same = sum(
-                a[0].ids == ids
-                for a, ids in zip(generate(engines["float32"], asked), peer.ids, strict=True)
-            )
-            report.note("float32", equal_greedy_rows=f"{same} of {batch}")
-    prompts = torch.randint(config.vocab_size, (1, first))
-    report.race(
-        f"first token of {first}",
-        "ms",
-        {
-            "transformers": partial(peer.generate, prompts, 1),
-            **{
-                dtype: partial(timed, partial(generate, engine, greedy(prompts.tolist(), 1)))
-                for dtype, engine in engines.items()
-            },
-        },
-        args.rounds,
-    )
-    ids = torch.randint(config.vocab_size, (16, min(256, config.n_positions)))
-    if text and args.text:
-        known = text.encode(Path(args.text).read_text(encoding="utf-8")[: 16 * ids.numel()])[
-            : ids.numel()
-        ]
-        ids = torch.tensor(known[: len(known) // ids.shape[1] * ids.shape[1]]).view(
-            -1, ids.shape[1]
-        )
-    for dtype, engine in engines.items():
-        agreement, perplexity = quality(model, engine.model, ids)
-        report.note(dtype, top1_agreement=f"{agreement:.2%}", perplexity=f"{perplexity:.2f}")
+        mean_length = args.prompt + args.new / 2
+        cache_bytes = 8 * self.config.n_layer * self.config.n_embd * batch * mean_length
+        seconds_per_byte = medians["reading float32"] / self.weights.nbytes
+        for dtype in self.engines:
+            weight_bytes = self.weights.numel() * BYTES_PER_WEIGHT[dtype]
+            limit = seconds_per_byte * (weight_bytes + cache_bytes)
+            self.report.note(dtype, of_memory_limit=f"{limit / medians[dtype]:.0%}")
+        if "float32" in self.engines:
+            answers = generate(self.engines["float32"], requests)
+            pairs = zip(answers, self.peer.new_ids, strict=True)
+            equal = sum(candidates[0].ids == ids for candidates, ids in pairs)
+            self.report.note("float32", equal_greedy_rows=f"{equal} of {batch}")
+
+    def read_weights(self) -> list[float]:
+        """The seconds of reading as many bytes as the float32 weights have, once per new token."""
+        return [timed(self.weights.sum)[0] for _ in range(self.args.new)]
+
+    def race_first_token(self) -> None:
+        prompts = torch.randint(self.config.vocab_size, (1, self.first_length))
+        requests = greedy_requests(prompts, 1)
+        contestants: dict[str, Callable[[], list[float]]] = {}
+        contestants["transformers"] = partial(self.peer.generate, prompts, 1)
+        for dtype, engine in self.engines.items():
+            contestants[dtype] = partial(timed, partial(generate, engine, requests))
+        self.report.race(f"first token of {self.first_length}", "ms", contestants, self.args.rounds)
+
+    def compare_predictions(self) -> None:
+        """Note each dtype's agreement with float32 and its perplexity."""
+        rows = self.rows_to_predict()
+        for dtype, engine in self.engines.items():
+            agreement, perplexity = quality(self.model, engine.model, rows)
+            notes = {"top1_agreement": f"{agreement:.2%}", "perplexity": f"{perplexity:.2f}"}
+            self.report.note(dtype, **notes)
+
+    def rows_to_predict(self) -> Tensor:
+        """Ids (B, T), at most 16 rows of 256: the beginning of --text, else random ones."""
+        rows, length = 16, min(256, self.config.n_positions)
+        if not (self.tokenizer and self.args.text):
+            return torch.randint(self.config.vocab_size, (rows, length))
+        n_ids = rows * length
+        text = Path(self.args.text).read_text(encoding="utf-8")
+        ids = self.tokenizer.encode(text[: 16 * n_ids])[:n_ids]  # 16 characters a token: plenty
+        whole_rows = len(ids) // length
+        return torch.tensor(ids[: whole_rows * length]).view(-1, length)
 
 
 @torch.inference_mode()
 def quality(model: GPT2, packed: GPT2, ids: Tensor) -> tuple[float, float]:
-    """Teacher-forced on the rows `ids`: how often the packed model's best token is the model's, and its perplexity."""
-    same, loss = 0.0, 0.0
-    for row in ids.split(1):
-        wanted, logits = (m.logits(m(row))[0, :-1].float() for m in (model, packed))
-        same += (logits.argmax(-1) == wanted.argmax(-1)).float().mean().item() / len(ids)
+    """How well the packed model predicts the rows `ids` (B, T), each token from those before it.
+
+    Returns the share of positions where its best token is that of `model`, and its perplexity.
+    """
+    agreement, loss = 0.0, 0.0
+    for row in ids.split(1):  # (1, T)
+        reference = model.logits(model(row))[0, :-1].float()  # (T - 1, V)
+        logits = packed.logits(packed(row))[0, :-1].float()  # (T - 1, V)
+        same = logits.argmax(-1) == reference.argmax(-1)
+        agreement += same.float().mean().item() / len(ids)
         loss += F.cross_entropy(logits, row[0, 1:]).item() / len(ids)
-    return same, math.exp(loss)
+    return agreement, math.exp(loss)
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    benchmark = DecodeBenchmark(args, report)
+    tune_memory()
+    for batch in args.batches:
+        benchmark.race_steps(batch)
+    benchmark.race_first_token()
+    benchmark.compare_predictions()

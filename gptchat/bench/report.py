@@ -1,10 +1,15 @@
-"""Contestants that take turns, and the table of their figures."""
+"""A race between contestants that take turns, and the report of its results.
+
+`Report.race` runs every contestant once per round, so that a change in the machine's load meets
+all of them. The first round warms up and is not counted. `Report.show` prints a line per contestant
+with its median, its quartiles, and how many times faster it is than the first one of its race.
+"""
 
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +17,7 @@ import torch
 
 
 class Report:
-    """Lines of a table, or of JSON: what was measured, of whom, its median and quartiles, the ratio to the first."""
+    """The results so far, one dictionary per contestant and race; `show` prints them."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -21,62 +26,75 @@ class Report:
         self,
         what: str,
         unit: str,
-        contestants: dict[str, Callable[[], Sequence[float]]],
+        contestants: Mapping[str, Callable[[], Sequence[float]]],
         rounds: int,
         amount: float = 1,
     ) -> dict[str, float]:
-        """Let the contestants, each of which returns seconds, take turns. Returns their medians in seconds; the table
-        has ms or, in any other unit, `amount` / seconds."""
+        """Run the contestants in turn and add a line for each. Returns their medians in seconds.
+
+        A contestant returns the seconds of each thing that it did, such as a decoding step. The
+        lines show milliseconds if `unit` is "ms", else `amount` / seconds (`amount` is what one of
+        these things handles, such as the tokens of a step).
+        """
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for number in range(rounds + 1):
+        for round_number in range(rounds + 1):
             for name, run in contestants.items():
                 measured = run()
-                seconds[name] += measured if number else []
+                if round_number > 0:
+                    seconds[name] += measured
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        first = next(iter(medians.values()))
+        first_median = next(iter(medians.values()))
         for name, values in seconds.items():
-            figures = sorted(value * 1e3 if unit == "ms" else amount / value for value in values)
-            low, middle, high = (
-                figures[round(share * (len(figures) - 1))] for share in (0.25, 0.5, 0.75)
-            )
+            if unit == "ms":
+                figures = sorted(value * 1e3 for value in values)
+            else:
+                figures = sorted(amount / value for value in values)
             self.lines.append(
                 {
                     "what": what,
                     "who": name,
-                    "median": middle,
-                    "low": low,
-                    "high": high,
+                    "median": quantile(figures, 0.5),
+                    "low": quantile(figures, 0.25),
+                    "high": quantile(figures, 0.75),
                     "unit": unit,
-                    "ratio": first / medians[name],
+                    "ratio": first_median / medians[name],
                     "notes": {},
                 }
             )
         return medians
 
     def note(self, who: str, **notes: Any) -> None:
-        """Add to the latest line of that contestant."""
-        next(line for line in reversed(self.lines) if line["who"] == who)["notes"] |= notes
+        """Add notes to the latest line of the contestant `who`."""
+        latest = [line for line in self.lines if line["who"] == who][-1]
+        latest["notes"].update(notes)
 
     def show(self, as_json: bool) -> None:
         if as_json:
-            return print(json.dumps({"machine": machine(), "lines": self.lines}, indent=1))
+            print(json.dumps({"machine": machine(), "lines": self.lines}, indent=1))
+            return
         print(", ".join(f"{key} {value}" for key, value in machine().items()))
         for line in self.lines:
-            notes = ", ".join(
-                f"{key.replace('_', ' ')} {value}" for key, value in line["notes"].items()
-            )
-            print(
-                "{what:22} {who:22} {median:10,.1f} ({low:,.1f}-{high:,.1f}) {unit:9} {ratio:6.2f} x  ".format(
-                    **line
-                )
-                + notes
-            )
+            print(format_line(line))
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The value at `share` (0 to 1) of an ordered list: always one that was measured."""
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def format_line(line: dict[str, Any]) -> str:
+    spread = f"({line['low']:,.1f}-{line['high']:,.1f})"
+    notes = [f"{key.replace('_', ' ')} {value}" for key, value in line["notes"].items()]
+    return (
+        f"{line['what']:22} {line['who']:22} {line['median']:10,.1f} {spread} {line['unit']:9} "
+        f"{line['ratio']:6.2f} x  {', '.join(notes)}"
+    )
 
 
 def machine() -> dict[str, Any]:
-    """What the figures hold for. The bandwidth is that of reading, the best of several sums over 256 MB."""
+    """What the results depend on. The memory bandwidth is that of the best of 20 sums of 256 MB."""
     block = torch.ones(1 << 26)
-    best = min(timed(block.sum)[0] for _ in range(20))
+    best_seconds = min(timed(block.sum)[0] for _ in range(20))
     return {
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -84,11 +102,12 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "tokenizers": version("tokenizers"),
-        "read_gb_per_s": round(block.nbytes / best / 1e9, 1),
+        "read_gb_per_s": round(block.nbytes / best_seconds / 1e9, 1),
     }
 
 
 def timed(run: Callable[[], Any]) -> list[float]:
+    """The seconds that `run` takes, as a list of one."""
     start = time.perf_counter()
     run()
     return [time.perf_counter() - start]

@@ -1,4 +1,10 @@
-"""A running server beside its engine alone and transformers behind a lock."""
+"""`gptchat bench serve`: a running server, beside its engine alone and transformers behind a lock.
+
+Several clients send one request each and round, all at the same time and with the same random
+prompt. The answers are sampled. What counts is the seconds per new token, all clients together. The
+server is asked twice: for streamed answers, which also gives the latencies, and for whole ones.
+If the server wants a key, it is read from the environment variable OPENAI_API_KEY.
+"""
 
 import argparse
 import json
@@ -14,94 +20,134 @@ from typing import Any
 
 import torch
 
-from gptchat.bench.decode import Transformers, start_model
+from gptchat.bench.decode import Transformers, differences, start_model
 from gptchat.bench.report import Report
-from gptchat.console import UserError
 from gptchat.inference.engine import Engine, Request, generate
+from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 
+DEFAULT_URL = "http://127.0.0.1:8080/predictions/chatlm/1.0/v1/completions"
 
-def ask(url: str, prompt: list[int], n: int, stream: bool) -> tuple[list[float], int]:
-    """One request to the completions API: seconds to the first chunk and between the further ones, and tokens."""
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": n, "seed": 1}
-    body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    headers, stamps, tokens = {"content-type": "application/json"}, [time.perf_counter()], 0
-    if key := os.environ.get("OPENAI_API_KEY"):
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="DIR", required=True, help="directory of the model that is served")
+    add("--url", default=DEFAULT_URL, help="the server's completions (%(default)s)")
+    add(
+        "--clients",
+        nargs="+",
+        metavar="N",
+        type=int,
+        default=[1, 8, 32, 64],
+        help="at once (1 8 32 64)",
+    )
+    add("--dtype", default=DTYPES[0], choices=DTYPES, help="of the engine alone (%(default)s)")
+    add("--prompt", type=int, default=32, help="tokens of the prompt (%(default)s)")
+    add("--new", type=int, default=64, help="new tokens of an answer (%(default)s)")
+
+
+def ask(url: str, prompt: list[int], max_tokens: int, stream: bool) -> tuple[list[float], int]:
+    """Send one request to the completions API.
+
+    Returns the seconds to the first chunk and between the further ones, and the number of new
+    tokens. An answer that is not streamed is one chunk.
+    """
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens, "seed": 1}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    headers = {"content-type": "application/json"}
+    key = os.environ.get("OPENAI_API_KEY")
+    if key:
         headers["authorization"] = f"Bearer {key}"
-    with urllib.request.urlopen(
-        urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=600
-    ) as answer:
-        for line in filter(lambda line: line.startswith((b"data: {", b"{")), answer):
+    tokens = 0
+    stamps = [time.perf_counter()]
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as response:
+        for line in response:
+            if not line.startswith((b"data: {", b"{")):
+                continue
             stamps.append(time.perf_counter())
             usage = json.loads(line.removeprefix(b"data: ")).get("usage") or {}
             tokens = usage.get("completion_tokens", tokens)
-    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)], tokens
+    return differences(stamps), tokens
 
 
-def bench_serving(args: argparse.Namespace, report: Report) -> None:
-    """Clients at once, each with one request a round, random prompt and draws; seconds per token, all clients
-    together."""
-    model, text, task = start_model(args.model)
-    if not text:
-        raise UserError(
-            "serve: found no --model; wanted the directory of the model that runs at --url"
+class ServingBenchmark:
+    """The contestants. Each answers `n` clients at once and yields the new tokens of each."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        model, tokenizer, task = start_model(args.model)
+        assert tokenizer is not None  # --model is required
+        self.peer = Transformers(model)
+        self.lock = Lock()
+        self.engine = Engine(model, max(args.clients), dtype=args.dtype)
+        self.prompt = torch.randint(len(tokenizer.token_bytes), (args.prompt,)).tolist()
+        self.request = Request(
+            self.prompt,
+            token_type_ids=[1] * len(self.prompt) if task == "chatlm" else None,
+            sampling=Sampling(seed=1, max_new_tokens=args.new),
+            stop_ids=(pretrained.stop_id(tokenizer, task),),
         )
-    peer, lock, engine = (
-        Transformers(model),
-        Lock(),
-        Engine(model, max(args.clients), dtype=args.dtypes[0]),
-    )
-    prompt = torch.randint(len(text.token_bytes), (args.prompt,)).tolist()
-    types = [1] * len(prompt) if task == "chatlm" else None
-    request = Request(
-        prompt,
-        types,
-        Sampling(seed=1, max_new_tokens=args.new),
-        1,
-        (pretrained.stop_id(text, task),),
-    )
-    firsts: list[float] = []
-    gaps: list[float] = []
-    threads = ThreadPoolExecutor(max(args.clients))
+        self.first_chunk_seconds: list[float] = []
+        self.between_chunks_seconds: list[float] = []
+        self.threads = ThreadPoolExecutor(max(args.clients))
 
-    def locked(_: int) -> int:
-        with lock:
-            return len(peer.generate(torch.tensor([prompt]), args.new, do_sample=True))
+    def transformers(self, n: int) -> Iterable[int]:
+        prompts = torch.tensor([self.prompt])  # (1, T)
 
-    def served(stream: bool, _: int) -> int:
-        (first, *others), tokens = ask(args.url, prompt, args.new, stream)
-        firsts.extend([first] * stream)
-        gaps.extend(others)
-        return tokens
+        def answer(_: int) -> int:
+            with self.lock:
+                return len(self.peer.generate(prompts, self.args.new, do_sample=True))
 
-    def alone(numbers: range) -> list[int]:
-        return [len(answer[0].ids) for answer in generate(engine, [request] * len(numbers))]
+        return self.threads.map(answer, range(n))
 
-    def per_token(run: Callable[[range], Iterable[int]], n: int) -> list[float]:
-        start, tokens = time.perf_counter(), sum(run(range(n)))
-        return [(time.perf_counter() - start) / max(1, tokens)]
+    def engine_alone(self, n: int) -> Iterable[int]:
+        for candidates in generate(self.engine, [self.request] * n):
+            yield len(candidates[0].ids)
 
-    for n in args.clients:
-        firsts.clear()
-        gaps.clear()
+    def server(self, n: int, stream: bool) -> Iterable[int]:
+        def answer(_: int) -> int:
+            seconds, tokens = ask(self.args.url, self.prompt, self.args.new, stream)
+            if stream:
+                self.first_chunk_seconds.append(seconds[0])
+                self.between_chunks_seconds.extend(seconds[1:])
+            return tokens
+
+        return self.threads.map(answer, range(n))
+
+    def race(self, n: int, report: Report) -> None:
+        self.first_chunk_seconds.clear()
+        self.between_chunks_seconds.clear()
+        contestants: dict[str, Callable[[int], Iterable[int]]] = {
+            "transformers, one lock": self.transformers,
+            "engine alone": self.engine_alone,
+            "server": partial(self.server, stream=True),
+            "server, not streamed": partial(self.server, stream=False),
+        }
         report.race(
             f"{n} clients",
             "tokens/s",
-            {
-                "transformers, one lock": partial(per_token, partial(threads.map, locked), n),
-                "engine alone": partial(per_token, alone, n),
-                "server": partial(per_token, partial(threads.map, partial(served, True)), n),
-                "server, not streamed": partial(
-                    per_token, partial(threads.map, partial(served, False)), n
-                ),
-            },
-            args.rounds,
+            {name: partial(seconds_per_token, answer, n) for name, answer in contestants.items()},
+            self.args.rounds,
         )
-        middle, *_, highest = (value * 1e3 for value in statistics.quantiles(gaps, n=100)[49::49])
+        percentiles = statistics.quantiles(self.between_chunks_seconds, n=100)
         report.note(
             "server",
-            first_token_ms=f"{statistics.median(firsts) * 1e3:.0f}",
-            token_ms=f"{middle:.1f}",
-            token_p99_ms=f"{highest:.1f}",
+            first_token_ms=f"{statistics.median(self.first_chunk_seconds) * 1e3:.0f}",
+            token_ms=f"{percentiles[49] * 1e3:.1f}",
+            token_p99_ms=f"{percentiles[98] * 1e3:.1f}",
         )
+
+
+def seconds_per_token(answer: Callable[[int], Iterable[int]], n: int) -> list[float]:
+    start = time.perf_counter()
+    tokens = sum(answer(n))
+    return [(time.perf_counter() - start) / max(1, tokens)]
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    benchmark = ServingBenchmark(args)
+    for n in args.clients:
+        benchmark.race(n, report)

@@ -1,4 +1,8 @@
-"""Encoding into shards beside the library tokenizers alone."""
+"""`gptchat bench tokenizer`: encoding text into shards, beside the package `tokenizers` alone.
+
+Ours is the whole command `gptchat shards`, its start and its files included. `tokenizers` only
+encodes text that is already in memory. Both encode a config's training text.
+"""
 
 import argparse
 import subprocess
@@ -11,31 +15,31 @@ from gptchat.data.tokenizer import tokenizer_for
 from gptchat.files import expand
 
 
-def bench_tokenizer(args: argparse.Namespace, report: Report) -> None:
-    """The training text of a config into shards, by the command, its start and files written and all; `tokenizers` only
-    encodes what is in memory."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default="configs/lm.toml",
+        help="names tokenizer and text (%(default)s)",
+    )
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path, changes = (
-            args.config or "configs/lm.toml",
-            [f"data.shards={folder}", "data.valid=[]", "data.test=[]"],
-        )
-        config, command = (
-            load_config(path, changes),
-            [sys.executable, "-m", "gptchat", "shards", "--config", path, *changes],
-        )
-        text = "".join(
-            path.read_text(encoding="utf-8") for path in expand(config.data.train, "data.train")
-        )
-        blocks, backend = text.split("\n\n"), tokenizer_for(config).backend
-        report.race(
-            "encode",
-            "MB/s",
-            {
-                "tokenizers": lambda: timed(lambda: backend.encode_batch_fast(blocks)),
-                "gptchat.shards": lambda: timed(
-                    lambda: subprocess.run(command, check=True, capture_output=True)
-                ),
-            },
-            args.rounds,
-            len(text.encode()) / 1e6,
-        )
+        overrides = [f"data.shards={folder}", "data.valid=[]", "data.test=[]"]
+        command = [sys.executable, "-m", "gptchat", "shards", "--config", args.config, *overrides]
+        config = load_config(args.config, overrides)
+        paths = expand(config.data.train, "data.train")
+        text = "".join(path.read_text(encoding="utf-8") for path in paths)
+        documents = text.split("\n\n")
+        backend = tokenizer_for(config).backend
+
+        def encode_in_memory() -> list[float]:
+            return timed(lambda: backend.encode_batch_fast(documents))
+
+        def write_shards() -> list[float]:
+            return timed(lambda: subprocess.run(command, check=True, capture_output=True))
+
+        megabytes = len(text.encode()) / 1e6
+        contestants = {"tokenizers": encode_in_memory, "gptchat.shards": write_shards}
+        report.race("encode", "MB/s", contestants, args.rounds, megabytes)

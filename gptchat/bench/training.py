@@ -1,18 +1,16 @@
-"""gptchat beside what you would use instead: in one run, taking turns, on the same weights or text.
+"""`gptchat bench train`: one optimizer step of AdamW, beside transformers' GPT2LMHeadModel.
 
-    gptchat bench decode       beside transformers' generate: tokens/s at several batch sizes, first token
-    gptchat bench train        beside transformers' GPT2LMHeadModel: one optimizer step
-    gptchat bench tokenizer    encoding into shards, beside `tokenizers` alone
-    gptchat bench serve        a running server, its engine alone, transformers' generate behind a lock
+Each contestant runs in its own process, because the allocator's settings and the peak memory belong
+to a process. The processes take turns: while one makes a step, the others wait. "As found" is
+without the settings of runtime.py, by which glibc keeps freed memory.
 
-A round of each contestant warms up; then come medians, with the quartiles, and the ratio to the first contestant, above
-1 where faster. Without --model the weights are GPT-2's 124M, random and seeded.
+Invariant: all contestants start from the same weights and train on the same ids.
 """
 
 import argparse
 import multiprocessing
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -28,38 +26,65 @@ from gptchat.training.distributed import World, wrap_model
 from gptchat.training.monitor import matmul_peak, peak_memory, step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
 
+CONTESTANTS = ("transformers as found", "transformers", "gptchat eager", "gptchat compiled")
+DTYPE_OF_PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="take the model's size from here (default: GPT-2 124M)")
+    add("--rows", type=int, default=4, help="rows of a step (%(default)s)")
+    add("--row", type=int, default=256, help="tokens of a row (%(default)s)")
+    add("--precision", default="bf16", choices=("bf16", "fp32"), help="default: %(default)s")
+
 
 def train_config(args: argparse.Namespace) -> GPT2Config:
     """GPT-2 124M, or the size in --config, without dropout."""
-    config = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+    model_config = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
     if not args.config:
-        return config
-    size = (found := load_config(args.config)).model
+        return model_config
+    config = load_config(args.config)
     return replace(
-        config,
-        vocab_size=found.tokenizer.vocab_size,
-        n_layer=size.n_layer,
-        n_head=size.n_head,
-        n_embd=size.n_embd,
-        n_positions=size.n_ctx,
+        model_config,
+        vocab_size=config.tokenizer.vocab_size,
+        n_layer=config.model.n_layer,
+        n_head=config.model.n_head,
+        n_embd=config.model.n_embd,
+        n_positions=config.model.n_ctx,
     )
 
 
-def training_step(who: str, args: argparse.Namespace) -> Callable[[], None]:
-    """One optimizer step of AdamW on random ids."""
+def autocast(precision: str) -> AbstractContextManager[object]:
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def training_step(contestant: str, args: argparse.Namespace) -> Callable[[], None]:
+    """A function that makes one optimizer step of AdamW on random ids."""
     torch.manual_seed(0)
-    model, settings = GPT2(train_config(args)).train(), TrainConfig(compile="compiled" in who)
-    ours, ids = "gptchat" in who, torch.randint(model.config.vocab_size, (args.rows, args.row + 1))
-    trained = (
-        wrap_model(model, settings, World("cpu")) if ours else Transformers(model).model.train()
-    )
+    config = train_config(args)
+    model = GPT2(config).train()
+    settings = TrainConfig(compile="compiled" in contestant)
+    ids = torch.randint(config.vocab_size, (args.rows, args.row + 1))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    ours = "gptchat" in contestant
+    if ours:
+        trained = wrap_model(model, settings, World("cpu"))
+        labels = {"targets": targets.flatten()}
+    else:
+        trained = Transformers(model).model.train()
+        labels = {"labels": inputs}  # transformers itself shifts them by one
     optimizer = make_optimizers(trained, settings)[0]  # type: ignore[arg-type]
-    how = {"targets": ids[:, 1:].flatten()} if ours else {"labels": ids[:, :-1]}
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16) if args.precision == "bf16" else nullcontext():
-            loss = trained(input_ids=ids[:, :-1], **how)
-        (loss / ids[:, 1:].numel() if ours else loss.loss).backward()
+        with autocast(args.precision):
+            output = trained(input_ids=inputs, **labels)
+        if ours:
+            loss = output / targets.numel()  # ours is a sum over targets
+        else:
+            loss = output.loss
+        loss.backward()
         clip_gradients(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -67,40 +92,44 @@ def training_step(who: str, args: argparse.Namespace) -> Callable[[], None]:
     return step
 
 
-def worker(pipe: Connection, who: str, args: argparse.Namespace) -> None:
-    """A process for one contestant: waits for its turn, tells the seconds of one step; at the end its peak memory."""
+def worker(pipe: Connection, contestant: str, args: argparse.Namespace) -> None:
+    """A contestant's process: makes a step for each True received and sends its seconds.
+
+    After a False it sends its peak memory in bytes and ends.
+    """
     torch.set_num_threads(args.threads)
-    step = training_step(who, args)
-    if "as found" not in who:
+    step = training_step(contestant, args)
+    if "as found" not in contestant:
         tune_memory()
     while pipe.recv():
         pipe.send(timed(step))
     pipe.send(peak_memory(torch.device("cpu")))
 
 
-def turn(pipe: Connection) -> list[float]:
+def request_step(pipe: Connection) -> list[float]:
     pipe.send(True)
     return pipe.recv()
 
 
-def bench_training(args: argparse.Namespace, report: Report) -> None:
-    """Each contestant in its own process: the allocator's settings and the peak memory are a process's."""
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for who in ("transformers as found", "transformers", "gptchat eager", "gptchat compiled"):
-        pipes[who], end = context.Pipe()
-        context.Process(target=worker, args=(end, who, args), daemon=True).start()
-    tokens = args.rows * args.row
+def run(args: argparse.Namespace, report: Report) -> None:
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for contestant in CONTESTANTS:
+        pipes[contestant], worker_end = context.Pipe()
+        process = context.Process(target=worker, args=(worker_end, contestant, args), daemon=True)
+        process.start()
+    n_tokens = args.rows * args.row
     medians = report.race(
         f"train, {args.rows} x {args.row}",
         "tokens/s",
-        {who: partial(turn, pipe) for who, pipe in pipes.items()},
+        {contestant: partial(request_step, pipe) for contestant, pipe in pipes.items()},
         args.rounds,
-        tokens,
+        n_tokens,
     )
-    peak = matmul_peak(
-        torch.device("cpu"), torch.bfloat16 if args.precision == "bf16" else torch.float32
-    )
-    for who, pipe in pipes.items():
+    peak_flops = matmul_peak(torch.device("cpu"), DTYPE_OF_PRECISION[args.precision])
+    flops = step_flops(train_config(args), n_tokens, n_tokens, args.row)
+    for contestant, pipe in pipes.items():
         pipe.send(False)
-        share = step_flops(train_config(args), tokens, tokens, args.row) / medians[who] / peak
-        report.note(who, of_matmul_peak=f"{share:.0%}", peak_memory_gb=round(pipe.recv() / 1e9, 2))
+        share = flops / medians[contestant] / peak_flops
+        memory_gb = round(pipe.recv() / 1e9, 2)
+        report.note(contestant, of_matmul_peak=f"{share:.0%}", peak_memory_gb=memory_gb)

@@ -1,0 +1,119 @@
+"""The commands from outside: help, wrong use, lazy imports, and what a library user gets."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import command, run
+
+import gptchat
+from gptchat.__main__ import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ("decode", "train", "tokenizer", "serve")
+
+
+def python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
+
+
+def test_help_lists_every_command_with_a_summary() -> None:
+    output = run("--help")
+    for name, (_, summary) in COMMANDS.items():
+        assert f"  {name:10} {summary}" in output
+
+
+def test_no_command_at_all_is_help() -> None:
+    done = subprocess.run(command("--help")[:-1], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == run("--help")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_shows_an_example(name: str) -> None:
+    output = run(name, "--help")
+    assert output.startswith(f"usage: gptchat {name} ")
+    assert f"example:\n  gptchat {name}" in output
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_help_of_a_benchmark_shows_its_own_options_and_an_example(benchmark: str) -> None:
+    output = run("bench", benchmark, "--help")
+    assert f"example:\n  gptchat bench {benchmark}" in output
+    assert ("--batches" in output) == (benchmark == "decode")
+    assert ("--clients" in output) == (benchmark == "serve")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_option_is_one_line_and_exit_status_2(name: str) -> None:
+    done = subprocess.run(command(name, "--no-such-option"), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: gptchat {name}: ")
+    assert done.stderr.count("\n") == 1 and "--help" in done.stderr
+
+
+def test_an_unknown_command_is_one_line_and_exit_status_2() -> None:
+    output = run("tarin", "--config", "x.toml", status=2)
+    assert output.startswith("error: tarin: no such command; wanted one of corpora, ")
+    assert output.count("\n") == 1
+
+
+def test_help_and_the_package_start_without_torch() -> None:
+    code = """
+import sys
+import gptchat
+from gptchat.__main__ import run
+sys.argv = ["gptchat", "--help"]
+run()
+assert "torch" not in sys.modules
+"""
+    assert "usage: gptchat COMMAND" in python(code)
+
+
+@pytest.mark.parametrize("name", gptchat.__all__)
+def test_a_public_name_is_imported_on_first_use(name: str) -> None:
+    code = f"""
+import sys
+import gptchat
+assert "torch" not in sys.modules
+from gptchat import {name}
+assert {name} is gptchat.{name} and callable({name})
+"""
+    python(code)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Gpt2'"):
+        gptchat.Gpt2  # noqa: B018
+
+
+def test_the_packages_docstring_is_an_example_that_runs(tmp_path: Path) -> None:
+    from serving import tiny_model
+
+    tiny_model(tmp_path / "out/lm/model", "lm")
+    assert gptchat.__doc__ is not None
+    lines = [line.removeprefix("    ") for line in gptchat.__doc__.splitlines() if "    " in line]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr.decode()
+
+
+def test_every_file_of_the_packages_that_is_not_python_is_packaged_or_documentation() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packaged = settings["tool"]["setuptools"]["package-data"]
+    tracked = subprocess.run(
+        ["git", "ls-files", *packaged], cwd=ROOT, capture_output=True, text=True
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    paths = [Path(name) for name in tracked.stdout.splitlines()]
+    data = {(path.parts[0], path.name) for path in paths if path.suffix not in (".py", ".md")}
+    assert data == {(package, name) for package, names in packaged.items() for name in names}
