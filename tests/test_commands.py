@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import command, run
+from serving import tiny_model
 
 import gptchat
+from gptchat import __main__ as main_module
 from gptchat.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,15 @@ def python(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     ).stdout
+
+
+def gptchat_exits(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of `gptchat ARGUMENTS`, run in this process (torch is imported only once)."""
+    monkeypatch.setattr(sys, "argv", ["gptchat", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        main_module.run()
+    assert isinstance(exit.value.code, int)
+    return exit.value.code
 
 
 def test_help_lists_every_command_with_a_summary() -> None:
@@ -33,26 +44,31 @@ def test_no_command_at_all_is_help() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_shows_an_example(name: str) -> None:
-    output = run(name, "--help")
+def test_help_of_a_command_shows_an_example(name: str, monkeypatch, capsys) -> None:
+    assert gptchat_exits([name, "--help"], monkeypatch) == 0
+    output = capsys.readouterr().out
     assert output.startswith(f"usage: gptchat {name} ")
     assert f"example:\n  gptchat {name}" in output
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_help_of_a_benchmark_shows_its_own_options_and_an_example(benchmark: str) -> None:
-    output = run("bench", benchmark, "--help")
+def test_help_of_a_benchmark_shows_its_own_options_and_an_example(
+    benchmark: str, monkeypatch, capsys
+) -> None:
+    assert gptchat_exits(["bench", benchmark, "--help"], monkeypatch) == 0
+    output = capsys.readouterr().out
     assert f"example:\n  gptchat bench {benchmark}" in output
     assert ("--batches" in output) == (benchmark == "decode")
     assert ("--clients" in output) == (benchmark == "serve")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_wrong_option_is_one_line_and_exit_status_2(name: str) -> None:
-    done = subprocess.run(command(name, "--no-such-option"), capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: gptchat {name}: ")
-    assert done.stderr.count("\n") == 1 and "--help" in done.stderr
+def test_a_wrong_option_is_one_line_and_exit_status_2(name: str, monkeypatch, capsys) -> None:
+    assert gptchat_exits([name, "--no-such-option"], monkeypatch) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith(f"error: gptchat {name}: ")
+    assert streams.err.count("\n") == 1 and "--help" in streams.err
 
 
 def test_an_unknown_command_is_one_line_and_exit_status_2() -> None:
@@ -73,14 +89,14 @@ assert "torch" not in sys.modules
     assert "usage: gptchat COMMAND" in python(code)
 
 
-@pytest.mark.parametrize("name", gptchat.__all__)
-def test_a_public_name_is_imported_on_first_use(name: str) -> None:
+def test_the_public_names_are_imported_on_first_use() -> None:
     code = f"""
 import sys
 import gptchat
 assert "torch" not in sys.modules
-from gptchat import {name}
-assert {name} is gptchat.{name} and callable({name})
+from gptchat import {", ".join(gptchat.__all__)}
+for name in gptchat.__all__:
+    assert globals()[name] is getattr(gptchat, name) and callable(globals()[name])
 """
     python(code)
 
@@ -91,8 +107,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_packages_docstring_is_an_example_that_runs(tmp_path: Path) -> None:
-    from serving import tiny_model
-
     tiny_model(tmp_path / "out/lm/model", "lm")
     assert gptchat.__doc__ is not None
     lines = [line.removeprefix("    ") for line in gptchat.__doc__.splitlines() if "    " in line]
