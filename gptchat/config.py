@@ -178,20 +178,20 @@ class Config:
 class ServerSettings:
     """The section `gptchat` of configs/serve/model-config.yaml: engine and limits of one model."""
 
-    dtype: str = field(
-        default="float32", metadata={"choices": ("auto", "float32", "bfloat16", "int8")}
+    dtype: str = setting(
+        "float32", "of the linear layers", choices=("auto", "float32", "bfloat16", "int8")
     )
-    slots: int = field(default=32, metadata={"min": 1})  # sequences decoded at once
-    cache_mb: int = field(default=4096, metadata={"min": 1})  # the KV cache; limits the slots
-    threads: int = field(default=0, metadata={"min": 0})  # of the decoder; 0: all cores
-    max_requests: int = field(default=128, metadata={"min": 1})  # answered or queued
-    max_new_tokens: int = field(default=1024, metadata={"min": 1})
-    default_new_tokens: int = field(default=64, metadata={"min": 1})
-    max_candidates: int = field(default=16, metadata={"min": 1})  # of one prompt
-    max_prompts: int = field(default=64, metadata={"min": 1})  # of one request, times candidates
-    max_stops: int = field(default=8, metadata={"min": 1})  # stop strings
-    max_bad_words: int = field(default=64, metadata={"min": 1})
-    max_logprobs: int = field(default=20, metadata={"min": 0})  # best tokens beside the drawn one
+    slots: int = setting(32, "sequences decoded at once, if the cache has room", min=1)
+    cache_mb: int = setting(4096, "memory of the KV cache", min=1)
+    threads: int = setting(0, "threads of the decoder; 0: all cores", min=0)
+    max_requests: int = setting(128, "requests that are answered or queued", min=1)
+    max_new_tokens: int = setting(1024, "tokens of one answer", min=1)
+    default_new_tokens: int = setting(64, "the same, where the request does not say", min=1)
+    max_candidates: int = setting(16, "answers to one prompt", min=1)
+    max_prompts: int = setting(64, "prompts of one request, times its candidates", min=1)
+    max_stops: int = setting(8, "stop strings", min=1)
+    max_bad_words: int = setting(64, "forbidden words", min=1)
+    max_logprobs: int = setting(20, "best tokens listed beside the drawn one", min=0)
 
 
 def build_server_settings(values: Any, source: str) -> ServerSettings:

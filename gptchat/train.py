@@ -37,8 +37,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, cli
-from gptchat.data.batches import Batch, Batches, draw_key, prefetch
+from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.dialogue import Turn
+from gptchat.data.keyed_draw import draw_key
 from gptchat.data.shards import open_shards
 from gptchat.files import atomic_write
 from gptchat.inference.generate import TextGenerator

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.data import batches as module
-from gptchat.data.batches import Batches, draw_key, pack, permute, prefetch
+from gptchat.data.batches import Batches, pack, prefetch
 from gptchat.data.dialogue import encode_example
+from gptchat.data.keyed_draw import draw_key, permute
 from gptchat.data.shards import open_shards, write
 from gptchat.data.tokenizer import Tokenizer, train
 

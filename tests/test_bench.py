@@ -1,4 +1,4 @@
-"""The meter itself: that it takes turns, warms up, computes ratios, and gives the peer the same weights."""
+"""The benchmarks: they take turns, warm up, compute ratios, and give the peer the same weights."""
 
 import argparse
 import json

@@ -28,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from gptchat.data.dialogue import IGNORE, Example, encode_example, fit
 from gptchat.data.encoding import in_order
+from gptchat.data.keyed_draw import draw_key, permute
 from gptchat.data.shards import Shards
 from gptchat.data.tokenizer import Tokenizer
 
@@ -88,46 +88,6 @@ class Batch:
             if tensor is not None:
                 arguments[name] = tensor.to(device, non_blocking=True)
         return arguments
-
-
-def draw_key(*parts: object) -> int:
-    """A number from 0 to 2**64 - 1, drawn by the arguments: the project's keyed random draw.
-
-    The same arguments give the same number in every process and version of Python; different ones
-    give independent numbers. It is the BLAKE2b hash of their `repr`, so they should be plain ints
-    and strings: `draw_key(seed, epoch, "offset")`.
-    """
-    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def permute(values: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a permutation of range(n), drawn by `key`, takes each of `values`; nothing is stored.
-
-    A Feistel network permutes the numbers of an even number of bits; it is applied again to results
-    outside range(n) until they are inside (cycle walking; Black and Rogaway 2002).
-    """
-    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    half = np.uint64(half_bits)
-    mask = np.uint64((1 << half_bits) - 1)
-    round_keys = [np.uint64(draw_key(key, i)) for i in range(6)]
-
-    def feistel(numbers: np.ndarray) -> np.ndarray:
-        left = numbers >> half
-        right = numbers & mask
-        for round_key in round_keys:
-            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed >> np.uint64(32)) & mask
-            left, right = right, left ^ mixed
-        return (left << half) | right
-
-    moved = feistel(values.astype(np.uint64))
-    outside = moved >= n
-    while outside.any():
-        moved[outside] = feistel(moved[outside])
-        outside = moved >= n
-    return moved.astype(np.int64)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
