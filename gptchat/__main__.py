@@ -1,7 +1,7 @@
 """The command line: `gptchat COMMAND [ARGUMENTS]`, also as `python -m gptchat COMMAND [ARGUMENTS]`.
 
 Invariants: only the module of the given command is imported, so `gptchat --help` starts without
-torch. Each command's module has a function `main(arguments)`; it gets the words after COMMAND.
+torch. A command is one word; its module has a function `main(argv)`, which gets the words after it.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import sys
 
 from gptchat.console import UserError, cli
 
-COMMANDS = {  # name: (module with `main(arguments)`, summary)
+COMMANDS = {  # name: (module with `main(argv)`, summary)
     "corpora": ("gptchat.data.corpora", "write the default corpora to data/ as plain text and TSV"),
     "tokenizer": ("gptchat.data.tokenizer", "train a tokenizer on a config's text"),
     "shards": ("gptchat.data.shards", "encode a config's data into token ids on disk"),
@@ -18,7 +18,7 @@ COMMANDS = {  # name: (module with `main(arguments)`, summary)
     "convert": ("gptchat.model.pretrained", "adapt a Hugging Face GPT-2 directory to gptchat"),
     "chat": ("gptchat.chat", "talk to a model in the terminal, or answer a file of dialogues"),
     "serve": ("gptchat.serve", "serve models over HTTP with TorchServe"),
-    "bench": ("gptchat.bench.__main__", "measure speed side by side with transformers"),
+    "bench": ("gptchat.bench.__main__", "measure speed side by side with the alternatives"),
 }
 
 
@@ -29,7 +29,8 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def dispatch() -> None:
+    """Run the command that the first word of the command line names."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -41,10 +42,10 @@ def main() -> None:
     importlib.import_module(module).main(arguments)
 
 
-def run() -> None:
+def main() -> None:
     """Entry point of the console script `gptchat`."""
-    cli(main)
+    cli(dispatch)
 
 
 if __name__ == "__main__":
-    run()
+    main()

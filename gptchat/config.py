@@ -1,14 +1,16 @@
-"""TOML config files -> frozen dataclasses.
+"""Settings files -> frozen dataclasses, every key and value checked.
 
-A config has one TOML table per dataclass below; `task`, `run` and `init_from` stand above the
-tables. On the command line, `section.key=value` overrides a key. configs/README.md lists every key.
+`Config` is a training run's TOML file: the keys `task`, `run` and `init_from`, then one section per
+dataclass (`[tokenizer]`, `[data]`, `[model]`, `[train]`). On the command line, `section.key=value`
+or `key=value` overrides a key. configs/README.md lists every key. `ServerSettings` is the section
+`gptchat` of configs/serve/model-config.yaml.
 
-Promises: a value is either what the file or an override says, or the default that stands below;
-nothing else. An unknown key, a wrong type or an impossible value is a UserError of one line that
-names the file and the key, what was found and what is wanted. A config that `load_config` returns
-can be trained with, as far as the config alone can tell.
+Promises: a value comes from the file or from an override, or is the default below. What is wrong is
+a UserError of one line that says where it is, what was found and what is wanted. In a config that
+`load_config` returns, every value is of its type, obeys its rules and fits the others; whether
+files, folders and devices exist is checked by the command that uses them.
 
-`build` does the same for any other dataclass whose fields are declared with `setting`.
+`build` checks a parsed section against any dataclass whose fields are declared with `setting`.
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ from gptchat.console import UserError
 
 T = TypeVar("T")
 
-# Rule of a setting: (whether a value obeys it, how an error names it).
+# The rules of a setting: name -> (test of a value against the rule's bound, how an error says it).
 RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "choices": (lambda value, choices: value in choices, "one of"),
     "min": (operator.ge, "at least"),
@@ -179,25 +181,27 @@ class ServerSettings:
     """The section `gptchat` of configs/serve/model-config.yaml: engine and limits of one model."""
 
     dtype: str = setting(
-        "float32", "of the linear layers", choices=("auto", "float32", "bfloat16", "int8")
+        "float32", "dtype of the linear layers", choices=("auto", "float32", "bfloat16", "int8")
     )
     slots: int = setting(32, "sequences decoded at once, if the cache has room", min=1)
     cache_mb: int = setting(4096, "memory of the KV cache", min=1)
     threads: int = setting(0, "threads of the decoder; 0: all cores", min=0)
-    max_requests: int = setting(128, "requests that are answered or queued", min=1)
-    max_new_tokens: int = setting(1024, "tokens of one answer", min=1)
-    default_new_tokens: int = setting(64, "the same, where the request does not say", min=1)
+    max_requests: int = setting(128, "requests being answered or queued, at once", min=1)
+    max_new_tokens: int = setting(1024, "tokens of one answer, never more than the context", min=1)
+    default_new_tokens: int = setting(
+        64, "tokens of an answer where the request sets no limit", min=1
+    )
     max_candidates: int = setting(16, "answers to one prompt", min=1)
     max_prompts: int = setting(64, "prompts of one request, times its candidates", min=1)
     max_stops: int = setting(8, "stop strings", min=1)
     max_bad_words: int = setting(64, "forbidden words", min=1)
-    max_logprobs: int = setting(20, "best tokens listed beside the drawn one", min=0)
+    max_logprobs: int = setting(20, "likeliest tokens listed beside the drawn one", min=0)
 
 
 def build_server_settings(values: Any, source: str) -> ServerSettings:
-    """The section `gptchat` of a parsed model-config.yaml.
+    """Check the section `gptchat` of a parsed model-config.yaml.
 
-    Raises UserError that names the file, `source`, and the key.
+    Raises UserError that names `source`, the file, and the key.
     """
     section = values.get("gptchat") if isinstance(values, dict) else None
     if not isinstance(section, dict):
@@ -206,7 +210,7 @@ def build_server_settings(values: Any, source: str) -> ServerSettings:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply `section.key=value` overrides, in order.
+    """Read a TOML file and apply `section.key=value` or `key=value` overrides, in order.
 
     Raises UserError, naming the file, the overrides and the key.
     """
@@ -263,7 +267,9 @@ def _check_combinations(config: Config, source: str) -> None:
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
     size = config.model
     if size.n_embd % max(1, size.n_head) != 0:
-        raise UserError(f"{source}: [model] n_embd {size.n_embd} is no multiple of n_head")
+        raise UserError(
+            f"{source}: [model] n_embd {size.n_embd} is no multiple of n_head {size.n_head}"
+        )
     has_all_sizes = min(size.n_layer, size.n_head, size.n_embd, size.n_ctx) > 0
     if not has_all_sizes and not config.init_from:
         raise UserError(
@@ -300,9 +306,8 @@ def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") 
 
 def _describe_unknown_key(key: str, known: Sequence[str]) -> str:
     """What an error says of a key that no field has: its new name if it was renamed."""
-    new_name = RENAMED.get(key)
-    if new_name in known:
-        return f"renamed; the key is now called {new_name}"
+    if key in RENAMED and RENAMED[key] in known:
+        return f"renamed; the key is now called {RENAMED[key]}"
     return f"unknown key; wanted one of {', '.join(known)}"
 
 
@@ -315,11 +320,10 @@ def _convert(value: Any, wanted: Any, place: str) -> Any:
         return tuple(items)
     if wanted is float and type(value) is int:
         value = float(value)
-    is_valid = type(value) is wanted  # not isinstance, which takes True for an int
-    if is_valid and wanted is float:
-        is_valid = math.isfinite(value)
-    if not is_valid:
+    if type(value) is not wanted:  # not isinstance, which takes True for an int
         raise UserError(f"{place}: found {value!r}; wanted a value of type {wanted.__name__}")
+    if wanted is float and not math.isfinite(value):
+        raise UserError(f"{place}: found {value!r}; wanted a finite value of type float")
     return value
 
 

@@ -7,13 +7,13 @@ The same command resumes a run that was stopped or killed. `task` only chooses t
 the same for both.
 
 Invariants:
-- A step is a pure function of the weights, the optimizer state and (config, step number): its
-  batches come from the step number, and dropout is seeded from (seed, step, micro-batch). Nothing
-  else is saved, so resuming is exact.
+- A step is a pure function of the weights, the optimizer state, fp16's loss scale and (config, step
+  number): its batches come from the step number, and dropout is seeded from (seed, step,
+  micro-batch). No other state enters it, so resuming is exact.
 - The loss of a step is the sum over its target tokens divided by their number, over all
   micro-batches of all processes: every target weighs the same, wherever it stands.
-- The micro-batch is the fixed unit of work. Processes share a step's micro-batches out, so a run
-  may go on with another number of processes and see the same batches.
+- The micro-batch is the fixed unit of work. Processes divide a step's micro-batches among
+  themselves, so a run may go on with another number of processes and see the same batches.
 - `<run>/model/` is the best model so far, by held-out loss; `<run>/checkpoint.safetensors` is where
   the run stands.
 """
@@ -72,7 +72,7 @@ class Run:
         self.checkpoint_path = self.folder / "checkpoint.safetensors"
         self.lock = checkpoint.lock(self.folder) if world.rank == 0 else None
         self.signalled = False  # this process was told to stop
-        self.stopped = False  # some process was; all know it at the same step
+        self.stopped = False  # some process was told to stop; all learn it in the same step
 
         self.model, self.tokenizer = start_model(config)
         self.train_batches = self._open_batches("train")
@@ -152,7 +152,7 @@ class Run:
                 is_last = state.step == self.total_steps
                 if is_last or state.step % config.log_interval == 0:
                     learning_rate = self.optimizers[0].param_groups[0]["lr"]
-                    monitor.report_training(self.mean_loss(), learning_rate, float(grad_norm))
+                    monitor.report_training(self.take_mean_loss(), learning_rate, float(grad_norm))
                 if is_last or state.step % config.eval_interval == 0:
                     self.evaluate(monitor)
                     self.save(monitor)
@@ -208,7 +208,7 @@ class Run:
         torch.manual_seed(draw_key(self.config.train.seed, self.state.step, micro_batch))
 
     def _sync_gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """DDP adds up gradients over processes once a step, in the last backward pass."""
+        """DDP averages gradients over processes once a step, in the last backward pass."""
         if is_last or not isinstance(self.wrapped_model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.wrapped_model.no_sync()
@@ -229,8 +229,8 @@ class Run:
         self.scaler.update()
         return grad_norm
 
-    def mean_loss(self) -> float:
-        """The mean loss per target since the last call, over all processes."""
+    def take_mean_loss(self) -> float:
+        """The mean loss per target since the last call, over all processes. Begins a new count."""
         (loss_sum,) = self.world.sum(float(self.loss_sum))
         mean = loss_sum / max(1, self.state.n_targets)
         self.loss_sum = torch.zeros_like(self.loss_sum)
@@ -317,7 +317,7 @@ class Run:
             )
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Finish the step, save and stop; a second signal ends the process at once."""
+        """Finish the step, save and stop; a second one of its kind ends the process."""
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)
 

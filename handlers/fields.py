@@ -1,8 +1,9 @@
-"""The keys of a request's JSON body, each taken out once and checked.
+"""The keys of a request's JSON body, each checked as it is taken out.
 
-What is wrong with a request is raised as a `Refusal`, which becomes the answer: an HTTP status and
-one line that names the key, what was found and what is wanted. Keys that nobody took are refused at
-the end, so that no misspelt setting is ever ignored. A key with the value null counts as not given.
+A bad request raises a `Refusal`, which is turned into the HTTP answer: a status, and a line that
+names the key, what was found and what is wanted. Keys that were neither taken nor dropped are
+refused at the end, so that no misspelt setting is ignored. A key with the value null counts as not
+given, even an unknown one.
 """
 
 import json
@@ -10,13 +11,12 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-# Characters of a stop string or a forbidden word: the tables made for one grow with the square of
-# its length.
-LONGEST_WORD = 200
+# Of a stop string or a forbidden word: the tables that find one grow with the square of its length.
+MAX_WORD_CHARS = 200
 
 
 class Refusal(Exception):
-    """A request that is answered with `status` and a reason; `param` and `code` are OpenAI's."""
+    """A request that is answered with `status` and a reason; the rest is as in OpenAI's errors."""
 
     def __init__(
         self, message: str, status: int = 400, param: str | None = None, code: str | None = None
@@ -29,23 +29,24 @@ class Refusal(Exception):
 
 
 def is_text(value: Any) -> bool:
-    """A string that UTF-8 can hold; JSON's escapes can also write half a surrogate pair."""
+    """Whether UTF-8 can encode it: JSON's escapes can also write half a surrogate pair."""
     if not isinstance(value, str):
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def is_word(value: Any) -> bool:
-    return is_text(value) and 0 < len(value) <= LONGEST_WORD
+    """Whether it can be a stop string or a forbidden word."""
+    return is_text(value) and 0 < len(value) <= MAX_WORD_CHARS
 
 
 def is_list(value: Any, is_item: Callable[[Any], bool], longest: float = inf) -> bool:
-    """A list of 1 to `longest` items."""
+    """Whether it is a list of 1 to `longest` such items."""
     return isinstance(value, list) and 0 < len(value) <= longest and all(map(is_item, value))
 
 
 class Fields:
-    """A body's keys and values. Every method raises Refusal."""
+    """The keys and values of one body. Raises Refusal if the body or a value is not as wanted."""
 
     def __init__(self, body: Any):
         if isinstance(body, bytes | bytearray):  # TorchServe could not parse it
@@ -57,8 +58,8 @@ class Fields:
             raise Refusal("the body is no JSON object")
         self.values = {key: value for key, value in body.items() if value is not None}
 
-    def given(self, *names: str) -> str:
-        """The one of several names of a setting that the body uses."""
+    def name_used(self, *names: str) -> str:
+        """Which of a setting's names the body uses; the first name if none."""
         for name in names:
             if name in self.values:
                 return name
@@ -91,16 +92,21 @@ class Fields:
         return self.take(name, lambda value: type(value) is bool, "true or false", False)
 
     def words(self, name: str, longest: int) -> tuple[str, ...]:
-        """A short string, or a list of `longest` such strings at most, which may be empty."""
+        """One such string, or a list of at most `longest` (possibly none), as a tuple."""
 
         def is_valid(value: Any) -> bool:
+            # `is_list` refuses an empty list.
             return is_word(value) or value == [] or is_list(value, is_word, longest)
 
-        wanted = f"a string of 1 to {LONGEST_WORD} characters, or up to {longest} in a list"
+        wanted = f"a string of 1 to {MAX_WORD_CHARS} characters, or up to {longest} in a list"
         value = self.take(name, is_valid, wanted, [])
         return (value,) if isinstance(value, str) else tuple(value)
 
-    def refuse_the_rest(self) -> None:
+    def drop(self, name: str) -> None:
+        """Ignore a key."""
+        self.values.pop(name, None)
+
+    def refuse_untaken(self) -> None:
         """Raise Refusal if a key has not been taken."""
         for name in self.values:
             message = f"{name!r:.60} is unknown here, or more than this model can do"

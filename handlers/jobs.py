@@ -94,7 +94,7 @@ class JobReader:
             job = self.chat()
         else:
             raise Refusal(f"no such path: {path[:60]}", 404)
-        self.body.refuse_the_rest()
+        self.body.refuse_untaken()
         answers = len(job.requests) * job.n
         if answers > self.settings.max_prompts:
             message = f"{answers} answers at once, wanted at most {self.settings.max_prompts}"
@@ -280,14 +280,14 @@ class JobReader:
         """Take out OpenAI's settings that would change nothing."""
         for name, value in list(self.body.values.items()):
             if name in NEUTRAL and NEUTRAL[name] in (ANY_VALUE, value):
-                del self.body.values[name]
+                self.body.drop(name)
 
     def stop_strings(self) -> tuple[str, ...]:
         return self.body.words("stop", self.settings.max_stops)
 
     def candidates(self, default: int) -> int:
         most = min(self.settings.max_candidates, self.model.generator.engine.slots)
-        name = self.body.given("n", "num_return_sequences")
+        name = self.body.name_used("n", "num_return_sequences")
         return self.body.integer(name, 1, most, min(default, most))
 
     def include_usage(self) -> bool:
@@ -333,7 +333,7 @@ class JobReader:
 
     def max_new_tokens(self, room: int, default: int) -> int:
         most = min(self.settings.max_new_tokens, self.n_ctx)
-        name = self.body.given("max_tokens", "max_new_tokens", "max_completion_tokens")
+        name = self.body.name_used("max_tokens", "max_new_tokens", "max_completion_tokens")
         new = self.body.integer(name, 0, most, min(default, room))
         if new > room:
             message = f"the context of {self.n_ctx} tokens has room for {room} new ones, not {new}"

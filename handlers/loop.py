@@ -1,14 +1,14 @@
 """The decode thread: it runs the engine while the handler's thread speaks with TorchServe.
 
-The engine is for one thread at a time. The decode thread has it during a step; whoever wants to
-submit or cancel takes it between two steps, in `at_rest`. `collect` hands over what has been
-decoded since the last call.
+Only one thread may use the engine at a time. The decode thread has it during a step; the handler's
+thread takes it between two steps, in `at_rest`, to submit or cancel. `collect` hands over what has
+been decoded since the last call.
 
-Invariants: while `stepping` is true, no thread but this one touches the engine. State changes under
-the lock of `changed`; `failure` and `load` may be read without it, and `streaming_ids` belongs to
-the other thread, this one only looks ids up in it. Nested `at_rest` is legal, because the
-condition's lock is re-entrant: the inner one finds the engine at rest and goes on at once. A step
-that raises ends the thread and is kept in `failure`.
+Invariants: while `stepping` is true, only the decode thread touches the engine. State changes under
+the lock of `changed`, except `streaming_ids`: only the handler's thread changes it, and the decode
+thread only looks ids up. `failure` and `load` may be read without the lock. `at_rest` may be
+nested: the lock is re-entrant, and the inner block finds the engine at rest. A step that raises
+ends the thread; the exception is kept in `failure`.
 """
 
 import logging
@@ -18,9 +18,9 @@ from contextlib import contextmanager
 
 from gptchat.inference.engine import Engine, Output
 
-# Steps decoded while nobody collects. Without a bound the thread would decode for clients that have
-# left: if they were the only ones, TorchServe calls the handler no more until somebody asks, and
-# their slots stay taken, idle, until then.
+# Steps decoded while nobody collects. A client that has left is noticed only in a round, and
+# without live clients TorchServe starts no round until somebody asks. Without this bound the thread
+# would decode for such clients to the end; with it their slots stay taken, but idle, until then.
 MAX_STEPS_AHEAD = 4
 
 
@@ -57,8 +57,8 @@ class DecodeLoop(threading.Thread):
     def collect(self, patience: float) -> list[Output]:
         """The outputs since the last call; waits up to `patience` seconds for one that is urgent.
 
-        Then it waits for the end of the step at work (100 times `patience` at most): nobody new is
-        admitted before, and each round costs TorchServe and us milliseconds.
+        Then it waits for the end of the step under way (100 times `patience` at most): a new
+        request could not be admitted earlier, and each round costs TorchServe and us milliseconds.
         """
         with self.changed:
             self.steps_ahead = 0
@@ -82,7 +82,7 @@ class DecodeLoop(threading.Thread):
                     self.stepping = True
                 outputs = self.engine.step()
                 with self.changed:
-                    self._add(outputs)
+                    self._end_step(outputs)
         except BaseException as error:
             logging.exception("the decode thread ended")
             with self.changed:
@@ -95,7 +95,7 @@ class DecodeLoop(threading.Thread):
             return False
         return self.collecting or self.steps_ahead < MAX_STEPS_AHEAD
 
-    def _add(self, outputs: list[Output]) -> None:
+    def _end_step(self, outputs: list[Output]) -> None:
         """Note that a step has ended, with these outputs."""
         self.stepping = False
         self.steps_ahead += 1

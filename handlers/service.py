@@ -1,13 +1,14 @@
-"""The server without TorchServe: HTTP requests in, chunks of their answers out, round by round.
+"""The server's logic, without TorchServe: HTTP requests in, chunks of answers out, by rounds.
 
 A round (`Service.round`) takes in the requests that are new, drops those whose client has left,
 waits until the decode thread has something to say, and returns one chunk for every live request,
 often empty. Its caller is one thread.
 
-Invariants: `round` raises nothing, since TorchServe would end every live request; what goes wrong
-for one request becomes that request's own error. A finished request holds no slot of the engine and
-is in no table here. When the decode thread has died, everybody is told so, and the process ends, to
-be restarted by TorchServe. Figures and log lines hold no text of any request.
+Invariants: `round` never raises: TorchServe would end every live request. What goes wrong for one
+request becomes that request's own error. A finished request holds no slot of the engine and is in
+no table here. When the decode thread has died, the next round that has live requests tells them so,
+and the process ends, to be restarted by TorchServe. Metrics and log lines hold no text of any
+request.
 """
 
 import json

@@ -27,7 +27,7 @@ def gptchat_exits(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of `gptchat ARGUMENTS`, run in this process (torch is imported only once)."""
     monkeypatch.setattr(sys, "argv", ["gptchat", *arguments])
     with pytest.raises(SystemExit) as exit:
-        main_module.run()
+        main_module.main()
     assert isinstance(exit.value.code, int)
     return exit.value.code
 
@@ -81,9 +81,9 @@ def test_help_and_the_package_start_without_torch() -> None:
     code = """
 import sys
 import gptchat
-from gptchat.__main__ import run
+from gptchat.__main__ import main
 sys.argv = ["gptchat", "--help"]
-run()
+main()
 assert "torch" not in sys.modules
 """
     assert "usage: gptchat COMMAND" in python(code)

@@ -10,7 +10,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from gptchat.inference import sampling
-from gptchat.inference.sampling import Row, Sampling, score, uniform, weigh
+from gptchat.inference.sampling import Row, Sampling, filtered_weights, score, uniform
 from tests.hf_models import BadWords
 
 V = 301
@@ -31,7 +31,7 @@ def draw(logits, rows, suppress=()):
 
 
 def process(scores, rows, suppress=()):
-    sampling.process(scores, rows, torch.tensor(suppress, dtype=torch.int64))
+    sampling.penalize_and_ban(scores, rows, torch.tensor(suppress, dtype=torch.int64))
 
 
 def row(ids=(1, 2, 3), candidate=0, **settings):
@@ -43,9 +43,9 @@ def ours(logits, settings):
     all_mass = torch.zeros(logits.shape, dtype=torch.int64)
     for i, s in enumerate(settings):
         best = logits[i : i + 1].topk(min(s.top_k or logits.shape[1], logits.shape[1]))
-        all_mass[i, best.indices[0]] = weigh(best.values, [s])[0]
+        all_mass[i, best.indices[0]] = filtered_weights(best.values, [s])[0]
     if not any(s.top_k for s in settings):
-        assert torch.equal(weigh(logits.clone(), settings), all_mass)
+        assert torch.equal(filtered_weights(logits.clone(), settings), all_mass)
     return all_mass > 0, all_mass / all_mass.sum(-1, keepdim=True)
 
 

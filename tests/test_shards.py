@@ -168,7 +168,7 @@ def test_encoding_by_words_equals_encoding_whole_texts(folder, kind):
 
 
 def test_cached_words_are_bounded(folder, monkeypatch):
-    monkeypatch.setattr(encoding, "CACHED", 900)
+    monkeypatch.setattr(encoding, "MAX_CACHED", 900)
     encoder = Encoder(Tokenizer.load(folder / "bpe"))
     for i in range(20):
         encoder.encode([" ".join(f"word{j}" for j in range(i * 10, i * 10 + 10))])

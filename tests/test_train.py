@@ -160,7 +160,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
             optimizer.zero_grad = lambda: None
         trained.model.double()
         trained.step(micro_batches)
-        outcomes.append((gradients(trained.model), trained.mean_loss()))
+        outcomes.append((gradients(trained.model), trained.take_mean_loss()))
     (whole, whole_loss), *others = outcomes
     for accumulated, loss in others:
         assert loss == pytest.approx(whole_loss, rel=1e-9)

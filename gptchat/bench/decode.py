@@ -1,11 +1,12 @@
 """`gptchat bench decode`: greedy decoding of random prompts, beside transformers' `generate`.
 
-Three measurements, each for float32, bfloat16 and int8 weights: decoding steps at several batch
-sizes, the time to the first token of a long prompt, and how far the smaller dtypes change the
-model's predictions. Decoding is also compared with the memory's limit: the time that a plain sum
-takes to read as many bytes as a step must read (the weights, and the cached keys and values).
+Three measurements, each for our weights in float32, bfloat16 and int8 (transformers: float32 only):
+the speed of decoding steps at several batch sizes, the time to the first token of a long prompt,
+and how far the smaller dtypes change the model's predictions. Decoding is also compared with the
+limit that memory sets: a step reads all weights and all cached keys and values once, and cannot be
+faster than a plain sum over as many bytes. The model is --model, or GPT-2 124M with random weights.
 
-Invariant: all contestants have the same weights, and decode the same prompts.
+Invariant: all contestants of a race start from the same float32 weights and the same prompts.
 """
 
 import argparse
@@ -37,18 +38,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="DIR", help="model directory (default: GPT-2 124M with random weights)")
     add("--text", metavar="FILE", help="measure perplexity on this text; needs --model")
-    add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="of the weights (all)")
+    add(
+        "--dtypes",
+        nargs="+",
+        default=DTYPES,
+        choices=DTYPES,
+        help="dtypes of our weights (default: all)",
+    )
     add(
         "--batches",
         nargs="+",
         metavar="N",
         type=int,
         default=[1, 8, 32],
-        help="batch sizes (1 8 32)",
+        help="batch sizes (default: 1 8 32)",
     )
     add("--prompt", type=int, default=32, help="tokens of a prompt (%(default)s)")
-    add("--new", type=int, default=64, help="new tokens of a row (%(default)s)")
-    add("--first", type=int, default=512, help="prompt tokens before a first token (%(default)s)")
+    add("--new", type=int, default=64, help="new tokens per row (%(default)s)")
+    add("--first", type=int, default=512, help="prompt tokens before the first one (%(default)s)")
 
 
 def start_model(directory: str | None) -> tuple[GPT2, Tokenizer | None, str]:
@@ -77,7 +84,7 @@ class Transformers:
     def generate(self, prompts: Tensor, n: int, do_sample: bool = False) -> list[float]:
         """Generate `n` tokens after each of `prompts` (B, T). Returns the seconds of each token.
 
-        The new tokens (B, n) are then in `new_ids`.
+        The first one includes the prompt. The new tokens (B, n) are left in `new_ids`.
         """
         stamps = [time.perf_counter()]
 
@@ -120,11 +127,15 @@ def full_steps(engine: Engine, requests: list[Request]) -> list[float]:
 
 
 class DecodeBenchmark:
-    """The contestants, and the three measurements."""
+    """One model in all its dtypes and in transformers; one method per measurement."""
 
     def __init__(self, args: argparse.Namespace, report: Report):
         self.args = args
         self.report = report
+        if args.text and not args.model:
+            raise UserError(
+                "--text: found no --model; wanted one, whose tokenizer encodes the text"
+            )
         self.model, self.tokenizer, _ = start_model(args.model)
         self.config = self.model.config
         self.peer = Transformers(self.model)
@@ -134,10 +145,11 @@ class DecodeBenchmark:
         slots = max(args.batches)
         self.engines = {dtype: Engine(self.model, slots, length, dtype) for dtype in args.dtypes}
         linear_layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
-        self.weights = torch.ones(sum(layer.weight.numel() for layer in linear_layers))
+        # As many float32 numbers as a step reads weights.
+        self.block = torch.ones(sum(layer.weight.numel() for layer in linear_layers))
 
     def race_steps(self, batch: int) -> None:
-        """Decoding steps of `batch` rows, and how near they come to the memory's limit."""
+        """Race the decoding steps of a batch; note how near each dtype comes to memory's limit."""
         args = self.args
         prompts = torch.randint(self.config.vocab_size, (batch, args.prompt))
         requests = greedy_requests(prompts, args.new)
@@ -145,26 +157,28 @@ class DecodeBenchmark:
         contestants["transformers"] = partial(self.peer.generate, prompts, args.new)
         for dtype, engine in self.engines.items():
             contestants[dtype] = partial(full_steps, engine, requests)
-        contestants["reading float32"] = self.read_weights
+        contestants["reading float32"] = self.read_block
         medians = self.report.race(
             f"decode, batch {batch}", "tokens/s", contestants, args.rounds, batch
         )
         mean_length = args.prompt + args.new / 2
-        cache_bytes = 8 * self.config.n_layer * self.config.n_embd * batch * mean_length
-        seconds_per_byte = medians["reading float32"] / self.weights.nbytes
+        # Keys and values, float32 whatever the weights' dtype.
+        cache_bytes = 2 * 4 * self.config.n_layer * self.config.n_embd * batch * mean_length
+        seconds_per_byte = medians["reading float32"] / self.block.nbytes
         for dtype in self.engines:
-            weight_bytes = self.weights.numel() * BYTES_PER_WEIGHT[dtype]
+            weight_bytes = self.block.numel() * BYTES_PER_WEIGHT[dtype]
             limit = seconds_per_byte * (weight_bytes + cache_bytes)
             self.report.note(dtype, of_memory_limit=f"{limit / medians[dtype]:.0%}")
         if "float32" in self.engines:
             answers = generate(self.engines["float32"], requests)
+            # The peer's last turn in the race left its tokens in `new_ids`.
             pairs = zip(answers, self.peer.new_ids, strict=True)
             equal = sum(candidates[0].ids == ids for candidates, ids in pairs)
             self.report.note("float32", equal_greedy_rows=f"{equal} of {batch}")
 
-    def read_weights(self) -> list[float]:
-        """The seconds of reading as many bytes as the float32 weights have, once per new token."""
-        return [timed(self.weights.sum)[0] for _ in range(self.args.new)]
+    def read_block(self) -> list[float]:
+        """The seconds of one sum over the block, once per new token."""
+        return [timed(self.block.sum)[0] for _ in range(self.args.new)]
 
     def race_first_token(self) -> None:
         prompts = torch.randint(self.config.vocab_size, (1, self.first_length))
@@ -176,7 +190,7 @@ class DecodeBenchmark:
         self.report.race(f"first token of {self.first_length}", "ms", contestants, self.args.rounds)
 
     def compare_predictions(self) -> None:
-        """Note each dtype's agreement with float32 and its perplexity."""
+        """Note each dtype's agreement with float32 and its perplexity, on its latest line."""
         rows = self.rows_to_predict()
         for dtype, engine in self.engines.items():
             agreement, perplexity = quality(self.model, engine.model, rows)
@@ -186,25 +200,28 @@ class DecodeBenchmark:
     def rows_to_predict(self) -> Tensor:
         """Ids (B, T), at most 16 rows of 256: the beginning of --text, else random ones."""
         rows, length = 16, min(256, self.config.n_positions)
-        if not (self.tokenizer and self.args.text):
+        if not self.tokenizer or not self.args.text:
             return torch.randint(self.config.vocab_size, (rows, length))
         n_ids = rows * length
         text = Path(self.args.text).read_text(encoding="utf-8")
         ids = self.tokenizer.encode(text[: 16 * n_ids])[:n_ids]  # 16 characters a token: plenty
         whole_rows = len(ids) // length
+        if whole_rows == 0:
+            raise UserError(f"{self.args.text}: found {len(ids)} tokens; wanted {length} or more")
         return torch.tensor(ids[: whole_rows * length]).view(-1, length)
 
 
 @torch.inference_mode()
-def quality(model: GPT2, packed: GPT2, ids: Tensor) -> tuple[float, float]:
-    """How well the packed model predicts the rows `ids` (B, T), each token from those before it.
+def quality(model: GPT2, candidate: GPT2, ids: Tensor) -> tuple[float, float]:
+    """How well `candidate`, which is `model` in another dtype, predicts the rows `ids` (B, T).
 
-    Returns the share of positions where its best token is that of `model`, and its perplexity.
+    Returns the share of positions where both models' best token is the same, and the perplexity of
+    `candidate`.
     """
     agreement, loss = 0.0, 0.0
     for row in ids.split(1):  # (1, T)
         reference = model.logits(model(row))[0, :-1].float()  # (T - 1, V)
-        logits = packed.logits(packed(row))[0, :-1].float()  # (T - 1, V)
+        logits = candidate.logits(candidate(row))[0, :-1].float()  # (T - 1, V)
         same = logits.argmax(-1) == reference.argmax(-1)
         agreement += same.float().mean().item() / len(ids)
         loss += F.cross_entropy(logits, row[0, 1:]).item() / len(ids)

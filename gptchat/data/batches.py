@@ -1,26 +1,28 @@
-"""Step number to batch, without state: a micro-batch is a pure function of (seed, number).
+"""Micro-batch number to batch, without state: a pure function of (seed, number).
 
-Training sees an endless sequence of rows, epoch after epoch. Micro-batch g holds the rows from
-g * batch_size on, `batch_size` of them. Processes and gradient accumulation only decide who takes
-which number. So there is no loader or generator state to save: a resumed run, or one with another
-number of processes, goes on with the same batches.
+Training sees an endless sequence of rows, epoch after epoch. Micro-batch g holds the `batch_size`
+rows from g * batch_size on, across the end of an epoch if need be. Micro-batch i of a step is
+number step * per_step + i; processes only divide these numbers among themselves. So there is no
+loader or generator state to save: a resumed run, or one with another number of processes, goes on
+with the same batches.
 
-lm: a row is a window of `n_ctx` tokens, across documents. In an epoch the stream of tokens, closed
-to a circle, is cut into windows from an offset of that epoch on, and they come in an order of that
-epoch. No token is left out; the last window repeats up to n_ctx - 1 tokens of the first.
+lm: a row is a window of `n_ctx` tokens, which may span documents. Each epoch treats the stream as a
+circle, cuts it into windows from an offset of its own, and shuffles them. No token is left out; the
+last window repeats up to n_ctx - 1 tokens of the first.
 
-chatlm: dialogues are dealt into pools of POOL, the same in all epochs. Whole dialogues of a pool
-are packed into rows of `n_ctx` tokens by best fit, which fills 99 % of the positions. Each epoch
-has its own order of the pools, of the rows in a pool, and of the dialogues of equal length.
-Not packed, each dialogue is a row, padded to the longest one of its micro-batch.
+chatlm: dialogues are dealt at random into pools of POOL dialogues, the same in all epochs. The
+dialogues of a pool are packed whole into rows of `n_ctx` tokens, longest first, by best fit (99 %
+full with the default corpora). Each epoch shuffles the pools and the rows of a pool; from epoch to
+epoch the packing differs only in which of several equally long dialogues takes a place. With
+`packed = false` each dialogue is a row, padded to the longest of its micro-batch.
 
 Invariants:
 - The same seed and number give the same micro-batch, in any process, in any order of calls.
 - An epoch holds every dialogue once, and every token of lm at least once.
 - A packed dialogue is never split, its positions start at 0, and its segment number keeps
   attention inside it. Only a dialogue longer than `n_ctx` is truncated, by dialogue.py.
-- Orders are permutations computed from a key, never stored, so memory does not grow with the data.
-  (What grows is one count of rows for each pool.)
+- Permutations are computed from a key. All that is kept and grows with the data is three integers
+  for each pool.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +43,7 @@ from gptchat.data.shards import Shards
 from gptchat.data.tokenizer import Tokenizer
 
 POOL = 1024  # dialogues packed together
-TARGETS_MULTIPLE = 256  # the number of targets given to the model is rounded up to a multiple
+TARGETS_MULTIPLE = 256  # the number of targets given to the model is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -93,27 +95,29 @@ class Batch:
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of `lengths` in rows of at most `capacity`: best fit, longest first.
 
-    The number of rows depends on the lengths only, not on their order.
+    No length may exceed `capacity`. The number of rows depends on the lengths only, not on their
+    order.
     """
     rows: list[list[int]] = []
-    rows_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space -> rows
-    spaces = 0  # bit s is set if there is a row with s free positions: finds the best fit quickly
+    # Number of free positions -> indices into `rows`.
+    rows_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0  # bit s is set if some row has s free positions
     longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     for i in longest_first:
         length = lengths[i]
-        large_enough = spaces >> length
-        if large_enough:
-            lowest_bit = large_enough & -large_enough
-            space = length + lowest_bit.bit_length() - 1
-            row = rows_with_space[space].pop()
+        leftovers = spaces >> length  # bit s is set if some row would keep s free positions
+        if leftovers:
+            tightest = (leftovers & -leftovers).bit_length() - 1  # the lowest bit that is set
+            space = length + tightest
+            index = rows_with_space[space].pop()
             if not rows_with_space[space]:
                 spaces ^= 1 << space
         else:
             space = capacity
-            row = len(rows)
+            index = len(rows)
             rows.append([])
-        rows[row].append(i)
-        rows_with_space[space - length].append(row)
+        rows[index].append(i)
+        rows_with_space[space - length].append(index)
         spaces |= 1 << (space - length)
     return rows
 
@@ -177,8 +181,8 @@ class Batches:
         rows = range(number * self.batch_size, (number + 1) * self.batch_size)
         places = [divmod(row, self.rows_per_epoch) for row in rows]  # (epoch, row of the epoch)
         if self.shards.task == "lm":
-            return self._windows([self._window_start(epoch, row) for epoch, row in places])
-        return self._dialogues([self._row(epoch, row) for epoch, row in places])
+            return self._window_batch([self._window_start(epoch, row) for epoch, row in places])
+        return self._dialogue_batch([self._dialogues_of_row(epoch, row) for epoch, row in places])
 
     def evaluation(self) -> Iterator[Batch]:
         """Everything once, in order. The first token of a stream is predicted from [EOS]."""
@@ -186,13 +190,13 @@ class Batches:
         if self.shards.task == "lm":
             starts = range(0, self.shards.n_tokens, self.n_ctx)
             for i in range(0, len(starts), size):
-                yield self._windows(starts[i : i + size], stop=self.shards.n_tokens)
+                yield self._window_batch(starts[i : i + size], stop=self.shards.n_tokens)
         else:
             for first in range(0, self.shards.documents, POOL):
                 last = min(first + POOL, self.shards.documents)
                 rows = self._pack(np.arange(first, last))
                 for i in range(0, len(rows), size):
-                    yield self._dialogues(rows[i : i + size])
+                    yield self._dialogue_batch(rows[i : i + size])
 
     def empty(self) -> Batch:
         """A micro-batch without a target, for a process that has none left in a step."""
@@ -224,7 +228,7 @@ class Batches:
         offset = draw_key(self.seed, epoch, "offset") % self.n_ctx
         return window * self.n_ctx + offset
 
-    def _windows(self, starts: Sequence[int], stop: int | None = None) -> Batch:
+    def _window_batch(self, starts: Sequence[int], stop: int | None = None) -> Batch:
         """Windows whose first targets stand at `starts`; from `stop` on there is no target."""
         windows = [self._circle(start - 1, self.n_ctx + 1) for start in starts]
         ids = torch.from_numpy(np.stack(windows))  # (B, T + 1)
@@ -249,7 +253,7 @@ class Batches:
 
     # chatlm
 
-    def _row(self, epoch: int, row: int) -> list[int]:
+    def _dialogues_of_row(self, epoch: int, row: int) -> list[int]:
         """The dialogues of an epoch's row."""
         order = self._order(epoch)
         place = int(np.searchsorted(order.first_rows, row, side="right")) - 1
@@ -268,23 +272,23 @@ class Batches:
 
     def _pool_rows(self, epoch: int, pool: int) -> list[list[int]]:
         """A pool's rows in the epoch's order."""
-        packed = self._last_pool
-        if packed is None or (packed.epoch, packed.pool) != (epoch, pool):
+        last = self._last_pool
+        if last is None or (last.epoch, last.pool) != (epoch, pool):
             key = draw_key(self.seed, epoch, pool)
-            dialogues = self._pool(pool)
+            dialogues = self._dialogues_of_pool(pool)
             dialogues = dialogues[permute(np.arange(len(dialogues)), len(dialogues), key)]
             rows = self._pack(dialogues)
             rows = [rows[i] for i in permute(np.arange(len(rows)), len(rows), key)]
-            packed = PackedPool(epoch, pool, rows)
-            self._last_pool = packed
-        return packed.rows
+            last = PackedPool(epoch, pool, rows)
+            self._last_pool = last
+        return last.rows
 
     @cached_property
     def _rows_per_pool(self) -> np.ndarray:
         n_pools = _ceil_div(self.shards.documents, POOL)
-        return np.array([len(self._pack(self._pool(pool))) for pool in range(n_pools)])
+        return np.array([len(self._pack(self._dialogues_of_pool(pool))) for pool in range(n_pools)])
 
-    def _pool(self, number: int) -> np.ndarray:
+    def _dialogues_of_pool(self, number: int) -> np.ndarray:
         """The dialogues of a pool."""
         n = self.shards.documents
         places = np.arange(number * POOL, min((number + 1) * POOL, n))
@@ -315,7 +319,7 @@ class Batches:
             for i in row
         ]
 
-    def _dialogues(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _dialogue_batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Rows of dialogues, in each row one behind the other."""
         examples = [self._encode_row(row) for row in rows]
         length = self.n_ctx
@@ -355,9 +359,9 @@ def _ceil_div(a: int, b: int) -> int:
 
 @contextmanager
 def prefetch(
-    batches: Batches, first: int, last: int, per_step: int, indices: Sequence[int]
+    batches: Batches, first: int, stop: int, per_step: int, indices: Sequence[int]
 ) -> Iterator[Iterator[list[Batch]]]:
-    """Yields an iterator over this process's micro-batches of each of the steps first..last-1.
+    """Yields an iterator over this process's micro-batches of each of the steps first..stop-1.
 
     A step has `per_step` micro-batches, of which this process takes those with `indices`; an index
     of `per_step` or more stands for an empty one. A thread makes the next step's meanwhile.
@@ -373,4 +377,4 @@ def prefetch(
         return own
 
     with ThreadPoolExecutor(1) as executor:
-        yield in_order(executor, step_batches, range(first, last), ahead=2)
+        yield in_order(executor, step_batches, range(first, stop), ahead=2)

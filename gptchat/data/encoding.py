@@ -1,18 +1,22 @@
 """Text files to token ids, block by block: read documents, encode them on all cores, in order.
 
 `read_blocks` reads the documents (lm) or dialogues (chatlm) of text files in blocks of about BLOCK
-characters. `ParallelEncoder` encodes blocks in worker processes, each with an `Encoder` of its own,
-and gives the results back in the order of the blocks. shards.py writes them to disk.
+characters. `ParallelEncoder` encodes blocks in worker processes (in a thread if there is little
+text), each with an `Encoder` of its own, and gives the results back in the order of the blocks.
+shards.py writes them to disk.
 
 Invariants:
 - Memory is flat: a few blocks are under way at once, however large the files.
 - The ids are those that the tokenizer gives for each whole document or turn, whatever the block
-  size. (One exception: a run of white space, or a word, longer than a block may be cut.)
-- A document (lm) is a block between blank lines, a line, or a file, as the config's `document`
-  says, and is followed by [EOS]. Separators between documents, blank lines before a document and
-  line ends at the end of a file are neither encoded nor counted. A document of white space alone
-  is left out.
-- Of a dialogue (chatlm) the ids of its turns are kept, without special tokens.
+  size. (Exceptions, in a document longer than a block: a run of white space or a word longer than
+  a block may be cut, and a tokenizer that does not split at white space, see `splits_at_spaces`,
+  may give other ids around a cut.)
+- A document (lm) is the text between blank lines, a line, or a file, as the config's `document`
+  says ("block", "line", "file"), and is followed by [EOS]. Separators between documents, blank
+  lines before a document and line ends at the end of a file are neither encoded nor counted in
+  `n_bytes`. A document of white space alone is left out.
+- Of a dialogue (chatlm) only the ids of its turns are kept; special tokens are added when a batch
+  is made.
 """
 
 import codecs
@@ -43,7 +47,7 @@ Piece = tuple[str, bool]  # (text of a document, whether the document ends with 
 
 BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
 PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
-CACHED = 2_000_000  # characters of words in a worker's cache
+MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then emptied
 UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
 # What \s matches in GPT-2's pattern; Python's \s is not quite the same.
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -94,8 +98,8 @@ def read_documents(path: Path, document: str, size: int) -> Iterator[Piece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
     A document longer than `size` comes in several pieces, cut where white space begins, which no
-    byte-level token spans; anywhere if it has no white space. Raises UserError with file and byte
-    for invalid UTF-8.
+    token of GPT-2's pattern spans; anywhere if it has no white space. Raises UserError with file
+    and byte for invalid UTF-8.
     """
     at_start = True  # whether the next piece begins a document
     for text, ends in _cut(read_text(path, size), re.compile(SEPARATORS[document]), size):
@@ -108,7 +112,7 @@ def read_documents(path: Path, document: str, size: int) -> Iterator[Piece]:
 
 
 def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterator[Piece]:
-    """The joined texts, cut at separators, and inside a document where `size` characters wait."""
+    """The joined texts, cut at separators, and once `size` characters of a document are waiting."""
     rest = ""  # what follows the last separator
     for text in texts:
         if len(rest) >= size:
@@ -148,9 +152,9 @@ def read_blocks(paths: Sequence[Path], config: Config) -> Iterator[list[Any]]:
 
 
 def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether no token spans the beginning of white space.
+    """Whether white space always begins a new token.
 
-    It holds for a byte-level tokenizer that splits by GPT-2's pattern and does nothing before.
+    True for a byte-level tokenizer that splits by GPT-2's pattern and changes nothing before.
     """
     settings = json.loads(tokenizer.backend.to_str())
     step = settings["pre_tokenizer"] or {"type": None}
@@ -206,7 +210,7 @@ class Encoder:
         self.words.update(zip(new_words, self._encode_each(new_words), strict=True))
         encoded = [b"".join(map(self.words.__getitem__, words)) for words in split]
         self.n_cached += sum(map(len, new_words))
-        if self.n_cached > CACHED:
+        if self.n_cached > MAX_CACHED:
             self.words = {}
             self.n_cached = 0
         return encoded

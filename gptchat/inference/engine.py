@@ -1,22 +1,26 @@
 """Generation for many requests at once: token ids in, token ids out.
 
 A step does two things. It decodes: every live sequence gets its next token, in one forward pass
-over all of them. Then it prefills prompts of the queue, first come first served and at most
-`prefill_chunk` tokens: several short prompts together, or a piece of a long one. A complete prompt
-draws its first token. The n candidates of a request share its prefill and start together.
+over all of them. Then it prefills prompts from the queue, first come first served: several short
+ones together, at most `prefill_chunk` tokens with their padding, or the next `prefill_chunk` tokens
+of a long one. A prompt that is complete draws its first token. The candidates of a request share
+its prefill and start together; a request whose candidates do not all find slots waits, and so do
+those behind it.
 
 A slot of the KV cache holds one sequence from position 0 on. Invariants between steps:
 
-- Live sequences occupy the slots 0..n-1, in the order of `running`, so that a pass works on a view
-  of the cache. When one leaves, the last one is copied into its slot.
-- At most one prompt is partially prefilled. It is the first in the queue, and stands in slot n.
+- Live sequences occupy the slots 0..len(running)-1, in the order of `running`, so that a pass works
+  on a view of the cache. When one leaves, the last one is copied into its slot.
+- At most one prompt is partially prefilled. It is first in the queue, stands in the slot after the
+  live sequences and moves with their end; slots for all its candidates are reserved.
 - Prompts that are prefilled in a group all start at position 0 of their slots; a prompt that
   continues at a later position is alone in its pass.
 - Rows of a pass are padded at their end. What padding leaves in the cache is overwritten before
   anything attends to it.
 - All ids of a live sequence but the last are in the cache.
 
-So an answer does not depend on the other requests, but for rounding. An engine is for one thread.
+So an answer does not depend on the other requests, except for rounding. Only one thread may use an
+engine at a time.
 """
 
 from collections import abc, deque
@@ -75,7 +79,7 @@ class Sequence(Row):
 
     request_id: int
     request: Request
-    max_length: int  # the maximum number of ids
+    max_length: int  # of ids, prompt and answer together
 
 
 @dataclass
@@ -92,7 +96,7 @@ class QueuedRequest:
         return self.n_prefilled == len(self.request.input_ids)
 
     def next_chunk(self, size: int) -> tuple[Ids, Ids]:
-        """Ids and types of the next prompt tokens, at most `size`; no types are ()."""
+        """Ids and types of the next prompt tokens, at most `size`; () for no types."""
         chunk = slice(self.n_prefilled, self.n_prefilled + size)
         types = self.request.token_type_ids or ()
         return self.request.input_ids[chunk], types[chunk]
@@ -129,7 +133,7 @@ class Engine:
         self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
         self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Sequence] = []  # in the order of their slots
-        self.submitted = 0
+        self.submitted = 0  # requests so far, and the id of the last one
         self.typed: bool | None = None  # whether requests have token types; None: no request yet
 
     @property
@@ -154,7 +158,7 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id. Raises ValueError if it could never be served."""
-        check(request, self.slots, self.length, self.model.config.vocab_size)
+        check_request(request, self.slots, self.length, self.model.config.vocab_size)
         typed = request.token_type_ids is not None
         if self.typed not in (None, typed):
             raise ValueError("requests with and without token types cannot share an engine")
@@ -170,7 +174,7 @@ class Engine:
         return self.submitted
 
     def cancel(self, request_id: int, candidate: int | None = None) -> None:
-        """Forget one candidate of a request, or all, and free the slots. It may have ended."""
+        """Forget one candidate of a request, or all, and free its slots, if it has not ended."""
 
         def cancelled(sequence: Sequence) -> bool:
             right_candidate = candidate is None or sequence.candidate == candidate
@@ -185,7 +189,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """At most one output for each candidate that has a slot."""
+        """Decode and prefill once. Returns at most one output for each candidate."""
         with without_torch_function():
             return self._decode() + self._prefill()
 
@@ -215,9 +219,9 @@ class Engine:
         )  # (n, T, C)
         for queued, (ids, _), states in zip(group, chunks, hidden, strict=True):
             if queued.request.score_prompt:
-                queued.prompt_logprobs += self._score(queued, states)
+                queued.prompt_logprobs += self._score(queued, states)  # before n_prefilled grows
             queued.n_prefilled += len(ids)
-        if not group[0].is_prefilled:  # then it is alone
+        if not group[0].is_prefilled:  # longer than the chunk, so it is the whole group
             self.waiting.appendleft(group[0])
             return []
         last = [len(ids) - 1 for ids, _ in chunks]
@@ -234,8 +238,8 @@ class Engine:
         while self.waiting:
             queued = self.waiting[0]
             longest = max(longest, len(queued.request.input_ids))
-            too_long = longest * (len(group) + 1) > self.prefill_chunk  # padded to the longest
-            if len(queued.sequences) > free or (group and too_long):
+            padded = longest * (len(group) + 1)  # tokens of the group with this prompt
+            if len(queued.sequences) > free or (group and padded > self.prefill_chunk):
                 break
             free -= len(queued.sequences)
             group.append(self.waiting.popleft())
@@ -285,6 +289,7 @@ class Engine:
                 self.running.append(sequence)
                 prompt_of.append(index)
         outputs = self._draw(first, self.model.logits(last)[prompt_of])
+        # The first outputs are those of each request's first candidate.
         for queued, output in zip(group, outputs, strict=False):
             if queued.request.score_prompt:
                 output.prompt_logprobs = queued.prompt_logprobs
@@ -301,7 +306,10 @@ class Engine:
         return outputs
 
     def _free(self, slot: int) -> None:
-        """Take a sequence out of its slot; the last one and the partial prompt move up."""
+        """Take a sequence out of its slot.
+
+        The last live sequence takes the slot, and the partial prompt the one that becomes free.
+        """
         last = self.running.pop()
         if slot < len(self.running):
             self.running[slot] = last
@@ -332,7 +340,7 @@ def _accept(sequence: Sequence, drawn: Scored) -> Output:
     return output
 
 
-def check(request: Request, slots: int, length: int, vocab_size: int) -> None:
+def check_request(request: Request, slots: int, length: int, vocab_size: int) -> None:
     """Raise ValueError with the reason if the request could never be served."""
     ids = request.input_ids
     types = request.token_type_ids
@@ -359,7 +367,7 @@ class Completion(list[Output]):
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> list[list[Completion]]:
-    """Serve the requests together: of each one its candidates, in order."""
+    """Serve the requests together. Returns each one's candidates, in order."""
     completions: dict[int, list[Completion]] = {}
     for request in requests:
         completions[engine.submit(request)] = [Completion() for _ in range(request.n)]

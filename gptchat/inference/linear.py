@@ -1,19 +1,22 @@
 """Fast linear layers for inference, and the only home of private torch APIs.
 
-`prepare_for_inference` replaces a model's nn.Linear modules, in place. A decoding step reads every
-weight once, so on a CPU its speed is that of memory and of the weights' layout. They are packed
-once: float32 and bfloat16 into oneDNN's blocked layout, int8 into FBGEMM's (one row through all
-layers of GPT-2 124M on two cores: 10, 5.1 and 3.6 ms). Everything else on a CPU stays float32
-whatever the dtype, the KV cache included: with a single query row SDPA reads a float32 cache at the
-memory's speed, a bfloat16 cache nine times slower.
+`prepare_for_inference` casts a model's parameters and, on a CPU, replaces its nn.Linear modules, in
+place. A decoding step reads every weight once, so on a CPU its speed depends on memory bandwidth
+and on the layout of the weights. They are packed once: float32 and bfloat16 into oneDNN's blocked
+layout, int8 into FBGEMM's (one row through all layers of GPT-2 124M on two cores: 10, 5.1 and 3.6
+ms). Everything else on a CPU is float32 whatever the dtype, except the token embedding, which is
+bfloat16 with bfloat16 and int8. The KV cache is float32 too: with a single query row SDPA reads a
+float32 cache at memory speed, a bfloat16 cache nine times slower.
 
 The kernels are private parts of torch, which may change with any release. So before layers are
-packed, their kernel is compared with F.linear on a small layer, once per process. Where it is
-missing, raises or disagrees, F.linear takes its place and one line on stderr says so: an upgrade of
-torch may slow generation down, but does not break it.
+packed, their kernel is compared with F.linear on a small layer, once per process for each kernel.
+Where it is missing, raises or disagrees, F.linear takes its place and one line on stderr says so:
+an upgrade of torch may slow generation down, but does not break it.
 
-Invariants: a layer's output row does not depend on the other rows, and the model's parameters are
-never written to.
+(A CPU for which oneDNN has no such kernel uses F.linear without a message.)
+
+Invariants: a layer's output row does not depend on the other rows, and the parameter tensors that
+the model had are never written to: other models may share them.
 """
 
 import sys
@@ -86,13 +89,13 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
         weight = weight.float()  # (out, in)
-        steps = weight.abs().amax(1).clamp_min(1e-30) / 127  # (out,)
-        integers = (weight / steps[:, None]).round().to(torch.int8)
-        zero_points = torch.zeros(len(steps), dtype=torch.int64)
+        scales = weight.abs().amax(1).clamp_min(1e-30) / 127  # (out,)
+        integers = (weight / scales[:, None]).round().to(torch.int8)
+        zero_points = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():  # torch means to drop quantized tensors
             warnings.simplefilter("ignore")
             quantized = torch._make_per_channel_quantized_tensor(
-                integers, steps.double(), zero_points, 0
+                integers, scales.double(), zero_points, 0
             )
         self.weight = torch.ops.quantized.linear_prepack(quantized, None)
         # `_op` skips the operator's search for arguments that override it: 2 us a call
@@ -101,7 +104,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
-        # a row of zeros: NaN, then some integer in the kernel, then 0 when multiplied by `largest`
+        # The kernel's input is unsigned: after x come its scale and zero point. A row of zeros
+        # gives 0 / 0 = NaN, which the kernel turns into some integer; times `largest` = 0 it is 0
+        # again.
         y = self.kernel(x / largest, 1 / self.levels, self.levels + 1, self.weight)
         if self.bias is None:
             return y.mul_(largest)
@@ -109,10 +114,10 @@ class Int8Linear(nn.Module):
 
 
 def fast_linear(linear: nn.Linear, dtype: str, gelu: bool = False) -> nn.Module:
-    """A layer for float32 rows on a CPU that computes `linear` in `dtype`, with `gelu` gelu too.
+    """A layer for float32 rows on a CPU: `linear` in `dtype`, followed by GELU if `gelu` is true.
 
-    Where the kernel does not work it is a PlainLinear, of float32 in place of int8. int8 has no
-    kernel with gelu.
+    Where the kernel does not work it is a PlainLinear, which computes int8 in float32. The int8
+    kernel cannot apply GELU.
     """
     weight = linear.weight.detach()
     if kernel_works(dtype, gelu):
@@ -130,7 +135,8 @@ def _kernel_linear(weight: Tensor, bias: Tensor | None, dtype: str, gelu: bool) 
 def kernel_works(dtype: str, gelu: bool) -> bool:
     """Whether the kernel gives what F.linear gives. It is tried once per process, on a small layer.
 
-    A failure is reported on stderr. A machine for which oneDNN has no kernel of this dtype is none.
+    A failure is reported on stderr. That oneDNN has no kernel of this dtype for the machine is not
+    a failure.
     """
     try:
         if dtype != "int8" and not onednn_supports(PLAIN_DTYPE[dtype]):
@@ -196,7 +202,7 @@ def _best_dtype(on_cpu: bool) -> str:
     return "bfloat16" if native else "float32"
 
 
-def pack(model: GPT2, dtype: str) -> None:
+def pack_layers(model: GPT2, dtype: str) -> None:
     """Replace every nn.Linear by a fast layer. Only oneDNN's kernel can apply GPT-2's gelu too."""
     for module in list(model.modules()):
         if isinstance(module, MLP) and dtype != "int8":
@@ -234,7 +240,7 @@ def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
     if dtype == "int8" and not (on_cpu and "fbgemm" in torch.backends.quantized.supported_engines):
         raise UserError("dtype is 'int8', which needs an x86 CPU; wanted float32 or bfloat16")
     if on_cpu:
-        pack(model, dtype)
+        pack_layers(model, dtype)
     activations = torch.float32 if on_cpu or dtype == "float32" else torch.bfloat16
     embedding = torch.float32 if dtype == "float32" else torch.bfloat16
     _cast_parameters(model, embedding, activations)
@@ -243,9 +249,8 @@ def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
 
 def _cast_parameters(model: GPT2, embedding: torch.dtype, others: torch.dtype) -> None:
     """Give the modules new parameters: the token embedding as `embedding`, the rest as `others`."""
-    cast: dict[
-        int, nn.Parameter
-    ] = {}  # id of the old parameter -> new one, so that what is tied stays tied
+    # id of an old parameter -> the new one, so that what is tied stays tied
+    cast: dict[int, nn.Parameter] = {}
     for module in model.modules():
         dtype = embedding if module is model.wte else others
         for name, parameter in module.named_parameters(recurse=False):

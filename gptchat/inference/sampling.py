@@ -1,13 +1,13 @@
 """Logits (B, V) -> next ids, each row with its own settings and its own noise.
 
 The settings mean what they mean in transformers' `generate`, in its order: repetition penalty,
-filtered words, suppressed ids; then, unless greedy, temperature, top-k, top-p, min-p. (Of equal
-scores at the edge top-k keeps k, top-p all.)
+filtered words, suppressed ids; then, unless greedy, temperature, top-k, top-p, min-p. (Where scores
+tie at the cut, top-k keeps k ids and top-p all that tie.)
 
 A row's id does not depend on the other rows. Its noise is one number in [0, 1), a hash of (seed,
 candidate, position), which becomes an id by inverting the cumulative distribution. Probabilities
-are weighed in whole numbers: their sums are exact in any order on any device, and an id of weight 0
-is never drawn.
+become integer weights (WEIGHT_OF_THE_BEST for the likeliest id), so their sums are exact in any
+order on any device, and an id of weight 0 is never drawn.
 """
 
 from collections.abc import Sequence
@@ -109,7 +109,7 @@ def draw(logits: Tensor, rows: Sequence[Row], suppress: Tensor) -> list[Scored]:
     to_score = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     untouched = logits[to_score]  # a copy
     scores = logits.float()  # a copy only if they are not float32
-    process(scores, rows, suppress)
+    penalize_and_ban(scores, rows, suppress)
     ids = choose(scores, rows)  # (B,)
     drawn = [Scored(token) for token in ids.tolist()]
     if to_score:
@@ -133,7 +133,7 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
     ]
 
 
-def process(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> None:
+def penalize_and_ban(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> None:
     """In place: repetition penalties; -inf for suppressed ids and those that a filter forbids."""
     scores.index_fill_(1, suppress, -inf)
     for i, row in enumerate(rows):
@@ -178,7 +178,7 @@ def sample(scores: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
     """An id (R, 1) drawn from each row's `top_k` best, 0 for all. OVERWRITES `scores` (R, V)."""
     if top_k:
         scores, ids = scores.topk(min(top_k, scores.shape[1]))  # (R, K)
-    cumulative = weigh(scores, [row.sampling for row in rows]).cumsum(-1)  # (R, K)
+    cumulative = filtered_weights(scores, [row.sampling for row in rows]).cumsum(-1)  # (R, K)
     noise = [uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows]
     total = cumulative[:, -1:]
     aim = (column(noise, scores, torch.float64) * total).long()  # less than the total, rounded too
@@ -196,14 +196,14 @@ def uniform(seed: int, candidate: int, position: int) -> float:
     return (int.from_bytes(digest) >> 12) * 2.0**-52
 
 
-def weigh(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
+def filtered_weights(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Whole numbers (R, K) in proportion to the probabilities, 0 outside top-p and min-p.
 
     OVERWRITES `scores` (R, K).
     """
     temperature = column([max(s.temperature, 1e-30) for s in settings], scores)
     scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature)  # the best is 0
-    mass = weights(scores)
+    mass = integer_weights(scores)
     with_top_p = [i for i, s in enumerate(settings) if s.top_p < 1]
     if not with_top_p and not any(s.min_p for s in settings):
         return mass
@@ -214,7 +214,7 @@ def weigh(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     return mass.mul_(scores >= bound)
 
 
-def weights(scores: Tensor) -> Tensor:
+def integer_weights(scores: Tensor) -> Tensor:
     """Probabilities as int64, relative to that of score 0."""
     return scores.exp().mul_(WEIGHT_OF_THE_BEST).long()
 
@@ -225,7 +225,7 @@ def nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
         ordered = torch.from_numpy(np.sort(scores.numpy()))
     else:
         ordered = scores.sort().values
-    cumulative = weights(ordered).cumsum(-1)  # the least probable first
+    cumulative = integer_weights(ordered).cumsum(-1)  # the least probable first
     outside = ((1 - top_p) * cumulative[:, -1:]).long()  # what the set need not have
     place = torch.searchsorted(cumulative, outside, right=True)
     return ordered.gather(1, place.clamp_max_(scores.shape[1] - 1))

@@ -81,23 +81,19 @@ class WordFilter:
     """The ids that must not come next if none of `words` may ever be completed.
 
     A word is forbidden as exact bytes, also inside of longer words. A token may contain a word, or
-    begin with what the end of the text lacks of one: both are looked up in tables that are made
-    once. Special tokens end the text, so that no word reaches across turns. Raises ValueError for
-    an empty word.
+    complete one that the text has begun: both are looked up in tables made once. A special token
+    ends the text, so no word reaches across turns. Raises ValueError for an empty word.
     """
 
     def __init__(self, tokenizer: Tokenizer, words: Sequence[str]):
         if "" in words:
             raise ValueError("a forbidden word must not be empty")
         self._token_bytes = tokenizer.token_bytes
-        pieces, ids, joined, ends = (
-            tokenizer.pieces
-        )  # all tokens' bytes, sorted, and where they are
+        pieces, ids, joined, ends = tokenizer.pieces  # all tokens, sorted by their bytes
         after_all = b"\xff" * (max(map(len, pieces)) + 1)  # sorts behind whatever may follow
         self._containing: set[int] = set()  # the ids of tokens that contain a word
-        self._completing: dict[
-            bytes, list[list[int]]
-        ] = {}  # beginning of a word -> ids that end it
+        # Beginning of a word -> for each such word, the ids of tokens that begin with its rest.
+        self._completing: dict[bytes, list[list[int]]] = {}
         beginning_with: dict[bytes, list[int]] = {}  # end of a word -> ids that begin with it
         for word in {text.encode() for text in words}:
             for match in re.finditer(re.escape(word), joined):
@@ -112,7 +108,7 @@ class WordFilter:
         self._lengths = sorted({len(beginning) for beginning in self._completing})
 
     def banned(self, ids: Sequence[int]) -> list[int]:
-        """The ids that would complete a word after the text of `ids`, whose end alone is read."""
+        """The ids that would complete a word after `ids`; only the end of their text is read."""
         tail = self._tail(ids)
         banned = set(self._containing)
         for n in self._lengths:
@@ -123,7 +119,7 @@ class WordFilter:
         return list(banned)
 
     def _tail(self, ids: Sequence[int]) -> bytes:
-        """The last bytes of the text of `ids`, as many as a word may begin with."""
+        """The last bytes of the text of `ids`, as many as the longest beginning of a word."""
         longest = self._lengths[-1] if self._lengths else 0
         tail = b""
         for id in reversed(ids):

@@ -72,10 +72,10 @@ class GPT2Config:
 
 
 def use_manual_attention(device: torch.device, dtype: torch.dtype, length: int) -> bool:
-    """Whether attention with a mask is faster written out than by SDPA, which is so on CPUs only.
+    """Whether attention written out is faster than SDPA with a mask: on CPUs, in two cases.
 
-    bfloat16 rows of 256 take a third of SDPA's time; scores of rows over 512 would take much
-    memory. Single queries of many sequences take three quarters of it.
+    bfloat16 rows of 256 take a third of SDPA's time (above 512 the scores would take much memory);
+    single queries of many sequences take three quarters of SDPA's time.
     """
     if device.type != "cpu":
         return False
@@ -114,6 +114,7 @@ class Attention(nn.Module):
         if mask is not None and use_manual_attention(q.device, q.dtype, T):
             y = manual_attention(q * self.scale, k, v, mask, dropout)
         else:
+            # With a cache and no mask there is one query, which sees everything.
             causal = mask is None and cache is None
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=self.scale
@@ -212,9 +213,10 @@ class GPT2(nn.Module):
         """The hidden states (B, T, C) of `input_ids` (B, T), or with `targets` their loss.
 
         `token_type_ids` (B, T) are 0 or 1. None is not type 0: nothing is added to the embedding.
-        `position_ids` (B, T) or (T,) are 0..T-1 by default; with a cache, those after its tokens.
+        `position_ids` (B, T) or (T,) are 0..T-1 by default.
         `segments` (B, T) numbers the documents packed into a row: a token attends to equal numbers
-        only. None is one document a row. `cache` holds the tokens of earlier passes.
+        only. None is one document a row. With `cache`, which holds the tokens of earlier passes,
+        positions follow on from those, and `position_ids` and `segments` are ignored.
 
         `targets` (N,) are the ids to be predicted at `target_positions` (N,), indices into the
         flattened B * T positions; None stands for all of these. Their loss is the sum of their
@@ -278,11 +280,11 @@ class GPT2(nn.Module):
         return self.lm_head(hidden)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the cross-entropies of `targets` (N,) given `hidden` (N, C); -100 is no
-        target.
+        """The summed cross-entropy of `targets` (N,) given `hidden` (N, C); -100 does not count.
 
-        torch.compile fuses F.cross_entropy, and float16 needs it: a GradScaler scales the gradient
-        from the loss on, but CrossEntropy computes it unscaled, where float16 rounds it to 0.
+        F.cross_entropy is used under torch.compile, which fuses it, and for float16: a GradScaler
+        scales gradients from the loss backwards, but CrossEntropy computes the gradient of the
+        logits before that, and float16 would round it to 0.
         """
         logits = self.logits(hidden)  # (N, V)
         if torch.compiler.is_compiling() or logits.dtype == torch.float16:

@@ -1,8 +1,8 @@
 """Cross-entropy that overwrites its logits with their gradient, to save time and memory.
 
-`CrossEntropy.apply(logits, targets)` DESTROYS the logits it is given: they may not be read again
-after the call, and it may be differentiated once. Its sum is over target tokens; the caller divides
-it by their number.
+`CrossEntropy.apply(logits, targets)` DESTROYS the logits it is given: they may not be read again,
+and the loss may be differentiated only once. The loss is a sum over target tokens; the caller
+divides it by their number.
 """
 
 from typing import Any
@@ -19,12 +19,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of the cross-entropies of targets (N,) under logits (N, V): a scalar, float32 or
-    wider.
+    """The summed cross-entropy of targets (N,) under logits (N, V): a scalar, at least float32.
 
-    A target of -100 counts nothing. OVERWRITES `logits` with the gradient, some rows at a time:
-    F.cross_entropy takes twice the time, and holds three more tensors of the logits' size, 0.45 GB
-    for 1,024 targets and 50,257 vocabulary entries.
+    Negative targets (-100) do not count. OVERWRITES `logits` with the gradient, some rows at a
+    time: F.cross_entropy takes twice the time, and holds three more tensors of the logits' size,
+    0.45 GB for 1,024 targets and 50,257 vocabulary entries.
     """
 
     @staticmethod
@@ -44,7 +43,7 @@ class CrossEntropy(torch.autograd.Function):
             minus_one = probabilities.new_full(ids.shape, -1)
             gradient = probabilities.scatter_add_(1, ids, minus_one).mul_(counted)
             chunk.copy_(gradient)
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits)  # which hold their gradient by now
         return total
 
     @staticmethod

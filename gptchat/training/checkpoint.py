@@ -3,15 +3,17 @@
 The file is a safetensors file that is replaced atomically: after a crash it is the previous
 checkpoint or the new one.
 
-- Tensors: `model.<parameter name>`, and `optimizer.<kind>.<parameter name>.<state key>`. State is
-  found by name, so the order of parameters and groups may change between versions.
+- Tensors: `model.<parameter name>`, and `optimizer.<kind>.<parameter name>.<state key>` (kind:
+  adamw or muon). State is found by name, so the order of parameters and groups may change between
+  versions.
 - Metadata: `format`, the version of this layout; `state`, a `TrainState`; `config`, the resolved
   config.
 
 It holds no data position and no random state: batches and dropout are functions of (seed, step,
 micro-batch). A run that goes on from here computes what it would have computed without a stop, to
-the bit on the same machine. A file of another format, a damaged one, or one of another config is
-refused with one line.
+the bit on the same machine with the same number of processes, precision and compilation. A file of
+another format, an incomplete one, or one whose config differs in more than FREE_KEYS is refused
+with one line. `lock` keeps a second run out of the run's folder.
 """
 
 import fcntl
