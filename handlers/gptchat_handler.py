@@ -18,6 +18,8 @@ from gptchat.config import build_server_settings
 from handlers.served_model import load_served_model
 from handlers.service import Arrival, Chunk, Service
 
+SECONDS_TO_RETRY = "1"
+
 
 class GptchatHandler:
     """Serves the model directory `model` in the archive's folder."""
@@ -50,6 +52,8 @@ class GptchatHandler:
         for i, chunk in enumerate(chunks):
             context.set_response_status(chunk.status, "", i)
             context.set_response_content_type(i, chunk.content_type)
+            if chunk.status == 503:
+                context.set_response_header(i, "Retry-After", SECONDS_TO_RETRY)
         return [chunk.text for chunk in chunks]
 
     def record(self, kind: str, name: str, value: float, labels: list[str]) -> None:

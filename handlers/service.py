@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from gptchat.inference.engine import Engine, Output
 from handlers.answers import JSON, Answer, Page, model_list
+from handlers.budget import check_answer
 from handlers.fields import Refusal
 from handlers.jobs import JobReader
 from handlers.loop import DecodeLoop
@@ -133,7 +134,10 @@ class Service:
                 f"the queue is full: {max_requests} requests (max_requests) are being answered"
             )
             raise Refusal(f"{message}; try later", 503)
-        answer.begin(self.model, JobReader(arrival.body, self.model).read(path))
+        job = JobReader(arrival.body, self.model).read(path)
+        live = [other.generation.job for other in self.live.values() if other.generation]
+        check_answer(job, live, self.model.settings)
+        answer.begin(self.model, job)
 
     def get(self, path: str) -> Page:
         """The answer to a request without a body. Raises Refusal."""
