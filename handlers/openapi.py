@@ -304,6 +304,12 @@ _ERRORS: Schema = {
             JSON: {"schema": {"anyOf": [reference("Error"), reference("TorchServeError")]}}
         },
     },
+    "413": {"description": "the body is larger than max_request_size; this answer has no body"},
+    "500": {
+        "description": "TorchServe's own answer to a form that it cannot decode; any other form is "
+        "a 415",
+        "content": {JSON: {"schema": reference("TorchServeError")}},
+    },
     "503": {
         "description": "the queue is full, or the server is stopping or restarting: try later",
         "content": {JSON: {"schema": reference("Error")}},

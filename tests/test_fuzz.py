@@ -167,12 +167,16 @@ def test_fuzz_finds_a_wrong_answer(drawers):
     assert not found(valid, error_reply(503, type="server_error"))
     assert "a valid body was refused" in found(valid, error_reply(400))
     assert "status 500" in found(probe, error_reply(500))
+    form = Probe(**vars(probe) | {"content_type": "application/x-www-form-urlencoded"})
+    assert "status 500" in found(form, error_reply(500))
+    assert not found(form, error_reply(500, type="ErrorDataDecoderException"))
     assert "error.extra: unknown" in found(probe, error_reply(400, extra=1))
     assert "without JSON" in found(probe, Reply(400, "text/html", b"<h1>", True))
     assert "a wrong body got status 200" in found(wrong, Reply(200, "", b"{}", True))
     assert "answer.response: missing" in found(valid, Reply(200, "", b"{}", True))
     assert "cut short" in found(valid, Reply(200, "", b"{}", False))
     assert found(valid, Reply()) == "no answer"
+    assert "for a small body" in found(probe, Reply(413, "", b"", True))
     stream = Reply(200, "text/event-stream", b'data: {"token": "a"}\n\n', True)
     assert "without its end" in found(valid, stream)
     stream.body += b"data: [DONE]\n\n"
@@ -185,12 +189,11 @@ def test_fuzz_finds_text_and_stack_traces_in_the_log():
     clean = "2026-01-01 chatlm original 200: 2 + 56 tokens\n"
     bad = f"ERROR {CANARY}\n\tat a.b.C.d(C.java:1)\nx\x1b[31m\nTraceback (most recent call last):\n"
     assert not log_findings(clean)
-    reasons = [finding.what.partition(",")[0] for finding in log_findings(clean + bad)]
+    reasons = [finding.what.partition(", the first")[0] for finding in log_findings(clean + bad)]
     assert reasons == [
-        "log: text of a request",
-        "log: a stack trace",
-        "log: a control character",
-        "log: a stack trace",
+        "log: text of a request in 1 lines",
+        "log: a stack trace in 2 lines",
+        "log: a control character in 1 lines",
     ]
 
 
