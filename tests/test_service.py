@@ -446,3 +446,42 @@ print(*sorted(name for name in sys.modules if name.startswith("gptchat.")))
     commands = ("train", "evaluate", "chat", "serve", "bench")
     above = tuple(f"gptchat.{name}" for name in commands)
     assert not [name for name in loaded if name.startswith(above)]
+
+
+def test_chat_log_probabilities_list_each_token_with_its_bytes_and_the_best(chat):
+    body = {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
+        "max_tokens": 3,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    status, answer = chat.ask(body | LONG, "v1/chat/completions")
+    choice = answer["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert status == 200 and len(content) == answer["usage"]["completion_tokens"] == 3
+    raw = bytes(byte for token in content for byte in token["bytes"])
+    assert raw.decode("utf-8", "replace").startswith(choice["message"]["content"].rstrip("\ufffd"))
+    for token in content:
+        best = token["top_logprobs"]
+        assert len(best) == 2 and best[0]["logprob"] >= best[1]["logprob"]
+        assert best[0] | {"top_logprobs": best} == token  # greedy
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions"])
+def test_another_models_name_is_a_404_that_names_this_one(chat, path):
+    messages = [{"role": "user", "content": "a"}]
+    body = {"model": "gpt-5", "messages": messages}
+    status, answer = chat.ask(body, path)
+    assert status == 404 and answer["error"]["code"] == "model_not_found"
+    assert answer["error"]["message"] == "no model 'gpt-5': this is chatlm"
+
+
+def test_usage_is_asked_for_with_true_or_false_only(lm):
+    body = {"prompt": "good", "max_tokens": 2, "stream": True}
+    for options, last_event_has_usage in (({"include_usage": True}, True), ({}, False)):
+        text = lm.ask(body | {"stream_options": options}, "v1/completions")[1]
+        *_, last, end = text.rstrip("\n").split("\n\n")
+        assert end == "data: [DONE]"
+        assert ("usage" in json.loads(last[6:])) == last_event_has_usage
+    status, answer = lm.ask(body | {"stream_options": {"usage": True}}, "v1/completions")
+    assert status == 400 and answer["error"]["param"] == "stream_options"
