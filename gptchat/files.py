@@ -1,14 +1,16 @@
-"""Files: the ones that glob patterns name, and atomic writes.
+"""Files: the ones that glob patterns name, atomic writes, and locks of folders.
 
 `atomic_write` promises that a reader, or the next start after a crash, finds the old file or the
 new one, never a part.
 """
 
+import fcntl
 import glob
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -56,6 +58,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path, busy: str) -> IO[str]:
+    """Hold `folder` for this process until it ends, or until the returned file is closed.
+
+    Raises UserError while another process holds it, where `busy` says what that one does, and for a
+    folder that cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: {busy}; wait for it, or name another folder") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; wanted a folder that can be written"
+        ) from None
+    return file
 
 
 def _umask() -> int:

@@ -119,7 +119,8 @@ class Run:
         """
         text = {
             "tokenizer": self.tokenizer.hash,
-            "train_tokens": self.train_batches.shards.n_tokens,
+            "train": self.train_batches.shards.digest,
+            "valid": self.valid_batches.shards.digest,
             "init": [],
         }
         if self.config.init_from:
