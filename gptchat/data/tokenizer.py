@@ -19,7 +19,10 @@ Invariants:
 import codecs
 import hashlib
 import json
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -179,7 +182,10 @@ class Tokenizer:
         return names
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
-        """Write the two files that transformers' AutoTokenizer loads, `tokenizer.json` last."""
+        """Write the two files that transformers' AutoTokenizer loads, `tokenizer.json` last.
+
+        Raises UserError where they cannot be written, as on a full disk; the old ones are kept.
+        """
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -190,10 +196,11 @@ class Tokenizer:
             if id >= 0:
                 key = name.strip("[]").lower() + "_token"  # "[PAD]" -> "pad_token"
                 settings[key] = self.backend.id_to_token(id)
-        with atomic_write(Path(directory) / "tokenizer_config.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        with atomic_write(Path(directory) / "tokenizer.json") as temporary:
-            self.backend.save(str(temporary))
+        with atomic_write(Path(directory) / "tokenizer.json") as vocabulary_file:
+            # Not `backend.save`, whose error for a full disk is no OSError.
+            vocabulary_file.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+            with atomic_write(Path(directory) / "tokenizer_config.json") as settings_file:
+                settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_for(config: Config) -> Tokenizer:
@@ -324,11 +331,29 @@ def train(settings: TokenizerConfig) -> Tokenizer:
             bar.update(n_bytes)
 
     total = sum(path.stat().st_size for path in paths)
-    with Progress(min(limit, total), "tokenizer", "B") as bar:
+    with Progress(min(limit, total), "tokenizer", "B") as bar, ended_by_ctrl_c():
         backend.train_from_iterator(texts(bar), trainer)
     if settings.kind == "unigram":
         backend = _round_scores(backend)
     return Tokenizer(backend)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """While it lasts, Ctrl-C ends the process at once, as it ends one that is not Python.
+
+    The library trains for minutes without coming back to Python, which could act on Ctrl-C only
+    then. Nothing has been written before training ends.
+    """
+    has_usual_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not has_usual_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _round_scores(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
