@@ -18,6 +18,9 @@ from gptchat.data.dialogue import (
 )
 
 CLS, SEP = 4, 5
+TURN = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=8).filter(
+    str.strip
+)
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
 
 
@@ -137,7 +140,7 @@ def test_a_prompt_is_the_beginning_of_its_training_example(lengths: list[int], b
     turns = turns_of(lengths)
     example = encode_example(turns, CLS, SEP, 1000)
     beginning = turns[-1][1][:begun]
-    ids, types = encode_prompt(turns[:-1], beginning, CLS, SEP, 1000)
+    ids, types = encode_prompt(turns[:-1], beginning, SEP, 1000)
     assert (
         ids == example.input_ids.tolist()[: len(ids)]
         and types == example.token_type_ids.tolist()[: len(ids)]
@@ -159,15 +162,15 @@ def test_a_prompt_fills_its_room_with_whole_turns_or_is_refused(
         with pytest.raises(
             UserError, match=f"takes {costs[-1] + begun} tokens; wanted {room} at most"
         ):
-            encode_prompt(turns, beginning, CLS, SEP, room)
+            encode_prompt(turns, beginning, SEP, room)
         return
-    ids, types = encode_prompt(turns, beginning, CLS, SEP, room)
-    assert (ids, types) == encode_prompt(turns[-max(fitting) :], beginning, CLS, SEP, 1000)
+    ids, types = encode_prompt(turns, beginning, SEP, room)
+    assert (ids, types) == encode_prompt(turns[-max(fitting) :], beginning, SEP, 1000)
     assert len(ids) == len(types) <= room
 
 
 def test_a_prompt_without_turns_is_the_type_1_sep() -> None:
-    assert encode_prompt([], [9], CLS, SEP, 2) == ([SEP, 9], [1, 1])
+    assert encode_prompt([], [9], SEP, 2) == ([SEP, 9], [1, 1])
 
 
 @PROPERTY
@@ -182,7 +185,7 @@ def test_other_backslashes_stand_for_themselves() -> None:
 
 
 @PROPERTY
-@given(st.lists(st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=5), max_size=6))
+@given(st.lists(st.lists(TURN, min_size=2, max_size=5), max_size=6))
 def test_rows_come_back_from_a_file(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
 ) -> None:

@@ -20,7 +20,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import corpora
-from gptchat.data.tokenizer import PIECE, SPECIAL, Tokenizer, main, sample, tokenizer_for, train
+from gptchat.data.reading import PIECE, sample
+from gptchat.data.tokenizer import SPECIAL, Tokenizer, main, tokenizer_for, train
 from gptchat.inference.text import StreamDecoder, WordFilter
 
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)

@@ -150,8 +150,7 @@ class TextGenerator:
         room = prompt_room(self.n_ctx, sampling.max_new_tokens)
         stop_ids = (self.stop_id,)
         if self.task == "chatlm":
-            cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
-            ids, types = encode_prompt(turns, beginning, cls_id, sep_id, room)
+            ids, types = encode_prompt(turns, beginning, self.tokenizer.sep_id, room)
             return Request(ids, types, sampling, n=n, stop_ids=stop_ids)
         text = [*chain.from_iterable(turn_ids for _, turn_ids in turns), *beginning]
         if len(text) > room:
