@@ -7,6 +7,8 @@ new one, never a part.
 import fcntl
 import glob
 import os
+import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,19 +22,70 @@ from gptchat.console import UserError
 def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
     """The files that the glob patterns match, pattern by pattern, sorted within each.
 
-    Raises UserError for a pattern that matches no file; `named_by` says in it where the pattern
-    comes from.
+    A file that comes again, by another pattern or a link, is left out, which one line on stderr
+    tells. Raises UserError for a pattern that matches no file, with the reason; `named_by` says in
+    it where the pattern comes from.
     """
     paths: list[Path] = []
     for pattern in patterns:
-        names = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-        if not names:
-            raise UserError(
-                f"{pattern}: no such file, named by {named_by}; "
-                "`make corpora` writes the default ones"
-            )
-        paths += [Path(name) for name in sorted(names)]
-    return paths
+        matched = matching_files(pattern)
+        if not matched:
+            raise UserError(f"{pattern}: {_why_no_file(pattern)}, named by {named_by}")
+        paths += matched
+    distinct, repeated = split_repeats(paths)
+    if repeated:
+        print(
+            f"warning: {named_by}: {repeated[0]} was named before, by this name or another; "
+            f"each file is read once, so {len(repeated)} of {len(paths)} names are passed over",
+            file=sys.stderr,
+        )
+    return distinct
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The regular files that a glob pattern matches, sorted."""
+    names = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    return [Path(name) for name in sorted(names)]
+
+
+def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """(each file under its first name, further names of the same files)."""
+    distinct: list[Path] = []
+    repeated: list[Path] = []
+    seen: set[tuple[int, int]] = set()  # files, as (device, inode)
+    for path in paths:
+        status = path.stat()
+        file = (status.st_dev, status.st_ino)
+        if file in seen:
+            repeated.append(path)
+        else:
+            seen.add(file)
+            distinct.append(path)
+    return distinct, repeated
+
+
+def _why_no_file(pattern: str) -> str:
+    """Why a glob pattern matches no regular file."""
+    if pattern.startswith("~"):
+        return "`~` is no home folder here, wanted its whole path"
+    matched = glob.glob(pattern, recursive=True)
+    is_read_as_pattern = glob.escape(pattern) != pattern
+    if not matched and is_read_as_pattern and os.path.lexists(pattern):
+        return f"is read as a pattern, wanted {glob.escape(pattern)} for the file of this name"
+    name = matched[0] if matched else pattern
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        if os.path.lexists(name):
+            return f"{name} is a link to nothing"
+        if name.startswith("data/"):
+            return "no such file (`make corpora` writes the default ones)"
+        return "no such file"
+    except OSError as error:  # a loop of links, a folder that may not be entered
+        return f"{name} cannot be read ({error.strerror})"
+    if stat.S_ISDIR(mode):
+        return f"{name} is a folder, wanted files such as {name.rstrip('/')}/*.txt"
+    return f"{name} is a pipe or a device, wanted a regular file"
 
 
 @contextmanager

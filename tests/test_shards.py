@@ -510,7 +510,7 @@ def test_the_command_tells_counts_and_one_line_for_a_mistake(lm, tmp_path):
 
 def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE * 60_000)
-    while not list(config.shards_dir.glob("*.tmp")) and process.poll() is None:
+    while len(list(config.shards_dir.glob("*.tmp"))) < 2 and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     try:
@@ -565,6 +565,25 @@ def test_files_may_be_named_in_any_way_and_folders_are_passed_over(lm, tmp_path,
         config = dataclasses.replace(lm, data=dataclasses.replace(lm.data, train=(pattern,)))
         write(config)
         assert opened(config).documents == 1
+
+
+def test_a_file_named_twice_or_by_a_link_is_encoded_once(lm, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("Some text.")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    patterns = (f"{tmp_path}/a*.txt", f"{tmp_path}/*.txt")
+    config = dataclasses.replace(lm, data=dataclasses.replace(lm.data, train=patterns))
+    write(config)
+    assert opened(config).documents == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "2 of 3 names" in warnings[0]
+
+
+def test_a_file_that_cannot_be_read_is_named_in_one_line(lm):
+    data = dataclasses.replace(lm.data, train=("/proc/self/mem",))
+    if not Path("/proc/self/mem").exists():
+        pytest.skip("needs /proc")
+    with pytest.raises(UserError, match="^/proc/self/mem: cannot be read: Input/output error"):
+        write(dataclasses.replace(lm, data=data))
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(lm, tmp_path):

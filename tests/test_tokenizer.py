@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
-from gptchat.data import corpora
+from gptchat.data import corpora, reading
 from gptchat.data.reading import PIECE, sample
 from gptchat.data.tokenizer import SPECIAL, Tokenizer, main, tokenizer_for, train
 from gptchat.inference.text import StreamDecoder, WordFilter
@@ -450,6 +450,43 @@ def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, 
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"broken.txt: byte {byte}: found invalid UTF-8"):
         train(TokenizerConfig(files=(str(path),)))
+
+
+def test_line_ends_and_byte_order_marks_train_the_same_tokenizer(tmp_path: Path) -> None:
+    text = "first line\nsecond line\n\nthird\n" * 20
+    (tmp_path / "lf.txt").write_text(text)
+    expected = train(TokenizerConfig(vocab_size=300, files=(str(tmp_path / "lf.txt"),))).hash
+    for name, end in (("crlf", "\r\n"), ("cr", "\r")):
+        path = tmp_path / f"{name}.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+        assert train(TokenizerConfig(vocab_size=300, files=(str(path),))).hash == expected
+
+
+def test_a_cr_lf_at_the_border_of_two_pieces_is_one_line_feed(tmp_path: Path) -> None:
+    path = tmp_path / "border.txt"
+    path.write_bytes(b"x" * (PIECE - 1) + b"\r\n" + b"y" * 10)
+    found = "".join(text for text, _ in sample([path], 10**9))
+    assert found == "x" * (PIECE - 1) + "\n" + "y" * 10
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b" \r\n \n"])
+def test_files_without_text_are_refused(tmp_path: Path, kind: str, content: bytes) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="empty.txt: found no text"):
+        train(TokenizerConfig(kind=kind, vocab_size=300, files=(str(path),)))
+
+
+def test_a_file_that_may_not_be_read_is_told_in_one_line(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(reading, "open", refuse, raising=False)
+    with pytest.raises(UserError, match="speech.txt: cannot be read: Permission denied"):
+        train(TokenizerConfig(files=(str(text_file),)))
 
 
 def test_training_gives_the_same_bpe_in_another_process(

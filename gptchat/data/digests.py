@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gptchat.console import UserError
+
 FileState = dict[str, Any]  # "bytes" and "digest", of a source file "mtime_ns", too
 
 
@@ -30,14 +32,14 @@ def source_state(path: Path) -> FileState:
     """A source file's size, time and digest, to be taken before the file is read.
 
     The digest comes last: of a file that is edited while it is read, size, time or digest differ
-    from those of the finished edit.
+    from those of the finished edit. Raises UserError for a file that cannot be read.
     """
-    status = path.stat()
-    return {
-        "bytes": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "digest": file_digest(path),
-    }
+    try:
+        status = path.stat()
+        digest = file_digest(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "digest": digest}
 
 
 def is_unchanged(path: str | Path, state: FileState) -> bool:
@@ -45,7 +47,9 @@ def is_unchanged(path: str | Path, state: FileState) -> bool:
     status = os.stat(path)
     if status.st_size != state["bytes"]:
         return False
-    return status.st_mtime_ns == state["mtime_ns"] or file_digest(path) == state["digest"]
+    if status.st_mtime_ns == state["mtime_ns"]:
+        return True
+    return source_state(Path(path))["digest"] == state["digest"]
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from glob import glob
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,7 +44,7 @@ from gptchat.data import digests
 from gptchat.data.dialogue import Turn
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
-from gptchat.files import atomic_write, expand, lock_folder
+from gptchat.files import atomic_write, expand, lock_folder, matching_files, split_repeats
 
 FORMAT = 2  # 1 had no digests
 SPLITS = ("train", "valid", "test")
@@ -316,11 +315,9 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     meta = read_meta(config, tokenizer)
     place = f"{config.shards_dir / 'meta.json'}: found shards of"
     sources = meta["splits"].get(split, {}).get("sources")
-    present: set[str] = set()  # source files
-    for pattern in patterns:
-        for name in glob(pattern, recursive=True):
-            if os.path.isfile(name):
-                present.add(str(Path(name)))
+    matched = chain.from_iterable(matching_files(pattern) for pattern in patterns)
+    distinct, _ = split_repeats(matched)
+    present = {str(path) for path in distinct}
     if not sources or (present and present != sources.keys()):
         raise UserError(f"{place} other files for {split}, {', '.join(patterns)}; {REMEDY}")
     for name in sorted(present):
