@@ -18,8 +18,9 @@ Messages that one person sent in a row are one turn, joined by spaces. Backslash
 slips here, are removed, so no turn needs the TSV format's escapes. A turn is unusable if it holds
 an e-mail address or another @name, a user name (a word with an underscore, or letters with two
 digits behind them), a phone number, a link or a participant's id, if it has no letter, if it is
-longer than MAX_CHARS, or if each of its words occurs four times or more on average. An unusable turn is left out and ends the conversation; what follows is another one, so
-that no row has a gap. A conversation of one turn is left out.
+longer than MAX_CHARS, or if each of its words occurs four times or more on average. An unusable
+turn is left out and ends the conversation; what follows is another one, so that no row has a gap. A
+conversation of one turn is left out.
 
 Invariants: the same packages and `columns` give the same bytes. All of a conversation is in one
 split, drawn by a hash of its id. A row stands in only one file of `chatlm/`: in training before
