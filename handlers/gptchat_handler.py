@@ -35,6 +35,7 @@ class GptchatHandler:
             page=(folder / "handlers" / "page.html").read_text(encoding="utf-8"),
             draining=Path(os.environ.get("GPTCHAT_RUN", folder)) / "draining",
             record=self.record,
+            host=os.environ.get("GPTCHAT_HOST", "localhost"),
         )
         quiet_logging()
         self.service.start()

@@ -26,7 +26,7 @@ def server(tmp_path_factory):
 
 
 def exchange(port, raw, seconds=20):
-    """Send bytes; what comes back until the server closes or has nothing to say for half a second."""
+    """Send bytes; what comes back until the server closes or is silent for half a second."""
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
         connection.sendall(raw)
