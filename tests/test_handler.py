@@ -157,3 +157,14 @@ def test_readme_has_every_metric():
         for entry in entries:
             rows = [line for line in text.splitlines() if f"`{entry['name']}`" in line]
             assert len(rows) == 1 and f"| {kind} |" in rows[0]
+
+
+def test_full_queue_says_when_to_try_again(tmp_path):
+    client = HandlerClient(tmp_path, "chatlm", max_requests=1)
+    for id in ("first", "second"):
+        client.send(id, {"context": "hello", "n": 1, "max_tokens": 60} | LONG)
+    client.round()
+    assert [client.got[id].status for id in ("first", "second")] == [200, 503]
+    assert client.context.get_response_headers(1)["Retry-After"] == "1"
+    assert "Retry-After" not in client.context.get_response_headers(0)
+    client.finish("first")
