@@ -10,7 +10,9 @@ from ts.context import Context, RequestProcessor
 
 from gptchat.config import ServerSettings, build_server_settings
 from gptchat.console import UserError
+from gptchat.inference.generate import CHAT_SAMPLING
 from gptchat.inference.linear import DTYPES
+from gptchat.inference.sampling import SETTINGS
 from handlers import gptchat_handler
 from handlers.gptchat_handler import GptchatHandler
 from handlers.service import Chunk
@@ -155,7 +157,8 @@ def test_readme_has_every_metric():
     declared = yaml.safe_load((ROOT / "configs/serve/metrics.yaml").read_text())["model_metrics"]
     for kind, entries in declared.items():
         for entry in entries:
-            rows = [line for line in text.splitlines() if f"`{entry['name']}`" in line]
+            table = [line for line in text.splitlines() if line.startswith("| `gptchat_")]
+            rows = [line for line in table if f"`{entry['name']}`" in line]
             assert len(rows) == 1 and f"| {kind} |" in rows[0]
 
 
@@ -168,3 +171,12 @@ def test_full_queue_says_when_to_try_again(tmp_path):
     assert client.context.get_response_headers(1)["Retry-After"] == "1"
     assert "Retry-After" not in client.context.get_response_headers(0)
     client.finish("first")
+
+
+def test_readme_has_every_sampling_setting_with_the_chats_default():
+    text = (ROOT / "handlers" / "README.md").read_text()
+    (row,) = [line.split("|") for line in text.splitlines() if line.startswith("| `temperature`")]
+    names = [name.strip(" `") for name in row[1].split(",")]
+    defaults = [default.strip() for default in row[3].split(",")]
+    assert {*names, "max_new_tokens"} == set(SETTINGS) and len(names) + 1 == len(SETTINGS)
+    assert defaults == [f"{getattr(CHAT_SAMPLING, name):g}" for name in names]

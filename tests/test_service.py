@@ -166,6 +166,7 @@ def test_settings_not_given_are_those_of_the_terminal_chat_and_neutral_in_openai
 
     usual = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.15}
     neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    assert {*usual, "max_new_tokens"} == {*neutral, "max_new_tokens"} == set(SETTINGS)
     for client in (chat, lm):
         assert (
             read(client, {"context": "a"}) == read(client, {"context": "a", "top_k": None}) == usual
