@@ -44,7 +44,7 @@ from gptchat.data.shards import open_shards
 from gptchat.files import atomic_write
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
-from gptchat.runtime import tune_memory
+from gptchat.runtime import dump_threads_on_signal, tune_memory
 from gptchat.training import checkpoint
 from gptchat.training.checkpoint import TrainState
 from gptchat.training.distributed import World, wrap_model
@@ -334,6 +334,7 @@ def train(config: Config) -> Run:
             file=sys.stderr,
         )
     run = Run(config, world)
+    dump_threads_on_signal()
     signal.signal(signal.SIGINT, run.handle_signal)
     signal.signal(signal.SIGTERM, run.handle_signal)
     tune_memory()

@@ -5,6 +5,7 @@ A `Job` is a request that has been understood: the engine's requests for it, and
 so that whatever becomes a job can be served.
 """
 
+import json
 import secrets
 from dataclasses import dataclass
 from math import inf
@@ -67,6 +68,13 @@ class Job:
     def n(self) -> int:
         """Candidates of each prompt."""
         return self.requests[0].n
+
+    @property
+    def original_bytes(self) -> int:
+        """Of the part of the request that the answer gives back."""
+        if self.original_request is None:
+            return 0
+        return len(json.dumps(self.original_request))
 
 
 class JobReader:

@@ -1,0 +1,140 @@
+"""Requests that try to do harm, against a real server: what it answers, and what its log says."""
+
+import json
+import re
+import socket
+
+import pytest
+import torch
+from serving import Server, tiny_model
+
+pytestmark = pytest.mark.server
+torch.set_num_threads(1)
+CANARY = "Zanzibar"
+FORM = {"content-type": "application/x-www-form-urlencoded"}
+MULTIPART = {"content-type": "multipart/form-data; boundary=x"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    model = tiny_model(folder / "chatlm", "chatlm")
+    server = Server(folder / "run", {"chatlm": model}).wait_until_ready()
+    yield server
+    server.stop()
+
+
+def exchange(port, raw, seconds=20):
+    """Send bytes; what comes back until the server closes or is silent for half a second."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
+        connection.sendall(raw)
+        try:
+            while chunk := connection.recv(65536):
+                received += chunk
+                connection.settimeout(0.5)
+        except (TimeoutError, ConnectionResetError):
+            pass
+    return received
+
+
+def request(path, body=b"", method="GET", **headers):
+    lines = {"Host": "localhost", "Content-Length": str(len(body))}
+    lines |= {name.replace("_", "-"): value for name, value in headers.items()}
+    head = f"{method} {path} HTTP/1.1\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return head.encode("latin-1") + b"\r\n" + body
+
+
+def ask(text, tokens=1):
+    body = {"context": text, "response": text, "n": 1, "max_tokens": tokens}
+    return request(
+        "/predictions/chatlm", json.dumps(body).encode(), "POST", Content_Type="application/json"
+    )
+
+
+def test_log_has_no_text_of_a_request_and_no_forged_line(server):
+    evil = f"{CANARY}\n2026-01-01 00:00:00 {CANARY} forged\r\x1b[31m"
+    bodies = [f"a={CANARY}%&b=%{CANARY}", f"%{CANARY}%zz&%&=&{evil}", f"{CANARY}=%0a%1b[31m{evil}"]
+    for body in bodies:
+        server.post("chatlm", body.encode(), headers=FORM, timeout=20)
+        server.post("chatlm", body.encode(), headers=MULTIPART, timeout=20)
+        server.post("chatlm", body.encode(), timeout=20)
+        server.post("chatlm", b'{"context": "%s' % body.encode(), timeout=20)
+    paths = [
+        f"/predictions/chatlm/1.0/{CANARY}%0a{CANARY}%0d%1b%5b31m",
+        f"/predictions/{CANARY}%0a{CANARY}%1b",
+        f"/{CANARY}%0a%1b[31m",
+        f"/predictions/chatlm?{CANARY}=%zz%",
+        f"/predictions/chatlm/%zz{CANARY}%",
+        f"/{CANARY}%",
+        f"/models/{CANARY}%0a%1b",
+    ]
+    form = b"x=%&y=%" + CANARY.encode()
+    for path in paths:
+        for port in (server.port, server.port + 2):
+            exchange(port, request(path), 0.5)
+            sent = request(path, form, "POST", Content_Type=FORM["content-type"])
+            exchange(port, sent, 0.5)
+    raw = [
+        f"{CANARY}\x1b[31m\r\n\r\n".encode(),
+        f"GET /{CANARY} {CANARY}\r\n\r\n".encode(),
+        f"GET /{CANARY}\x1b HTTP/9.9\r\n{CANARY}\x1b: a\r\n\r\n".encode(),
+        request("/predictions/chatlm", b"", "POST", Content_Length=f"-5{CANARY}"),
+        request("/predictions/chatlm", b"", "POST", Transfer_Encoding="chunked") + CANARY.encode(),
+        request("/predictions/chatlm", b"", "POST", Expect=CANARY, X=f"\x1b{CANARY}\x00"),
+        request(f"/{CANARY * 1000}"),
+    ]
+    for sent in raw:
+        exchange(server.port, sent, 1)
+    assert server.post("chatlm", {"context": "hi", "n": 1, "max_tokens": 1})[0] == 200
+    server.wait_for_log("chatlm original 200")  # the log comes a little later
+    log = server.log.read_bytes()
+    lines = [line for line in log.split(b"\n") if CANARY.encode() in line]
+    assert lines == []
+    assert not re.search(rb"[\x00-\x09\x0b-\x1f]", log)
+    assert b"\tat " not in log and b"at io.netty" not in log
+
+
+def test_pipelined_requests_never_get_each_others_answers(server):
+    asked = [f"request {number}" for number in range(5)]
+    for _ in range(5):
+        received = exchange(server.port, b"".join(ask(text, 20) for text in asked)).decode()
+        answered = re.findall(r'"request": {"context": "(request \d)"', received)
+        assert answered == asked[: len(answered)]
+        assert len(re.findall("HTTP/1.1 500", received)) == 1
+
+
+def test_head_has_no_body(server):
+    head, _, body = exchange(server.port, request("/predictions/chatlm", method="HEAD")).partition(
+        b"\r\n\r\n"
+    )
+    assert head.startswith(b"HTTP/1.1 200") and body == b""
+
+
+def test_requests_one_after_another_on_a_connection_are_answered_in_order(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        for number in range(20):
+            connection.sendall(ask(f"request {number}"))
+            received = b""
+            while not received.endswith(b"}}\r\n0\r\n\r\n") and not received.endswith(b"}}"):
+                chunk = connection.recv(65536)
+                assert chunk
+                received += chunk
+            assert f'"context": "request {number}"'.encode() in received
+
+
+def test_503_carries_retry_after(server):
+    draining = server.run / "draining"
+    draining.touch()
+    connection, response = server.open("chatlm", {"context": "hello"})
+    draining.unlink()
+    assert response.status == 503 and response.headers["Retry-After"] == "1"
+    assert json.loads(response.read())["error"]["type"] == "server_error"
+    connection.close()
+
+
+def test_another_host_is_refused(server):
+    for path in ("/predictions/chatlm", "/predictions/chatlm/1.0/v1/models"):
+        assert exchange(server.port, request(path, Host="evil.example")).startswith(b"HTTP/1.1 403")
+        assert exchange(server.port, request(path)).startswith(b"HTTP/1.1 200")
