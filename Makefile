@@ -7,7 +7,7 @@ CORPORA   := data/lm/train.txt
 GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak tensorboard clean
+.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak fuzz tensorboard clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ test: | $(VENV)/.test  ## set-up and all tests
 
 soak: | $(VENV)/.test  ## ten minutes of load on a real server
 	$(VENV)/bin/python tests/soak.py $(ARGS)
+
+fuzz: | $(VENV)/.test  ## ten minutes of odd requests to a real server
+	$(VENV)/bin/python tests/fuzz.py $(ARGS)
 
 clean:  ## remove data/ and out/: all that was downloaded, trained and logged
 	rm -rf data out

@@ -90,7 +90,7 @@ def quiet_logging() -> None:
     mere mistake of a client's."""
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger().addFilter(
-        lambda record: not record.getMessage().startswith("Failed json decoding")
+        lambda record: not record.getMessage().startswith(("Failed json", "Failed utf-8"))
     )
     metrics = logging.getLogger("ts.metrics.caching_metric")
     metrics.setLevel(logging.INFO)

@@ -28,6 +28,7 @@ from handlers.budget import check_answer
 from handlers.fields import Refusal
 from handlers.jobs import JobReader
 from handlers.loop import DecodeLoop
+from handlers.openapi import describe
 from handlers.served_model import ServedModel
 
 HTML = "text/html; charset=utf-8"
@@ -173,6 +174,8 @@ class Service:
 
     def get(self, path: str) -> Page:
         """The answer to a request without a body. Raises Refusal."""
+        if path == "v1/openapi.json":
+            return Page(JSON, json.dumps(describe(self.model)))
         if path.startswith("v1/models"):
             return Page(JSON, json.dumps(model_list(self.model.name, path)))
         if path == "" and self.model.generator.task == "chatlm":

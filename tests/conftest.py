@@ -7,6 +7,8 @@ configs that train tiny models on them.
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,17 @@ def run(name: str, *arguments: object, status: int = 0) -> str:
     done = subprocess.run(command(name, *arguments), capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 60
+) -> None:
+    """Return when `condition()` is true. Fails after `seconds`, or when `process` ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "the process has ended"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,18 @@
 import argparse
 import json
 import sys
+from email.message import Message
+from io import BytesIO
+from urllib.error import HTTPError
 
 import pytest
 import torch
+from serving import tiny_model
 
 from gptchat.bench import __main__ as bench
-from gptchat.bench import decode, training
+from gptchat.bench import decode, serving, training
 from gptchat.bench.report import Report
+from gptchat.console import UserError
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
 SMALL = GPT2Config(vocab_size=311, n_positions=64, n_embd=64, n_layer=2, n_head=4)
@@ -77,3 +82,52 @@ def test_a_training_step_trains(who, monkeypatch):
     step()
     after = [p for p in trained[0].parameters() if p.dim() > 1]
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("bench") / "model", "lm")
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ("decode --batches 1 0", "argument --batches: found '0'; wanted an integer of at least 1"),
+        ("decode --rounds 0", "argument --rounds: found '0'; wanted an integer of at least 1"),
+        ("decode --threads -1", "argument --threads: found '-1'; wanted an integer of at least 1"),
+        ("train --row x", "argument --row: found 'x'; wanted an integer of at least 1"),
+        ("decode --model MODEL --prompt 100", "164 tokens (--prompt and --new) do not fit into"),
+        ("decode --model MODEL --first 9 --text nowhere", "nowhere: cannot be read: No such file"),
+        ("decode --first 9 --text README.md", "--text: found no --model"),
+        ("train --row 2000", "2000 tokens (--row) do not fit into"),
+        ("serve --model MODEL --url http://127.0.0.1:9/x", "127.0.0.1:9/x: cannot be asked: "),
+        ("serve --model MODEL --new 1000", "1032 tokens (--prompt and --new) do not fit into"),
+        ("tokenizer --config nowhere.toml", "nowhere.toml: cannot be read"),
+    ],
+)
+def test_wrong_use_is_one_line(arguments, reason, model_directory, monkeypatch):
+    words = arguments.replace("MODEL", str(model_directory)).split()
+    if words[0] == "serve":
+        words += ["--clients", "1", "--rounds", "1"]
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    with pytest.raises(UserError) as error:
+        bench.main(words)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_server_that_refuses_is_one_line_with_its_reason(monkeypatch):
+    def refuse(request, timeout):
+        raise HTTPError(request.full_url, 400, "Bad", Message(), BytesIO(b'{"error": "no room"}'))
+
+    monkeypatch.setattr(serving.urllib.request, "urlopen", refuse)
+    with pytest.raises(UserError, match=r"http://x: status 400: .*no room"):
+        serving.ask("http://x", [1], 1, stream=False)
+
+
+@pytest.mark.slow
+def test_a_contestant_that_dies_ends_the_benchmark_instead_of_hanging(monkeypatch):
+    monkeypatch.setattr(training, "CONTESTANTS", ("gptchat eager",))
+    arguments = argparse.Namespace(config=None, rows=1, row=8, precision="fp32", rounds=1)
+    arguments.threads = 0  # which torch refuses, in the contestant's process
+    with pytest.raises(UserError, match="gptchat eager: its process has ended"):
+        training.run(arguments, Report())

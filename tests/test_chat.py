@@ -311,6 +311,7 @@ def test_lines_of_a_pipe_are_a_conversation(bot):
         input="hello\n\n/nonsense\n/quit\nnever read\n",
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch("[a-z ]{5}\nerror: /nonsense: no such command; .*\n", done.stdout)

@@ -39,7 +39,7 @@ def test_help_lists_every_command_with_a_summary() -> None:
 
 
 def test_no_command_at_all_is_help() -> None:
-    done = subprocess.run(command("--help")[:-1], capture_output=True, text=True)
+    done = subprocess.run(command("--help")[:-1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout == run("--help")
 
 
@@ -124,7 +124,7 @@ def test_every_file_of_the_packages_that_is_not_python_is_packaged_or_documentat
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packaged = settings["tool"]["setuptools"]["package-data"]
     tracked = subprocess.run(
-        ["git", "ls-files", *packaged], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", *packaged], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     if tracked.returncode:
         pytest.skip("not a git checkout")

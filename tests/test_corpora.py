@@ -38,6 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         capture_output=True,
         env={**os.environ, "PYTHONHASHSEED": "1"},
+        timeout=300,
     )
     return out
 
@@ -190,6 +191,7 @@ def test_one_column_is_refused_in_one_line(tmp_path: Path) -> None:
         [sys.executable, "-m", "gptchat", "corpora", "--out", str(tmp_path), "--columns", "1"],
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--columns: found 1; wanted 2" in done.stderr

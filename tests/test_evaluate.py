@@ -205,7 +205,10 @@ def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text)
 
 def test_module_runs_by_itself_and_its_help_has_an_example():
     done = subprocess.run(
-        [sys.executable, "-m", "gptchat.evaluate", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "gptchat.evaluate", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0 and done.stdout.startswith("usage: gptchat evaluate ")
     assert "Measure loss" in done.stdout and "example:\n  gptchat evaluate --config" in done.stdout

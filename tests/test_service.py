@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import wait_until
 from serving import ROOT, ServiceClient
 
 from gptchat.config import ServerSettings
@@ -266,8 +267,7 @@ def test_stop_strings_end_and_are_left_out(chat):
         assert answer["response"] == text[: text.index(stop)] and answer["model_info"][
             "finish_reason"
         ] == ["stop"]
-    while not chat.service.loop.engine.idle:
-        time.sleep(0.01)
+    wait_until(lambda: chat.service.loop.engine.idle)
 
 
 def test_forbidden_words_do_not_come(chat):
@@ -333,8 +333,7 @@ def test_thread_waits_for_its_clients(chat):
     del chat.live["slow"]
     chat.send("next", {"context": "a", "max_tokens": 1})
     chat.finish("next")
-    while chat.service.loop.engine.live:
-        time.sleep(0.01)
+    wait_until(lambda: not chat.service.loop.engine.live)
 
 
 def test_full_queue_is_a_503(tmp_path):
@@ -363,9 +362,7 @@ def test_dead_decode_thread_answers_everyone_and_ends_the_process(tmp_path, monk
     )
     assert json.loads(client.got["whole"].text)["error"]["type"] == "server_error"
     assert client.ask({"context": "a"})[0] == 503
-    deadline = time.monotonic() + 20
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: ended)
     assert ended[0] == 1
 
 
@@ -438,7 +435,12 @@ import handlers.answers, handlers.jobs, handlers.loop, handlers.service
 print(*sorted(name for name in sys.modules if name.startswith("gptchat.")))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     loaded = done.stdout.split()
     assert "gptchat.inference.generate" in loaded

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -502,16 +502,15 @@ def run_cli(config, tmp_path, text):
 
 def test_the_command_tells_counts_and_one_line_for_a_mistake(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE)
-    assert "4 documents" in process.communicate()[0] and process.returncode == 0
+    assert "4 documents" in process.communicate(timeout=300)[0] and process.returncode == 0
     config, process = run_cli(lm, tmp_path, b"\xff")
-    assert process.communicate()[1].splitlines()[-1].startswith("error: ")
+    assert process.communicate(timeout=300)[1].splitlines()[-1].startswith("error: ")
     assert process.returncode == 2
 
 
 def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE * 60_000)
-    while len(list(config.shards_dir.glob("*.tmp"))) < 2 and process.poll() is None:
-        time.sleep(0.02)
+    wait_until(lambda: len(list(config.shards_dir.glob("*.tmp"))) >= 2, process)
     os.kill(process.pid, signal.SIGKILL)
     try:
         # Its workers hold the pipes: this returns when they have ended, too.

@@ -120,7 +120,9 @@ def test_no_file_is_over_400_lines() -> None:
 
 
 def tracked() -> list[Path]:
-    found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     if found.returncode:
         pytest.skip("not a git checkout")
     return [Path(name) for name in found.stdout.split("\0") if name and (ROOT / name).exists()]
@@ -154,5 +156,26 @@ LINTERS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 def test_linters_are_quiet(linter: list[str]) -> None:
     if importlib.util.find_spec(linter[0]) is None:
         pytest.skip(f"{linter[0]} is not installed")
-    done = subprocess.run([sys.executable, "-m", *linter], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *linter], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+WAITS = {"wait", "join", "result", "recv", "communicate"}  # for ever, without an argument
+RUNS = {"subprocess.run", "subprocess.check_output", "subprocess.check_call"}
+
+
+@pytest.mark.parametrize("path", sources("tests"), ids=lambda path: path.name)
+def test_whatever_a_test_waits_for_has_a_deadline(path: Path) -> None:
+    endless = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.While) and isinstance(node.test, ast.Constant):
+            endless.append(f"{path.name}:{node.lineno}: while True")
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        has_timeout = any(keyword.arg in ("timeout", None) for keyword in node.keywords)
+        waits = node.func.attr in WAITS and not node.args
+        if (waits or ast.unparse(node.func) in RUNS) and not has_timeout:
+            endless.append(f"{path.name}:{node.lineno}: {ast.unparse(node.func)}")
+    assert not endless

@@ -499,10 +499,10 @@ def test_training_gives_the_same_bpe_in_another_process(
         "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
     )
     command = [sys.executable, "-m", "gptchat", "tokenizer", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert Tokenizer.load(tmp_path / "out").hash == bpe.hash and "bpe, 700 entries" in done.stdout
     wrong = subprocess.run(
-        [*command, "tokenizer.files=nowhere.txt"], capture_output=True, text=True
+        [*command, "tokenizer.files=nowhere.txt"], capture_output=True, text=True, timeout=300
     )
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "nowhere.txt" in wrong.stderr
 

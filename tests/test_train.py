@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, run
+from conftest import command, run, wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -114,12 +114,12 @@ def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small
         Batches(shards, tokenizer, 256, size, packed=packed)
         for size, packed in ((4, True), (1, False))
     )
-    dialogues = {i for row in range(4) for i in packed._row(0, row)}
+    dialogues = {i for row in range(4) for i in packed._dialogues_of_row(0, row)}
     loss = model(**packed.micro_batch(0).inputs("cpu"))
     loss.backward()
     whole, total = gradients(model), 0.0
     for i in sorted(dialogues):
-        one = model(**single._dialogues([[i]]).inputs("cpu"))
+        one = model(**single._dialogue_batch([[i]]).inputs("cpu"))
         one.backward()
         total += float(one.detach())
     assert len(dialogues) > 4
@@ -205,7 +205,7 @@ def test_a_run_killed_ten_times_equals_an_uninterrupted_one(
             time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 0.2))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL, "the run ended before its tenth kill"
         kills += 1
     finish(start(small, task, killed, *settings))
@@ -220,11 +220,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     settings = ["train.num_steps=300", "train.eval_interval=1000"]
     finish(start(small, "chatlm", tmp_path / "whole", *settings))
     process = start(small, "chatlm", tmp_path / "stopped", *settings)
-    while (
-        not (tmp_path / "stopped/log.jsonl").exists()
-        or not (tmp_path / "stopped/log.jsonl").stat().st_size
-    ):
-        time.sleep(0.01)
+    log = tmp_path / "stopped/log.jsonl"
+    wait_until(lambda: log.exists() and log.stat().st_size, process)
     process.send_signal(number)
     assert "goes on from here" in finish(process, 130)
     finish(start(small, "chatlm", tmp_path / "stopped", *settings))
@@ -489,10 +486,8 @@ def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_p
     ]
     finish(start(small, "lm", tmp_path / "one", *settings))
     process = start(small, "lm", tmp_path / "two", *settings, "train.log_interval=1")
-    while (
-        not (tmp_path / "two/log.jsonl").exists() or not (tmp_path / "two/log.jsonl").stat().st_size
-    ):
-        time.sleep(0.01)
+    log = tmp_path / "two/log.jsonl"
+    wait_until(lambda: log.exists() and log.stat().st_size, process)
     process.send_signal(signal.SIGTERM)
     finish(process, 130)
     finish(start(small, "lm", tmp_path / "two", *settings, "train.log_interval=5", processes=2))

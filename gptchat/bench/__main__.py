@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from gptchat.bench import decode, serving, tokenizer, training
-from gptchat.bench.report import Report
+from gptchat.bench.report import Report, positive
 from gptchat.console import CommandParser, cli
 
 BENCHMARKS = {  # name: (module, summary, example arguments)
@@ -40,8 +40,8 @@ BENCHMARKS = {  # name: (module, summary, example arguments)
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     threads = torch.get_num_threads()
-    add("--rounds", type=int, default=3, help="turns of each contestant (%(default)s)")
-    add("--threads", type=int, default=threads, help="torch's threads (%(default)s)")
+    add("--rounds", type=positive, default=3, help="turns of each contestant (%(default)s)")
+    add("--threads", type=positive, default=threads, help="torch's threads (%(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptchat.bench.report import Report, timed
+from gptchat.bench.report import Report, check_context, positive, timed
 from gptchat.console import UserError
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.engine import Engine, Request, generate
@@ -49,13 +49,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--batches",
         nargs="+",
         metavar="N",
-        type=int,
+        type=positive,
         default=[1, 8, 32],
         help="batch sizes (default: 1 8 32)",
     )
-    add("--prompt", type=int, default=32, help="tokens of a prompt (%(default)s)")
-    add("--new", type=int, default=64, help="new tokens per row (%(default)s)")
-    add("--first", type=int, default=512, help="prompt tokens before the first one (%(default)s)")
+    add("--prompt", type=positive, default=32, help="tokens of a prompt (%(default)s)")
+    add("--new", type=positive, default=64, help="new tokens per row (%(default)s)")
+    add(
+        "--first",
+        type=positive,
+        default=512,
+        help="prompt before the first token (%(default)s)",
+    )
 
 
 def start_model(directory: str | None) -> tuple[GPT2, Tokenizer | None, str]:
@@ -138,6 +143,8 @@ class DecodeBenchmark:
             )
         self.model, self.tokenizer, _ = start_model(args.model)
         self.config = self.model.config
+        check_context(args.prompt + args.new, "--prompt and --new", self.config.n_positions)
+        self.rows = self.rows_to_predict()
         self.peer = Transformers(self.model)
         self.first_length = min(args.first, self.config.n_positions - 1)
         length = max(args.prompt + args.new, self.first_length + 1)
@@ -191,9 +198,8 @@ class DecodeBenchmark:
 
     def compare_predictions(self) -> None:
         """Note each dtype's agreement with float32 and its perplexity, on its latest line."""
-        rows = self.rows_to_predict()
         for dtype, engine in self.engines.items():
-            agreement, perplexity = quality(self.model, engine.model, rows)
+            agreement, perplexity = quality(self.model, engine.model, self.rows)
             notes = {"top1_agreement": f"{agreement:.2%}", "perplexity": f"{perplexity:.2f}"}
             self.report.note(dtype, **notes)
 
@@ -203,7 +209,12 @@ class DecodeBenchmark:
         if not self.tokenizer or not self.args.text:
             return torch.randint(self.config.vocab_size, (rows, length))
         n_ids = rows * length
-        text = Path(self.args.text).read_text(encoding="utf-8")
+        try:
+            text = Path(self.args.text).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.args.text}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{self.args.text}: not valid UTF-8; wanted a text") from None
         ids = self.tokenizer.encode(text[: 16 * n_ids])[:n_ids]  # 16 characters a token: plenty
         whole_rows = len(ids) // length
         if whole_rows == 0:

@@ -9,11 +9,14 @@ import json
 import os
 import statistics
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+
+from gptchat.console import UserError
 
 
 class Report:
@@ -75,6 +78,20 @@ class Report:
         print(", ".join(f"{key} {value}" for key, value in machine().items()))
         for line in self.lines:
             print(format_line(line))
+
+
+def positive(text: str) -> int:
+    """The integer that an option gives, 1 or more; for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"found {text!r}; wanted an integer of at least 1")
+    return int(text)
+
+
+def check_context(n_tokens: int, options: str, n_positions: int) -> None:
+    """Raise UserError if what `options` ask for is longer than the model's context."""
+    if n_tokens > n_positions:
+        message = f"{n_tokens} tokens ({options}) do not fit into the model's context"
+        raise UserError(f"{message} of {n_positions}")
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

@@ -17,11 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Lock
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 
 from gptchat.bench.decode import Transformers, differences, start_model
-from gptchat.bench.report import Report
+from gptchat.bench.report import Report, check_context, positive
+from gptchat.console import UserError
 from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import Sampling
@@ -38,20 +40,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--clients",
         nargs="+",
         metavar="N",
-        type=int,
+        type=positive,
         default=[1, 8, 32, 64],
         help="at once (1 8 32 64)",
     )
     add("--dtype", default=DTYPES[0], choices=DTYPES, help="of the engine alone (%(default)s)")
-    add("--prompt", type=int, default=32, help="tokens of the prompt (%(default)s)")
-    add("--new", type=int, default=64, help="new tokens of an answer (%(default)s)")
+    add("--prompt", type=positive, default=32, help="tokens of the prompt (%(default)s)")
+    add("--new", type=positive, default=64, help="new tokens of an answer (%(default)s)")
 
 
 def ask(url: str, prompt: list[int], max_tokens: int, stream: bool) -> tuple[list[float], int]:
     """Send one request to the completions API.
 
     Returns the seconds to the first chunk and between the further ones, and the number of new
-    tokens. An answer that is not streamed is one chunk.
+    tokens. An answer that is not streamed is one chunk. Raises UserError where there is none.
     """
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens, "seed": 1}
     if stream:
@@ -63,13 +65,20 @@ def ask(url: str, prompt: list[int], max_tokens: int, stream: bool) -> tuple[lis
     tokens = 0
     stamps = [time.perf_counter()]
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=600) as response:
-        for line in response:
-            if not line.startswith((b"data: {", b"{")):
-                continue
-            stamps.append(time.perf_counter())
-            usage = json.loads(line.removeprefix(b"data: ")).get("usage") or {}
-            tokens = usage.get("completion_tokens", tokens)
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            for line in response:
+                if not line.startswith((b"data: {", b"{")):
+                    continue
+                stamps.append(time.perf_counter())
+                usage = json.loads(line.removeprefix(b"data: ")).get("usage") or {}
+                tokens = usage.get("completion_tokens", tokens)
+    except HTTPError as error:
+        reason = " ".join(error.read(300).decode("utf-8", "replace").split())
+        raise UserError(f"{url}: status {error.code}: {reason}") from None
+    except (OSError, ValueError) as error:
+        message = f"{url}: cannot be asked: {error}; wanted the completions of a running server"
+        raise UserError(f"{message}, see `make serve`") from None
     return differences(stamps), tokens
 
 
@@ -80,6 +89,7 @@ class ServingBenchmark:
         self.args = args
         model, tokenizer, task = start_model(args.model)
         assert tokenizer is not None  # --model is required
+        check_context(args.prompt + args.new, "--prompt and --new", model.config.n_positions)
         self.peer = Transformers(model)
         self.lock = Lock()
         self.engine = Engine(model, max(args.clients), dtype=args.dtype)

@@ -8,9 +8,11 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 
 from gptchat.bench.report import Report, timed
 from gptchat.config import load_config
+from gptchat.console import UserError
 from gptchat.data.tokenizer import tokenizer_for
 from gptchat.files import expand
 
@@ -38,7 +40,13 @@ def run(args: argparse.Namespace, report: Report) -> None:
             return timed(lambda: backend.encode_batch_fast(documents))
 
         def write_shards() -> list[float]:
-            return timed(lambda: subprocess.run(command, check=True, capture_output=True))
+            start = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True)
+            seconds = time.perf_counter() - start
+            if done.returncode:
+                reason = done.stderr.strip() or "gptchat shards: no reason given"
+                raise UserError(reason.splitlines()[-1].removeprefix("error: "))
+            return [seconds]
 
         megabytes = len(text.encode()) / 1e6
         contestants = {"tokenizers": encode_in_memory, "gptchat.shards": write_shards}

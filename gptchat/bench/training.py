@@ -14,12 +14,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 from gptchat.bench.decode import Transformers
-from gptchat.bench.report import Report, timed
+from gptchat.bench.report import Report, check_context, positive, timed
 from gptchat.config import TrainConfig, load_config
+from gptchat.console import UserError
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
 from gptchat.training.distributed import World, wrap_model
@@ -33,8 +35,8 @@ DTYPE_OF_PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", metavar="FILE", help="take the model's size from here (default: GPT-2 124M)")
-    add("--rows", type=int, default=4, help="rows of a step (%(default)s)")
-    add("--row", type=int, default=256, help="tokens of a row (%(default)s)")
+    add("--rows", type=positive, default=4, help="rows of a step (%(default)s)")
+    add("--row", type=positive, default=256, help="tokens of a row (%(default)s)")
     add("--precision", default="bf16", choices=("bf16", "fp32"), help="default: %(default)s")
 
 
@@ -106,30 +108,36 @@ def worker(pipe: Connection, contestant: str, args: argparse.Namespace) -> None:
     pipe.send(peak_memory(torch.device("cpu")))
 
 
-def request_step(pipe: Connection) -> list[float]:
-    pipe.send(True)
-    return pipe.recv()
+def exchange(contestant: str, pipe: Connection, goes_on: bool) -> Any:
+    """Ask a contestant's process for a step, or for its end. Raises UserError if it is gone."""
+    try:
+        pipe.send(goes_on)
+        return pipe.recv()
+    except (EOFError, OSError):
+        raise UserError(f"{contestant}: its process has ended; the reason is above") from None
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
+    check_context(args.row, "--row", train_config(args).n_positions)
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for contestant in CONTESTANTS:
         pipes[contestant], worker_end = context.Pipe()
         process = context.Process(target=worker, args=(worker_end, contestant, args), daemon=True)
         process.start()
+        worker_end.close()  # so that reading ends when the process does
     n_tokens = args.rows * args.row
     medians = report.race(
         f"train, {args.rows} x {args.row}",
         "tokens/s",
-        {contestant: partial(request_step, pipe) for contestant, pipe in pipes.items()},
+        {name: partial(exchange, name, pipe, True) for name, pipe in pipes.items()},
         args.rounds,
         n_tokens,
     )
     peak_flops = matmul_peak(torch.device("cpu"), DTYPE_OF_PRECISION[args.precision])
     flops = step_flops(train_config(args), n_tokens, n_tokens, args.row)
     for contestant, pipe in pipes.items():
-        pipe.send(False)
+        peak_bytes = exchange(contestant, pipe, False)
         share = flops / medians[contestant] / peak_flops
-        memory_gb = round(pipe.recv() / 1e9, 2)
+        memory_gb = round(peak_bytes / 1e9, 2)
         report.note(contestant, of_matmul_peak=f"{share:.0%}", peak_memory_gb=memory_gb)
