@@ -14,7 +14,7 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import StreamDecoder, WordFilter
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.model.pretrained import hugging_face_state
+from gptchat.model.weight_files import hugging_face_state
 from tests.hf_models import BadWords
 
 V, LENGTH = 97, 64

@@ -17,6 +17,7 @@ from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
 from gptchat.model.kv_cache import KVCache
 from gptchat.model.loss import summed_cross_entropy
+from gptchat.model.weight_files import conv1d_layout
 from gptchat.training.optim import make_optimizers
 from tests.hf_models import close, random_gpt2, write
 
@@ -116,7 +117,7 @@ def assert_parameters_agree(pair: Pair, bound: float, gradients: bool) -> None:
     for name, parameter in ours.items():
         found, wanted = (p.grad if gradients else p.detach() for p in (parameter, theirs[name]))
         assert found is not None and wanted is not None, name
-        found = pretrained.conv1d_layout(name, found)
+        found = conv1d_layout(name, found)
         if name.endswith(
             "c_attn.bias"
         ):  # softmax does not see a key bias: its gradient is zero but for rounding

@@ -46,6 +46,7 @@ ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+NO_TYPE_ROWS = (-1, -1)  # of a foreign model, before `pretrained.adapt`
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GPT2Config:
     """The keys of Hugging Face's GPT2Config that change what is computed, with its defaults.
 
     `type_rows` is ours: token type t adds the row `wte[type_rows[t]]` to the embedding.
+    NO_TYPE_ROWS: it cannot take types.
     """
 
     vocab_size: int = 50257
