@@ -13,7 +13,8 @@ Promises and invariants:
   ChatLM's dialogue loses its oldest turns and is refused only if its last turn is too long.
 - Text holds whole characters and no stop string. What may become either is held back; at the end of
   an answer an incomplete character is U+FFFD.
-- An answer depends on its prompt, settings and seed, not on the requests that run beside it.
+- An answer depends on its prompt, settings and seed, not on the requests that run beside it, except
+  for rounding, which matters with bfloat16 and int8 (`engine` says how much).
 - A TextGenerator is for one thread, and for one stream at a time.
 """
 

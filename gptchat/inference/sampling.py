@@ -4,10 +4,10 @@ The settings mean what they mean in transformers' `generate`, in its order: repe
 filtered words, suppressed ids; then, unless greedy, temperature, top-k, top-p, min-p. (Where scores
 tie at the cut, top-k keeps k ids and top-p all that tie.)
 
-A row's id does not depend on the other rows. Its noise is one number in [0, 1), a hash of (seed,
-candidate, position), which becomes an id by inverting the cumulative distribution. Probabilities
-become integer weights (WEIGHT_OF_THE_BEST for the likeliest id), so their sums are exact in any
-order on any device, and an id of weight 0 is never drawn.
+Given its logits, a row's id does not depend on the other rows. Its noise is one number in [0, 1), a
+hash of (seed, candidate, position), which becomes an id by inverting the cumulative distribution.
+Probabilities become integer weights (WEIGHT_OF_THE_BEST for the likeliest id), so their sums are
+exact in any order on any device, and an id of weight 0 is never drawn.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,9 @@ class Sampling:
     integers are not ints.
 
     The terminal chat and the server take a number's range and help from its declaration here.
-    `word_filter` forbids what may come next. The same `seed` gives the same answer. `logprobs` is
-    how many of the best ids are listed with each token's log-probability; None: not even that.
+    `word_filter` forbids what may come next. The same `seed` gives the same answer, up to the
+    rounding that `engine` tells of. `logprobs` is how many of the best ids are listed with each
+    token's log-probability; None: not even that.
     """
 
     temperature: float = _number(1.0, low=0, high=100, help="0 takes the likeliest token")
