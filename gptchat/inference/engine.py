@@ -22,9 +22,9 @@ A slot of the KV cache holds one sequence from position 0 on. Invariants between
 So an answer does not depend on the other requests, except for rounding: padding, `slots` and
 `prefill_chunk` change the order in which attention sums, and so the last bit of its float32
 results. With float32 that moves log-probabilities by 3e-6. bfloat16 and int8 round to 8 bits what
-comes next, where a last bit can become a whole step: up to 0.08, and up to 7 % of answers (of 24
-tokens, in 120 requests) took another token somewhere. The same requests at the same steps give the
-same answers.
+comes next, where a last bit can become a whole step: log-probabilities moved by up to 0.08, and up
+to 7 % of answers (8 of 120, of 24 tokens each) took another token somewhere. (int8 with attention
+in float64: none.) The same requests at the same steps give the same answers.
 
 Only one thread may use an engine at a time.
 """
