@@ -16,7 +16,7 @@ are. A line may have 1,000,000 characters.
 
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
-rows of its file.
+rows of its file (but for rounding with bfloat16 and int8, of which `inference.engine` tells).
 """
 
 import argparse
