@@ -11,9 +11,9 @@ import pytest
 
 from gptchat.config import RENAMED, Config, TrainConfig, build, load_config, setting
 from gptchat.console import UserError
-from gptchat.training.checkpoint import FREE_KEYS
 from gptchat.training.metrics import PRECISIONS
 from gptchat.training.optim import SCHEDULES
+from gptchat.training.saved_config import FREE_KEYS
 
 ROOT = Path(__file__).parent.parent
 GOOD = "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"

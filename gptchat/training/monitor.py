@@ -7,6 +7,7 @@ to TensorBoard only.
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -165,11 +166,17 @@ class Monitor:
 
     def _write(self, kind: str, figures: dict[str, float], rates: dict[str, float]) -> None:
         """Write `figures`, which a resumed run repeats to the bit, to the loss log, and all to
-        TensorBoard."""
+        TensorBoard.
+
+        Of a figure that is not finite (the gradient norm of a step that fp16 skipped, a perplexity
+        beyond all floats) the log says null, since JSON has no word for it.
+        """
         if not self.writes:
             return
-        line = json.dumps({"step": self.step, "kind": kind} | figures)
-        self.log_file.write(line.encode() + b"\n")
+        entry: dict[str, str | float | None] = {"step": self.step, "kind": kind}
+        for name, value in figures.items():
+            entry[name] = value if math.isfinite(value) else None
+        self.log_file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         self.log_file.flush()
         for name, value in (figures | rates).items():
             self.board.add_scalar(f"{kind}/{name}", value, self.step)

@@ -65,6 +65,24 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
     return optimizers
 
 
+class JointOptimizer(Optimizer):
+    """Several optimizers that fp16's loss scaler sees as one.
+
+    A gradient of any of them that is not finite then skips the step of all.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]):
+        groups = []
+        for optimizer in optimizers:
+            groups += [{"params": group["params"]} for group in optimizer.param_groups]
+        super().__init__(groups, {})
+        self.optimizers = optimizers
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
 def lr_scale(step: int, total_steps: int, config: TrainConfig) -> float:
     """The share of the peak learning rate in `step`, counted from 0.
 
@@ -111,9 +129,12 @@ def load_optimizer_state(
 ) -> None:
     """The inverse of `optimizer_state`, whatever the order of the parameters.
 
-    Passes over names that do not begin with `optimizer.`. Raises ValueError where a parameter lacks
-    a state tensor that others of its optimizer have.
+    Passes over names that do not begin with `optimizer.`; if none does, no step has been made yet,
+    and there is nothing to load. Raises ValueError where a parameter lacks a state tensor that
+    others of its optimizer have, or has one of another shape, and where an optimizer has none.
     """
+    if not any(name.startswith("optimizer.") for name in tensors):
+        return
     for optimizer in optimizers:
         prefix = f"optimizer.{_kind(optimizer)}."
         states: dict[str, dict[str, Tensor]] = {}  # parameter name -> its state by key
@@ -122,14 +143,17 @@ def load_optimizer_state(
                 name, _, key = full_name.removeprefix(prefix).rpartition(".")
                 states.setdefault(name, {})[key] = value
         if not states:
-            continue  # saved before its first step, which fp16 may have skipped
+            raise ValueError(f"no {prefix}*")
         keys: set[str] = set().union(*states.values())
         numbered = {}  # the form that torch loads: a parameter is its number, through all groups
-        for number, (name, _) in enumerate(_named_parameters(model, optimizer)):
+        for number, (name, parameter) in enumerate(_named_parameters(model, optimizer)):
             state = states.get(name, {})
             missing = keys - state.keys()
             if missing:
                 raise ValueError(f"no {prefix}{name}.{min(missing)}")
+            for key, value in state.items():
+                if value.dim() > 0 and value.shape != parameter.shape:
+                    raise ValueError(f"{prefix}{name}.{key} is {list(value.shape)}")
             numbered[number] = state
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
