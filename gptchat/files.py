@@ -1,11 +1,13 @@
 """Files: the ones that glob patterns name, and atomic writes.
 
 `atomic_write` promises that a reader, or the next start after a crash, finds the old file or the
-new one, never a part.
+new one, never a part. A process that is killed while it writes leaves a temporary file, which
+`remove_temporary_files` removes.
 """
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,6 +58,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed `atomic_write`s left in a folder in which no other process writes now."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _umask() -> int:

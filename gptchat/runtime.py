@@ -1,12 +1,14 @@
-"""Process settings that training, talking and serving share: garbage collector and allocator."""
+"""Process settings that commands share: garbage collector, allocator, signals, parent process."""
 
 import ctypes
 import gc
+import signal
 
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
 M_MMAP_MAX = -4
+PR_SET_PDEATHSIG = 1  # of Linux's prctl (linux/prctl.h)
 
 
 def tune_memory() -> None:
@@ -26,3 +28,15 @@ def tune_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(M_TOP_PAD, 2**28)
+
+
+def end_with_parent() -> None:
+    """Send this process SIGTERM when the one that started it ends, even if that was killed.
+
+    Elsewhere than on Linux this does nothing.
+    """
+    try:
+        prctl = ctypes.CDLL("libc.so.6").prctl
+    except (OSError, AttributeError):
+        return
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -40,13 +40,13 @@ from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
 from gptchat.data.shards import open_shards
-from gptchat.files import atomic_write
+from gptchat.files import atomic_write, remove_temporary_files
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.runtime import tune_memory
 from gptchat.training import checkpoint, start
 from gptchat.training.checkpoint import TrainState
-from gptchat.training.distributed import World, wrap_model
+from gptchat.training.distributed import World, lost_processes_in_one_line, wrap_model
 from gptchat.training.health import HealthCheck
 from gptchat.training.metrics import PRECISIONS, autocast, metrics, sum_losses
 from gptchat.training.monitor import Monitor
@@ -76,7 +76,11 @@ class Run:
         self.folder = Path(config.run)
         self.model_dir = self.folder / "model"
         self.checkpoint_path = self.folder / "checkpoint.safetensors"
-        self.lock = checkpoint.lock(self.folder) if world.rank == 0 else None
+        self.lock = None
+        if world.rank == 0:
+            self.lock = checkpoint.lock(self.folder)
+            remove_temporary_files(self.folder)
+            remove_temporary_files(self.model_dir)
         self.signalled = False  # this process was told to stop
         self.stopped = False  # some process was told to stop; all learn it in the same step
 
@@ -343,7 +347,7 @@ class Run:
 
 
 def train(config: Config) -> Run:
-    """Begin a run or resume it, and train until it is done or stopped by SIGINT or SIGTERM."""
+    """Begin a run or resume it, and train until it is done or a signal stops it."""
     world = World(config.train.device)
     accumulation = config.train.gradient_accumulation_steps
     if world.rank == 0 and accumulation < world.size:
@@ -353,12 +357,14 @@ def train(config: Config) -> Run:
             file=sys.stderr,
         )
     run = Run(config, world)
-    signal.signal(signal.SIGINT, run.handle_signal)
-    signal.signal(signal.SIGTERM, run.handle_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, run.handle_signal)
     tune_memory()
     gc.disable()  # its pauses cost more than the garbage of a step, which `Run.evaluate` collects
     if not run.done:
-        run.train()
+        with lost_processes_in_one_line(world):
+            run.train()
     elif world.rank == 0:
         print(
             f"{config.run}: finished at step {run.state.step} of {run.total_steps}, "

@@ -6,6 +6,7 @@ last good checkpoint and the best model stay as they are.
 """
 
 import math
+import sys
 from typing import NoReturn
 
 import torch
@@ -64,6 +65,8 @@ class HealthCheck:
         self.last_values = shown
 
     def _fail(self, found: str) -> NoReturn:
+        if self.world.rank > 0:
+            sys.exit(1)  # all processes know it; the first one says it
         kept = "there is no checkpoint yet"
         if self.saved_step:
             kept = f"the checkpoint of step {self.saved_step} and the best model are kept"
