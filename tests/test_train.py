@@ -116,12 +116,12 @@ def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small
         Batches(shards, tokenizer, 256, size, packed=packed)
         for size, packed in ((4, True), (1, False))
     )
-    dialogues = {i for row in range(4) for i in packed._row(0, row)}
+    dialogues = {i for row in range(4) for i in packed._dialogues_of_row(0, row)}
     loss = model(**packed.micro_batch(0).inputs("cpu"))
     loss.backward()
     whole, total = gradients(model), 0.0
     for i in sorted(dialogues):
-        one = model(**single._dialogues([[i]]).inputs("cpu"))
+        one = model(**single._dialogue_batch([[i]]).inputs("cpu"))
         one.backward()
         total += float(one.detach())
     assert len(dialogues) > 4

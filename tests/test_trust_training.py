@@ -42,6 +42,7 @@ def saved_files(folder: Path) -> list[bytes]:
 # --- numbers that are not finite
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_high_ends_the_run_in_one_line_and_a_lower_one_goes_on(
     small: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_a_refused_change_lists_the_keys_that_may_change(small: Path, tmp_path: 
     assert all(key in refused for key in FREE_KEYS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "fp32")])
 def test_a_run_goes_on_in_another_precision(
     small: Path, tmp_path: Path, before: str, after: str
@@ -206,6 +208,7 @@ def test_fewer_steps_than_the_run_has_made_are_told_as_such(small: Path, tmp_pat
     assert refused.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_chat_run_goes_on_when_the_model_that_it_started_from_is_gone(
     small: Path, tmp_path: Path
 ) -> None:
