@@ -1,12 +1,14 @@
 """Files: the ones that glob patterns name, atomic writes, and locks of folders.
 
 `atomic_write` promises that a reader, or the next start after a crash, finds the old file or the
-new one, never a part.
+new one, never a part. A process that is killed while it writes leaves a temporary file, which
+`remove_temporary_files` removes.
 """
 
 import fcntl
 import glob
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -130,6 +132,14 @@ def lock_folder(folder: Path, busy: str) -> IO[str]:
             f"{folder}: {error.strerror}; wanted a folder that can be written"
         ) from None
     return file
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed `atomic_write`s left in a folder in which no other process writes now."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _umask() -> int:

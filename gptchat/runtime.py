@@ -1,5 +1,5 @@
-"""Process settings that training, talking and serving share: garbage collector, allocator, and what
-a hanging process can be asked."""
+"""Process settings that commands share: garbage collector, allocator, signals, parent process, and
+what a hanging process can be asked."""
 
 import contextlib
 import ctypes
@@ -12,6 +12,7 @@ import signal
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
 M_MMAP_MAX = -4
+PR_SET_PDEATHSIG = 1  # of Linux's prctl (linux/prctl.h)
 
 
 def tune_memory() -> None:
@@ -41,3 +42,15 @@ def dump_threads_on_signal() -> None:
     """
     with contextlib.suppress(AttributeError, io.UnsupportedOperation):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def end_with_parent() -> None:
+    """Send this process SIGTERM when the one that started it ends, even if that was killed.
+
+    Elsewhere than on Linux this does nothing.
+    """
+    try:
+        prctl = ctypes.CDLL("libc.so.6").prctl
+    except (OSError, AttributeError):
+        return
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
