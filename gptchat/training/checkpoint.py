@@ -17,7 +17,6 @@ and optimizers, or one whose config differs in more than FREE_KEYS is refused wi
 keeps a second run out of the run's folder.
 """
 
-import fcntl
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gptchat.console import UserError
-from gptchat.files import atomic_write
+from gptchat.files import atomic_write, lock_folder
 from gptchat.model.gpt2 import GPT2
 from gptchat.training.optim import load_optimizer_state, optimizer_state
 from gptchat.training.saved_config import compare_configs
@@ -180,20 +179,8 @@ def _refuse_other_format(path: Path, found: str | None) -> None:
 
 
 def lock(folder: Path) -> IO[str]:
-    """Hold `folder` for this process until it ends, or until the returned file is closed.
+    """Hold a run's folder for this process until it ends, or until the returned file is closed.
 
     Raises UserError while another process holds it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another run is training here; wait for it, or name another run folder"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror}; wanted a folder for the run that can be written"
-        ) from None
-    return file
+    return lock_folder(folder, "another run is training here")
