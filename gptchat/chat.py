@@ -10,14 +10,17 @@ and what was said by then is kept as the turn. The lines typed are saved in `cha
 the model directory.
 
 A row of --input is a dialogue whose last column is to be answered; --output repeats the row with
-the answer behind it, which is the format of training data. It is written whole or not at all.
+the answer behind it, which is the format of training data. It is written whole or not at all. A row
+longer than the context is cut at its front, as in training, and a warning on stderr says how many
+are. A line may have 1,000,000 characters.
 
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
-rows of its file.
+rows of its file (but for rounding with bfloat16 and int8, of which `inference.engine` tells).
 """
 
 import argparse
+import glob
 import os
 import random
 import re
@@ -26,12 +29,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from gptchat.console import CommandParser, Progress, UserError, cli
-from gptchat.data.dialogue import alternate, format_row, read_rows
-from gptchat.files import atomic_write
+from gptchat.data.dialogue import Turn, alternate, format_row, read_rows
+from gptchat.files import atomic_write, expand
 from gptchat.inference.engine import Request
 from gptchat.inference.generate import (
     CANDIDATES,
@@ -39,6 +43,7 @@ from gptchat.inference.generate import (
     SLOTS,
     TextGenerator,
     load_generator,
+    prompt_room,
 )
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS, Sampling
@@ -114,12 +119,39 @@ def make_request(
     Characters that UTF-8 cannot hold (half a surrogate pair, from bytes that were no text) become
     "?". Raises UserError for a last turn that is too long, or a setting out of its range.
     """
-    encoded = []
+    return encoded_request(generator, encode_turns(generator, turns), settings)
+
+
+def encode_turns(generator: TextGenerator, turns: Sequence[tuple[int, str]]) -> list[Turn]:
+    encoded: list[Turn] = []
     for speaker, text in turns:
         valid_text = text.encode(errors="replace").decode()
         encoded.append((speaker, generator.tokenizer.encode(valid_text)))
+    return encoded
+
+
+def encoded_request(
+    generator: TextGenerator, turns: Sequence[Turn], settings: argparse.Namespace
+) -> Request:
+    """The request for an answer to encoded turns. Raises UserError as `make_request` does."""
     n = CANDIDATES if settings.pick == "median" else 1
-    return generator.request(encoded, make_sampling(generator, settings), n)
+    return generator.request(turns, make_sampling(generator, settings), n)
+
+
+def cut_to_fit(
+    generator: TextGenerator, turns: list[Turn], max_new_tokens: int
+) -> tuple[list[Turn], bool]:
+    """(turns, whether they were cut): the last one, an LM's joined text, without its front.
+
+    Of a ChatLM's turns the older ones are left to `TextGenerator.request`, which drops them.
+    """
+    longest = prompt_room(generator.n_ctx, max_new_tokens)
+    if generator.task == "lm":
+        turns = [(0, list(chain.from_iterable(ids for _, ids in turns)))]
+    else:
+        longest -= 1  # for the [SEP] before the answer
+    speaker, ids = turns[-1]
+    return [*turns[:-1], (speaker, ids[-longest:])], len(ids) > longest
 
 
 def stop_strings(settings: argparse.Namespace) -> list[str]:
@@ -269,20 +301,25 @@ def answer_file(
 ) -> None:
     """Write each row of a file, with its answer behind it, to `output`.
 
-    Raises UserError, which names the file and the row, before anything is written.
+    Raises UserError, which names the file and the line, before anything is written.
     """
-    if not Path(source).is_file():
-        raise UserError(
-            f"{source}: found no such file; "
-            "wanted dialogues, a row each, their turns divided by tabs"
-        )
-    rows = list(read_rows(source, 1))
+    (path,) = expand([glob.escape(source)], "--input")
+    rows = list(read_rows(path, 1))
     requests = []
+    cut_rows = []  # their numbers
     for number, row in enumerate(rows, 1):
-        try:
-            requests.append(make_request(generator, alternate(row, last_speaker=0), settings))
-        except UserError as error:
-            raise UserError(f"{source}: row {number}: {error}") from None
+        turns = encode_turns(generator, alternate(row, last_speaker=0))
+        turns, was_cut = cut_to_fit(generator, turns, settings.max_new_tokens)
+        if was_cut:
+            cut_rows.append(number)
+        requests.append(encoded_request(generator, turns, settings))
+    if cut_rows:
+        print(
+            f"warning: {source}: {len(cut_rows)} of {len(rows)} rows, the first being row "
+            f"{cut_rows[0]}, are longer than the context of {generator.n_ctx} tokens; "
+            "the front of their text was left out",
+            file=sys.stderr,
+        )
     answers = [""] * len(rows)
     with atomic_write(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
         for piece in generator.stream(requests, stop_strings(settings)):

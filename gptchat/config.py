@@ -196,6 +196,9 @@ class ServerSettings:
     max_stops: int = setting(8, "stop strings", min=1)
     max_bad_words: int = setting(64, "forbidden words", min=1)
     max_logprobs: int = setting(20, "likeliest tokens listed beside the drawn one", min=0)
+    hosts: tuple[str, ...] = setting(
+        (), "names in a request's Host header, besides localhost, any IP address and --host"
+    )
     max_answer_mb: int = setting(8, "size that one answer may reach", min=1)
     max_answers_mb: int = setting(128, "size that all live answers may reach together", min=1)
     max_java_mb: int = setting(1024, "memory of Java at which large answers must wait", min=1)

@@ -1,7 +1,8 @@
 """What all commands share: errors of one line, the command-line parser, and progress bars.
 
 Invariants: a user's mistake is a `UserError`, which `cli` turns into one line on stderr and exit
-status 2. Any other exception is a bug of ours and keeps its traceback. Nothing here imports torch.
+status 2. Work that went wrong by itself is a `RunFailed`: one line too, exit status 1. Any other
+exception is a bug of ours and keeps its traceback. Nothing here imports torch.
 """
 
 import argparse
@@ -17,13 +18,23 @@ class UserError(Exception):
     """A user's mistake. The message is one line: where it is, what was found, what is wanted."""
 
 
+class RunFailed(Exception):
+    """Work that went wrong by itself. One line: where, what was found, what is kept, what to do."""
+
+
 def cli(main: Callable[[], None]) -> None:
-    """Run a command's `main`. UserError: one line, exit status 2. Ctrl-C: exit status 130."""
+    """Run a command's `main`.
+
+    UserError: one line, exit status 2. RunFailed: one line, exit status 1. Ctrl-C: exit status 130.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

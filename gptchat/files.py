@@ -1,14 +1,20 @@
-"""Files: the ones that glob patterns name, and atomic writes.
+"""Files: the ones that glob patterns name, atomic writes, and locks of folders.
 
 `atomic_write` promises that a reader, or the next start after a crash, finds the old file or the
-new one, never a part.
+new one, never a part. A process that is killed while it writes leaves a temporary file, which
+`remove_temporary_files` removes.
 """
 
+import fcntl
 import glob
 import os
+import re
+import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -18,19 +24,70 @@ from gptchat.console import UserError
 def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
     """The files that the glob patterns match, pattern by pattern, sorted within each.
 
-    Raises UserError for a pattern that matches no file; `named_by` says in it where the pattern
-    comes from.
+    A file that comes again, by another pattern or a link, is left out, which one line on stderr
+    tells. Raises UserError for a pattern that matches no file, with the reason; `named_by` says in
+    it where the pattern comes from.
     """
     paths: list[Path] = []
     for pattern in patterns:
-        names = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-        if not names:
-            raise UserError(
-                f"{pattern}: no such file, named by {named_by}; "
-                "`make corpora` writes the default ones"
-            )
-        paths += [Path(name) for name in sorted(names)]
-    return paths
+        matched = matching_files(pattern)
+        if not matched:
+            raise UserError(f"{pattern}: {_why_no_file(pattern)}, named by {named_by}")
+        paths += matched
+    distinct, repeated = split_repeats(paths)
+    if repeated:
+        print(
+            f"warning: {named_by}: {repeated[0]} was named before, by this name or another; "
+            f"each file is read once, so {len(repeated)} of {len(paths)} names are passed over",
+            file=sys.stderr,
+        )
+    return distinct
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The regular files that a glob pattern matches, sorted."""
+    names = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    return [Path(name) for name in sorted(names)]
+
+
+def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """(each file under its first name, further names of the same files)."""
+    distinct: list[Path] = []
+    repeated: list[Path] = []
+    seen: set[tuple[int, int]] = set()  # files, as (device, inode)
+    for path in paths:
+        status = path.stat()
+        file = (status.st_dev, status.st_ino)
+        if file in seen:
+            repeated.append(path)
+        else:
+            seen.add(file)
+            distinct.append(path)
+    return distinct, repeated
+
+
+def _why_no_file(pattern: str) -> str:
+    """Why a glob pattern matches no regular file."""
+    if pattern.startswith("~"):
+        return "`~` is no home folder here, wanted its whole path"
+    matched = glob.glob(pattern, recursive=True)
+    is_read_as_pattern = glob.escape(pattern) != pattern
+    if not matched and is_read_as_pattern and os.path.lexists(pattern):
+        return f"is read as a pattern, wanted {glob.escape(pattern)} for the file of this name"
+    name = matched[0] if matched else pattern
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        if os.path.lexists(name):
+            return f"{name} is a link to nothing"
+        if name.startswith("data/"):
+            return "no such file (`make corpora` writes the default ones)"
+        return "no such file"
+    except OSError as error:  # a loop of links, a folder that may not be entered
+        return f"{name} cannot be read ({error.strerror})"
+    if stat.S_ISDIR(mode):
+        return f"{name} is a folder, wanted files such as {name.rstrip('/')}/*.txt"
+    return f"{name} is a pipe or a device, wanted a regular file"
 
 
 @contextmanager
@@ -56,6 +113,33 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path, busy: str) -> IO[str]:
+    """Hold `folder` for this process until it ends, or until the returned file is closed.
+
+    Raises UserError while another process holds it, where `busy` says what that one does, and for a
+    folder that cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: {busy}; wait for it, or name another folder") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; wanted a folder that can be written"
+        ) from None
+    return file
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed `atomic_write`s left in a folder in which no other process writes now."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def _umask() -> int:

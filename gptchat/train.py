@@ -19,7 +19,6 @@ Invariants:
 """
 
 import contextlib
-import dataclasses
 import gc
 import itertools
 import json
@@ -36,22 +35,29 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gptchat.config import Config, load_config
-from gptchat.console import CommandParser, cli
+from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
 from gptchat.data.shards import open_shards
-from gptchat.files import atomic_write
+from gptchat.files import atomic_write, remove_temporary_files
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
-from gptchat.runtime import tune_memory
-from gptchat.training import checkpoint
+from gptchat.runtime import dump_threads_on_signal, tune_memory
+from gptchat.training import checkpoint, start
 from gptchat.training.checkpoint import TrainState
-from gptchat.training.distributed import World, wrap_model
+from gptchat.training.distributed import World, lost_processes_in_one_line, wrap_model
+from gptchat.training.health import HealthCheck
 from gptchat.training.metrics import PRECISIONS, autocast, metrics, sum_losses
 from gptchat.training.monitor import Monitor
-from gptchat.training.optim import clip_gradients, lr_scale, make_optimizers, set_learning_rate
-from gptchat.training.start import start_model
+from gptchat.training.optim import (
+    JointOptimizer,
+    clip_gradients,
+    lr_scale,
+    make_optimizers,
+    set_learning_rate,
+)
+from gptchat.training.saved_config import resolve_config
 
 N_SAMPLES = 3  # texts that an evaluation lets the model write
 SAMPLE_PROMPT = 16  # tokens of a held-out text that an LM continues in them
@@ -70,16 +76,23 @@ class Run:
         self.folder = Path(config.run)
         self.model_dir = self.folder / "model"
         self.checkpoint_path = self.folder / "checkpoint.safetensors"
-        self.lock = checkpoint.lock(self.folder) if world.rank == 0 else None
+        self.lock = None
+        if world.rank == 0:
+            self.lock = checkpoint.lock(self.folder)
+            remove_temporary_files(self.folder)
+            remove_temporary_files(self.model_dir)
         self.signalled = False  # this process was told to stop
         self.stopped = False  # some process was told to stop; all learn it in the same step
 
-        self.model, self.tokenizer = start_model(config)
+        self.model, self.tokenizer = start.start_model(config)
         self.train_batches = self._open_batches("train")
         self.valid_batches = self._open_batches("valid")
         self.total_steps = self._count_steps()
         self.model.to(world.device)
         self.optimizers = make_optimizers(self.model, config.train)
+        self.stepper = self.optimizers[0]  # makes the step of all optimizers
+        if len(self.optimizers) > 1:
+            self.stepper = JointOptimizer(self.optimizers)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=config.train.precision == "fp16"
         )
@@ -91,6 +104,9 @@ class Run:
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         if world.rank == 0:
             self.loss_sum += self.state.loss_sum
+        self.health = HealthCheck(
+            config.run, world, self.state.step, skips_overflows=self.scaler.is_enabled()
+        )
         self.wrapped_model = wrap_model(self.model, config.train, world)
 
     def _open_batches(self, split: str) -> Batches:
@@ -113,24 +129,28 @@ class Run:
         return math.ceil(config.num_epochs * per_epoch)
 
     def _resolve_config(self) -> dict[str, Any]:
-        """The config and what its files hold, which must be the same when the run is resumed.
-
-        It has gone through JSON, as the one in a checkpoint has.
-        """
+        """The config and what its files hold, which must be the same when the run is resumed."""
         text = {
             "tokenizer": self.tokenizer.hash,
-            "train_tokens": self.train_batches.shards.n_tokens,
-            "init": [],
+            "train": self.train_batches.shards.digest,
+            "valid": self.valid_batches.shards.digest,
+            "init": start.fingerprint(self.config, self.model),
         }
-        if self.config.init_from:
-            text["init"] = self.model.ln_f.weight[:4].tolist()  # any training changes these
-        return json.loads(json.dumps(dataclasses.asdict(self.config) | {"text": text}))
+        return resolve_config(self.config, text)
 
     def _load_checkpoint(self) -> None:
-        self.state = checkpoint.load_checkpoint(
+        self.state, changes = checkpoint.load_checkpoint(
             self.checkpoint_path, self.model, self.optimizers, self.resolved_config
         )
-        self.scaler.load_state_dict(self.state.scaler)
+        if self.state.step > self.total_steps:
+            raise UserError(
+                f"{self.checkpoint_path}: stands at step {self.state.step}; the config wants only "
+                f"{self.total_steps} steps; raise train.num_steps or train.num_epochs"
+            )
+        if self.scaler.is_enabled() and self.state.scaler:  # else the run was not in fp16 before
+            self.scaler.load_state_dict(self.state.scaler)
+        if self.world.rank == 0 and changes:
+            print(f"{self.config.run}: goes on; {'; '.join(changes)}", file=sys.stderr)
 
     @property
     def done(self) -> bool:
@@ -148,6 +168,7 @@ class Run:
                 set_learning_rate(self.optimizers, lr_scale(state.step, self.total_steps, config))
                 grad_norm = self.step(micro_batches)
                 state.step += 1
+                self.health.count_step(grad_norm)
                 monitor.count_step(micro_batches)
                 is_last = state.step == self.total_steps
                 if is_last or state.step % config.log_interval == 0:
@@ -220,21 +241,21 @@ class Run:
 
     def _update_weights(self) -> Tensor:
         """Clip the gradients, use them and clear them. Returns their norm before clipping."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(self.stepper)
         grad_norm = clip_gradients(self.model, self.config.train.max_grad_norm)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad()
+        self.scaler.step(self.stepper)
         self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         return grad_norm
 
     def take_mean_loss(self) -> float:
         """The mean loss per target since the last call, over all processes. Begins a new count."""
-        (loss_sum,) = self.world.sum(float(self.loss_sum))
-        mean = loss_sum / max(1, self.state.n_targets)
+        state = self.state
+        loss_sum = self.health.sum_losses(state.step, self.loss_sum, state.n_targets)
+        mean = loss_sum / max(1, state.n_targets)
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.state.n_targets = 0
+        state.n_targets = 0
         return mean
 
     def evaluate(self, monitor: Monitor) -> None:
@@ -247,6 +268,7 @@ class Run:
         )
         loss_sum, n_targets = world.sum(own_loss_sum, own_targets)
         loss = loss_sum / max(1, n_targets)
+        self.health.check(self.state.step, {"held-out loss": loss})
         is_best = loss < self.state.best_loss
         if is_best:
             self.state.best_loss = loss
@@ -306,15 +328,18 @@ class Run:
     def save(self, monitor: Monitor) -> None:
         """Write the checkpoint from which the same command goes on.
 
-        Raises UserError where it cannot be written.
+        Raises UserError where it cannot be written, RunFailed where its numbers are not finite.
         """
-        (self.state.loss_sum,) = self.world.sum(float(self.loss_sum))
-        self.state.scaler = self.scaler.state_dict()
-        self.state.log_bytes = monitor.log_size()
+        state = self.state
+        state.loss_sum = self.health.sum_losses(state.step, self.loss_sum, state.n_targets)
+        self.health.check_weights(state.step, self.model)
+        state.scaler = self.scaler.state_dict()
+        state.log_bytes = monitor.log_size()
         if self.world.rank == 0:
             checkpoint.save_checkpoint(
-                self.checkpoint_path, self.model, self.optimizers, self.state, self.resolved_config
+                self.checkpoint_path, self.model, self.optimizers, state, self.resolved_config
             )
+        self.health.saved_step = state.step
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """Finish the step, save and stop; a second one of its kind ends the process."""
@@ -323,7 +348,7 @@ class Run:
 
 
 def train(config: Config) -> Run:
-    """Begin a run or resume it, and train until it is done or stopped by SIGINT or SIGTERM."""
+    """Begin a run or resume it, and train until it is done or a signal stops it."""
     world = World(config.train.device)
     accumulation = config.train.gradient_accumulation_steps
     if world.rank == 0 and accumulation < world.size:
@@ -333,12 +358,15 @@ def train(config: Config) -> Run:
             file=sys.stderr,
         )
     run = Run(config, world)
-    signal.signal(signal.SIGINT, run.handle_signal)
-    signal.signal(signal.SIGTERM, run.handle_signal)
+    dump_threads_on_signal()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, run.handle_signal)
     tune_memory()
     gc.disable()  # its pauses cost more than the garbage of a step, which `Run.evaluate` collects
     if not run.done:
-        run.train()
+        with lost_processes_in_one_line(world):
+            run.train()
     elif world.rank == 0:
         print(
             f"{config.run}: finished at step {run.state.step} of {run.total_steps}, "

@@ -110,9 +110,8 @@ class Generation:
         if output.token is not None and not self.first_token:
             self.first_token = time.monotonic()
         choice = self.choices[prompt * self.job.n + output.candidate]
-        had_ended = bool(choice.finish_reason)
         choice.take(output)
-        return bool(choice.finish_reason) and not had_ended and not output.finish_reason
+        return choice.must_cancel
 
     def _take_prompt_scores(self, prompt: int, scores: list[Scored]) -> None:
         decoder = StreamDecoder(self.tokenizer)

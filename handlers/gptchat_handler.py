@@ -15,10 +15,12 @@ from typing import Any
 from ts.metrics.metric_type_enum import MetricTypes
 
 from gptchat.config import build_server_settings
+from gptchat.runtime import dump_threads_on_signal
 from handlers.served_model import load_served_model
 from handlers.service import Arrival, Chunk, Service
 
 SECONDS_TO_RETRY = "1"
+log = logging.getLogger("gptchat")
 
 
 class GptchatHandler:
@@ -35,9 +37,12 @@ class GptchatHandler:
             page=(folder / "handlers" / "page.html").read_text(encoding="utf-8"),
             draining=Path(os.environ.get("GPTCHAT_RUN", folder)) / "draining",
             record=self.record,
+            host=os.environ.get("GPTCHAT_HOST", "localhost"),
         )
         quiet_logging()
+        dump_threads_on_signal()
         self.service.start()
+        log.info("worker of %s: process %d; SIGUSR1 prints its threads", model.name, os.getpid())
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """One result per request, in order; "" where there is nothing to send yet."""

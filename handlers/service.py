@@ -16,9 +16,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from gptchat.inference.engine import Engine, Output
 from handlers.answers import JSON, Answer, Page, model_list
@@ -46,6 +48,13 @@ class Arrival(NamedTuple):
     headers: Mapping[str, Any]
     body: Any
 
+    def header(self, wanted: str, default: str) -> str:
+        """A header by its name in lower case; the client's own spelling may differ."""
+        for name, value in self.headers.items():
+            if name.lower() == wanted:
+                return str(value)
+        return default
+
 
 class Chunk(NamedTuple):
     """The next piece of an answer. Its status and content type are those of the first chunk."""
@@ -57,13 +66,40 @@ class Chunk(NamedTuple):
     is_last: bool
 
 
+def check_host(header: str, names: Collection[str]) -> None:
+    """Raise Refusal if a Host header names neither one of `names` nor an IP address.
+
+    A page elsewhere whose name is made to point to this machine (DNS rebinding) is refused so: its
+    browser sends that name.
+    """
+    try:
+        name = urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        name = ""
+    if name in names:
+        return
+    try:
+        ip_address(name)
+    except ValueError:
+        message = f"the Host header is {header!r:.60}; the setting `hosts` lists the names allowed"
+        raise Refusal(message, 403) from None
+
+
 class Service:
     """Answers requests with one model. While the file `draining` exists, it refuses new ones."""
 
-    def __init__(self, model: ServedModel, page: str, draining: Path, record: Record):
+    def __init__(
+        self,
+        model: ServedModel,
+        page: str,
+        draining: Path,
+        record: Record,
+        host: str = "localhost",  # where the API listens
+    ):
         self.model = model
         self.page = page
         self.draining = draining
+        self.hosts = {"localhost", host.lower(), *map(str.lower, model.settings.hosts)}
         self.record = record
         self.loop = DecodeLoop(model.generator.engine)
         self.live: dict[str, Answer] = {}  # by the request's id
@@ -116,11 +152,8 @@ class Service:
     def open(self, answer: Answer, arrival: Arrival) -> None:
         """Read a request, so that its answer can begin. Raises Refusal."""
         path = str(arrival.headers.get("url_path", ""))
-        content_type = "missing"
-        for name, value in arrival.headers.items():
-            if name.lower() == "content-type":
-                content_type = str(value)
-                break
+        content_type = arrival.header("content-type", "missing")
+        check_host(arrival.header("host", "localhost"), self.hosts)
         if arrival.body in (b"", ""):
             answer.page = self.get(path)
             return

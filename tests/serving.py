@@ -201,6 +201,13 @@ class Server:
             time.sleep(0.1)
         return self
 
+    def wait_for_log(self, words: str, seconds: float = 20) -> None:
+        """Wait until the launcher has printed these words."""
+        deadline = time.monotonic() + seconds
+        while words not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, words
+            time.sleep(0.05)
+
     def family(self) -> list[psutil.Process]:
         """The launcher, Java, and the workers."""
         parent = psutil.Process(self.process.pid)

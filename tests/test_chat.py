@@ -235,6 +235,30 @@ def test_a_file_of_prompts(bot, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, *common, "--prompt", "number 29") == answered[-1][-1] + "\n"
 
 
+@pytest.mark.parametrize("task", ["chatlm", "lm"])
+def test_rows_longer_than_the_context_are_cut_at_their_front_with_one_warning(
+    tmp_path, monkeypatch, capsys, task
+):
+    model = babbler(tmp_path / "model", task, 64)
+    common = ("--model", model, "--seed", 1, "--max-new-tokens", 20)
+    room = 64 - 20  # tokens of a prompt
+    if task == "chatlm":
+        room -= 1  # [SEP]
+    long = "".join(chr(97 + i % 26) for i in range(200))
+    fitting = long[-room:]
+    answers, warnings = [], []
+    for rows in (["hi", long, "older\t" + long, "hi"], ["hi", fitting, fitting, "hi"]):
+        (tmp_path / "in.tsv").write_text("\n".join(rows) + "\n")
+        files = ("--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv")
+        monkeypatch.setattr(sys, "argv", ["chat", *map(str, (*common, *files))])
+        chat.main()
+        answers.append([row[-1] for row in read_rows(tmp_path / "out.tsv")])
+        warnings += re.findall("warning: .*", capsys.readouterr().err)
+    assert answers[0] == answers[1]
+    (warning,) = warnings  # of the first file
+    assert "2 of 4 rows, the first being row 2, are longer than the context" in warning
+
+
 def test_an_lm_goes_on_with_the_text(tmp_path, monkeypatch, capsys):
     directory = babbler(tmp_path / "model", "lm", 64)
     for prompt in ("Once upon a time", ""):
@@ -313,17 +337,29 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
         (["--model", "BOT", "--input", "prompts.tsv"], "--input and --output together"),
         (
             ["--model", "BOT", "--input", "nothing.tsv", "--output", "OUT"],
-            "nothing.tsv: found no such file",
+            "nothing.tsv: no such file, named by --input",
+        ),
+        (["--model", "BOT", "--input", "FOLDER", "--output", "OUT"], "is a folder"),
+        (
+            ["--model", "BOT", "--input", "BLANK", "--output", "OUT"],
+            "blank.tsv:2: found white space alone in column 1",
         ),
         (
             ["--model", "BOT", "--input", "LONG", "--output", "OUT"],
-            "long.tsv: row 2: prompt: the last turn takes",
+            "long.tsv:2: found a line of more than 1,000,000 characters",
         ),
     ],
 )
 def test_wrong_use_is_one_line(bot, tmp_path, monkeypatch, capsys, arguments, told):
-    (tmp_path / "long.tsv").write_text(f"hello\n{'x' * 2000}\n")
-    places = {"BOT": bot, "LONG": str(tmp_path / "long.tsv"), "OUT": str(tmp_path / "out.tsv")}
+    (tmp_path / "long.tsv").write_text(f"hello\n{'x' * 1_000_001}\n")
+    (tmp_path / "blank.tsv").write_text("hello\n  \n")
+    places = {
+        "BOT": bot,
+        "FOLDER": str(tmp_path),
+        "BLANK": str(tmp_path / "blank.tsv"),
+        "LONG": str(tmp_path / "long.tsv"),
+        "OUT": str(tmp_path / "out.tsv"),
+    }
     monkeypatch.setattr(
         sys, "argv", ["chat", *(places.get(argument, argument) for argument in arguments)]
     )

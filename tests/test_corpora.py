@@ -75,6 +75,8 @@ def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None
     )
     assert not re.findall(r"\(?\d{3}\)?[ .-]?\d{3}[ .-]?\d{4}", text)
     assert not re.findall(r"[0-9a-f]{8}-[0-9a-f]{4}-", text)
+    assert not re.findall(r"[A-Za-z0-9]_[A-Za-z0-9]|[A-Za-z]{3}\d{2}", text)
+    assert not re.findall(r"\b(?:insta|instagram|ig|snapchat)(?: is)?: ?\w{3}", text, re.IGNORECASE)
 
 
 def test_no_row_is_written_twice_and_none_held_out_was_trained_on(data: Path) -> None:
@@ -154,6 +156,14 @@ def test_a_conversation_reads_as_it_was_written(data: Path) -> None:
         ("try Site.com/page", False),
         ("it is 0123abcd-ffff-4b91-a197-c5b1bfde803b", False),
         ("x" * 301, False),
+        ("its just some_body on insta", False),
+        ("Add me on the insta some_body1096", False),
+        ("My snap is somebody12. Follow me!", False),
+        ("my instagram is: somebody", False),
+        ("ig: somebody", False),
+        ("I like instagram :) and snapchat", True),
+        ("oh snap: no", True),
+        ("a 90s kid, 2nd floor, 1990s", True),
     ],
 )
 def test_what_is_left_out(turn: str, good: bool) -> None:

@@ -1,5 +1,8 @@
 """The chat format: layout, types and targets, truncation, prompts, TSV rows."""
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,8 +19,11 @@ from gptchat.data.dialogue import (
     read_rows,
     unescape,
 )
+from gptchat.data.reading import LONGEST_LINE
 
 CLS, SEP = 4, 5
+CHARACTERS = st.characters(exclude_characters="\0", codec="utf-8")
+TURN = st.text(CHARACTERS, min_size=1, max_size=8).filter(str.strip)
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
 
 
@@ -137,7 +143,7 @@ def test_a_prompt_is_the_beginning_of_its_training_example(lengths: list[int], b
     turns = turns_of(lengths)
     example = encode_example(turns, CLS, SEP, 1000)
     beginning = turns[-1][1][:begun]
-    ids, types = encode_prompt(turns[:-1], beginning, CLS, SEP, 1000)
+    ids, types = encode_prompt(turns[:-1], beginning, SEP, 1000)
     assert (
         ids == example.input_ids.tolist()[: len(ids)]
         and types == example.token_type_ids.tolist()[: len(ids)]
@@ -159,15 +165,15 @@ def test_a_prompt_fills_its_room_with_whole_turns_or_is_refused(
         with pytest.raises(
             UserError, match=f"takes {costs[-1] + begun} tokens; wanted {room} at most"
         ):
-            encode_prompt(turns, beginning, CLS, SEP, room)
+            encode_prompt(turns, beginning, SEP, room)
         return
-    ids, types = encode_prompt(turns, beginning, CLS, SEP, room)
-    assert (ids, types) == encode_prompt(turns[-max(fitting) :], beginning, CLS, SEP, 1000)
+    ids, types = encode_prompt(turns, beginning, SEP, room)
+    assert (ids, types) == encode_prompt(turns[-max(fitting) :], beginning, SEP, 1000)
     assert len(ids) == len(types) <= room
 
 
 def test_a_prompt_without_turns_is_the_type_1_sep() -> None:
-    assert encode_prompt([], [9], CLS, SEP, 2) == ([SEP, 9], [1, 1])
+    assert encode_prompt([], [9], SEP, 2) == ([SEP, 9], [1, 1])
 
 
 @PROPERTY
@@ -182,7 +188,7 @@ def test_other_backslashes_stand_for_themselves() -> None:
 
 
 @PROPERTY
-@given(st.lists(st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=5), max_size=6))
+@given(st.lists(st.lists(TURN, min_size=2, max_size=5), max_size=6))
 def test_rows_come_back_from_a_file(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]]
 ) -> None:
@@ -203,6 +209,9 @@ def test_windows_files_and_ragged_tables_are_read(tmp_path) -> None:  # type: ig
         (b"a\tb\nalone\n", r":2: found one column; wanted"),
         (b"a\tb\n\talone\n", r":2: found one column; wanted"),
         (b"a\tb\nhi\thello\t\n", r":2: found an empty column 3; wanted"),
+        (b"a\tb\nhi\t \n", r":2: found white space alone in column 2; wanted"),
+        (b"a\tb\nhi\t\\n\n", r":2: found white space alone in column 2; wanted"),
+        (b"a\tb\rc\td\re\tf\0\n", r":3: found a NUL character; wanted"),
         (b"a\tb\nc\t\xe3\x81\n", r": byte 6: found invalid UTF-8 in line 2"),
     ],
 )
@@ -212,6 +221,33 @@ def test_a_bad_row_is_named_by_file_and_place(tmp_path, content: bytes, message:
     with pytest.raises(UserError, match="bad.tsv" + message) as raised:
         list(read_rows(path))
     assert "\n" not in str(raised.value)
+
+
+def test_a_lone_cr_ends_a_row_as_it_ends_a_line_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "old.tsv"
+    path.write_bytes(b"\xef\xbb\xbfhi\thello\rhow\tfine\r\nlast\trow\r")
+    assert list(read_rows(path)) == [["hi", "hello"], ["how", "fine"], ["last", "row"]]
+
+
+def test_a_longest_line_is_read_and_a_longer_one_refused_in_flat_memory(tmp_path: Path) -> None:
+    path = tmp_path / "long.tsv"
+    turn = "x" * (LONGEST_LINE - 2)
+    path.write_text(f"a\tb\na\t{turn}\n")
+    assert list(read_rows(path))[1] == ["a", turn]
+    path.write_text(f"a\tb\na\t{'x' * 50_000_000}\n")
+    tracemalloc.start()
+    with pytest.raises(UserError, match="long.tsv:2: found a line of more than 1,000,000 char"):
+        list(read_rows(path))
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
+def test_a_file_that_cannot_be_read_is_told_in_one_line() -> None:
+    path = Path("/proc/self/mem")  # its first page is not there
+    if not path.exists():
+        pytest.skip("needs /proc")
+    with pytest.raises(UserError, match="/proc/self/mem: cannot be read: Input/output error"):
+        list(read_rows(path))
 
 
 def test_speakers_alternate_backwards_from_the_response() -> None:

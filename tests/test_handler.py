@@ -8,9 +8,11 @@ import torch
 from serving import ROOT, ServiceClient
 from ts.context import Context, RequestProcessor
 
-from gptchat.config import ServerSettings
+from gptchat.config import ServerSettings, build_server_settings
 from gptchat.console import UserError
+from gptchat.inference.generate import CHAT_SAMPLING
 from gptchat.inference.linear import DTYPES
+from gptchat.inference.sampling import SETTINGS
 from handlers import gptchat_handler
 from handlers.gptchat_handler import GptchatHandler
 from handlers.service import Chunk
@@ -117,7 +119,8 @@ def test_handler_file_holds_exactly_one_class():
 
 
 def test_shipped_settings_are_the_defaults():
-    assert CONFIG["gptchat"] == vars(ServerSettings())
+    assert build_server_settings(CONFIG, "") == ServerSettings()
+    assert CONFIG["gptchat"].keys() == vars(ServerSettings()).keys()
     choices = ServerSettings.__dataclass_fields__["dtype"].metadata["choices"]
     assert choices == ("auto", *DTYPES)
 
@@ -144,6 +147,8 @@ def test_readme_has_every_setting_with_its_default():
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
     settings = {row[1].strip(" `"): row[2].strip(" `") for row in rows if len(row) > 3}
     for name, default in vars(ServerSettings()).items():
+        if isinstance(default, tuple):
+            default = list(default)  # as YAML writes it
         assert settings.get(name) == str(default)
 
 
@@ -152,5 +157,26 @@ def test_readme_has_every_metric():
     declared = yaml.safe_load((ROOT / "configs/serve/metrics.yaml").read_text())["model_metrics"]
     for kind, entries in declared.items():
         for entry in entries:
-            rows = [line for line in text.splitlines() if f"`{entry['name']}`" in line]
+            table = [line for line in text.splitlines() if line.startswith("| `gptchat_")]
+            rows = [line for line in table if f"`{entry['name']}`" in line]
             assert len(rows) == 1 and f"| {kind} |" in rows[0]
+
+
+def test_full_queue_says_when_to_try_again(tmp_path):
+    client = HandlerClient(tmp_path, "chatlm", max_requests=1)
+    for id in ("first", "second"):
+        client.send(id, {"context": "hello", "n": 1, "max_tokens": 60} | LONG)
+    client.round()
+    assert [client.got[id].status for id in ("first", "second")] == [200, 503]
+    assert client.context.get_response_headers(1)["Retry-After"] == "1"
+    assert "Retry-After" not in client.context.get_response_headers(0)
+    client.finish("first")
+
+
+def test_readme_has_every_sampling_setting_with_the_chats_default():
+    text = (ROOT / "handlers" / "README.md").read_text()
+    (row,) = [line.split("|") for line in text.splitlines() if line.startswith("| `temperature`")]
+    names = [name.strip(" `") for name in row[1].split(",")]
+    defaults = [default.strip() for default in row[3].split(",")]
+    assert {*names, "max_new_tokens"} == set(SETTINGS) and len(names) + 1 == len(SETTINGS)
+    assert defaults == [f"{getattr(CHAT_SAMPLING, name):g}" for name in names]

@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import time
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def server(tmp_path_factory):
 
 
 def exchange(port, raw, seconds=20):
-    """Send bytes; what comes back until the server closes or has nothing to say for half a second."""
+    """Send bytes; what comes back until the server closes or is silent for half a second."""
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
         connection.sendall(raw)
@@ -89,7 +88,7 @@ def test_log_has_no_text_of_a_request_and_no_forged_line(server):
     for sent in raw:
         exchange(server.port, sent, 1)
     assert server.post("chatlm", {"context": "hi", "n": 1, "max_tokens": 1})[0] == 200
-    time.sleep(0.5)  # the log may still be on its way
+    server.wait_for_log("chatlm original 200")  # the log comes a little later
     log = server.log.read_bytes()
     lines = [line for line in log.split(b"\n") if CANARY.encode() in line]
     assert lines == []
@@ -123,3 +122,19 @@ def test_requests_one_after_another_on_a_connection_are_answered_in_order(server
                 assert chunk
                 received += chunk
             assert f'"context": "request {number}"'.encode() in received
+
+
+def test_503_carries_retry_after(server):
+    draining = server.run / "draining"
+    draining.touch()
+    connection, response = server.open("chatlm", {"context": "hello"})
+    draining.unlink()
+    assert response.status == 503 and response.headers["Retry-After"] == "1"
+    assert json.loads(response.read())["error"]["type"] == "server_error"
+    connection.close()
+
+
+def test_another_host_is_refused(server):
+    for path in ("/predictions/chatlm", "/predictions/chatlm/1.0/v1/models"):
+        assert exchange(server.port, request(path, Host="evil.example")).startswith(b"HTTP/1.1 403")
+        assert exchange(server.port, request(path)).startswith(b"HTTP/1.1 200")

@@ -176,6 +176,18 @@ def test_errors_are_told_to_a_person(browser, server):
     eventually(lambda: len(turns(browser)) == 2 and find(browser, "#send").text == "Send")
 
 
+def test_message_too_large_comes_back_into_the_box_and_the_chat_goes_on(browser, server):
+    show(browser, server)
+    for letters in (1_500_000, 999_900):
+        browser.execute_script("$('text').value = 'x'.repeat(arguments[0]); submit()", letters)
+        note = eventually(lambda: find(browser, ".note.bad"))
+        assert "too long" in note.text and turns(browser) == []
+        browser.execute_script("text.value = ''; refresh()")
+        say(browser, "hello")
+        assert len(turns(browser)) == 2 and turns(browser)[0] == "hello"
+        find(browser, "#fresh").click()
+
+
 def test_page_asks_nothing_of_other_hosts_and_has_names_for_everything(browser, server):
     browser.get_log("performance")
     show(browser, server)

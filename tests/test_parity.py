@@ -16,7 +16,8 @@ from gptchat.config import TrainConfig
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
 from gptchat.model.kv_cache import KVCache
-from gptchat.model.loss import CrossEntropy
+from gptchat.model.loss import summed_cross_entropy
+from gptchat.model.weight_files import conv1d_layout
 from gptchat.training.optim import make_optimizers
 from tests.hf_models import close, random_gpt2, write
 
@@ -116,7 +117,7 @@ def assert_parameters_agree(pair: Pair, bound: float, gradients: bool) -> None:
     for name, parameter in ours.items():
         found, wanted = (p.grad if gradients else p.detach() for p in (parameter, theirs[name]))
         assert found is not None and wanted is not None, name
-        found = pretrained.conv1d_layout(name, found)
+        found = conv1d_layout(name, found)
         if name.endswith(
             "c_attn.bias"
         ):  # softmax does not see a key bias: its gradient is zero but for rounding
@@ -260,7 +261,7 @@ def test_our_cross_entropy_and_its_gradient_are_f_cross_entropys(
     targets[::3] = -100
     least = torch.promote_types(dtype, torch.float32)
     found, wanted = (logits.clone().requires_grad_() for _ in range(2))
-    loss = CrossEntropy.apply(found.clone(), targets)
+    loss = summed_cross_entropy(found.clone(), targets)
     (loss * 0.3).backward()
     exact = F.cross_entropy(wanted.to(least), targets, reduction="sum")
     (exact * 0.3).backward()

@@ -5,6 +5,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as theirs
@@ -295,6 +296,24 @@ def test_a_setting_out_of_range_is_refused_by_name(setting, value):
         Sampling(**{setting: value})
 
 
+@pytest.mark.parametrize("value", [1.5, 2.0, True, "1", None, np.int64(1), [1]], ids=repr)
+@pytest.mark.parametrize("setting", ["top_k", "max_new_tokens", "seed", "logprobs"])
+def test_a_setting_that_counts_is_an_int(setting, value):
+    if setting == "logprobs" and value is None:
+        return
+    with pytest.raises(ValueError, match=f"^{setting} is .*, wanted an int from "):
+        Sampling(**{setting: value})
+
+
+@pytest.mark.parametrize("value", [True, "1", None, np.float32(1), 1j, [1.0]], ids=repr)
+@pytest.mark.parametrize("setting", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_a_setting_that_measures_is_an_int_or_a_float(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} is .*, wanted a number from "):
+        Sampling(**{setting: value})
+    for number in (1, 1.0, np.float64(1)):
+        assert getattr(Sampling(**{setting: number}), setting) == 1
+
+
 NUMBERS = [field.name for field in dataclasses.fields(Sampling) if field.type in (int, float)]
 
 
@@ -303,7 +322,9 @@ def test_each_number_is_declared_with_range_and_help(name):
     declared = sampling.SETTINGS[name]
     low, high = declared.metadata["low"], declared.metadata["high"]
     assert low <= declared.default <= high and declared.metadata["help"]
-    for outside in (low - 1, high + 1 if high < math.inf else math.nan):
+    for outside in (low - 1, high + 1):
+        if outside == math.inf:
+            continue
         with pytest.raises(ValueError, match=f"^{name} is {outside}, wanted from {low} to {high}$"):
             Sampling(**{name: outside})
 

@@ -167,6 +167,7 @@ def test_settings_not_given_are_those_of_the_terminal_chat_and_neutral_in_openai
 
     usual = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.15}
     neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    assert {*usual, "max_new_tokens"} == {*neutral, "max_new_tokens"} == set(SETTINGS)
     for client in (chat, lm):
         assert (
             read(client, {"context": "a"}) == read(client, {"context": "a", "top_k": None}) == usual
@@ -485,3 +486,18 @@ def test_usage_is_asked_for_with_true_or_false_only(lm):
         assert ("usage" in json.loads(last[6:])) == last_event_has_usage
     status, answer = lm.ask(body | {"stream_options": {"usage": True}}, "v1/completions")
     assert status == 400 and answer["error"]["param"] == "stream_options"
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LocalHost:8080", "127.0.0.1:8080", "[::1]:8080", "10.1.2.3", "a.example"]
+)
+def test_own_hosts_are_answered(tmp_path, host):
+    client = ServiceClient(tmp_path, "chatlm", hosts=("A.example",))
+    assert client.ask(bytearray(), "v1/models", Host=host)[0] == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example:8080", "localhost.evil.example", "", "[", "a@b"])
+@pytest.mark.parametrize("body", [bytearray(), {"context": "a"}])
+def test_another_host_is_refused_so_that_no_rebound_name_gets_in(chat, host, body):
+    status, answer = chat.ask(body, host=host)
+    assert status == 403 and "`hosts`" in answer["error"]["message"]

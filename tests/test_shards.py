@@ -17,11 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
-from gptchat.console import UserError
-from gptchat.data import encoding, shards
+from gptchat.console import UserError, cli
+from gptchat.data import digests, encoding, shards
 from gptchat.data.encoding import Encoder, read_documents
 from gptchat.data.shards import open_shards, write
 from gptchat.data.tokenizer import Tokenizer, train
+from gptchat.files import lock_folder
 
 PROSE = """It is good to see you again, isn't it? We've walked 12 miles today.
 
@@ -264,7 +265,7 @@ def test_wrong_text_is_refused_with_its_place(lm, chat, tmp_path):
     ):
         with pytest.raises(UserError, match=place):
             write(with_text(config, tmp_path, text))
-        assert not list(config.shards_dir.iterdir())
+        assert [path.name for path in config.shards_dir.iterdir()] == [".lock"]
 
 
 def test_invalid_utf8_behind_the_first_block_is_placed_right(lm, tmp_path, monkeypatch):
@@ -343,9 +344,139 @@ def test_shards_of_which_only_some_were_renamed_are_refused(lm, tmp_path, monkey
     refused(lm, "meta.json")
 
 
-def run_cli(config, tmp_path, text):
-    """The command on a config file with this training text."""
-    config = with_text(config, tmp_path, text)
+def flip_a_bit(path):
+    """Change one bit in the middle of a file, and neither its size nor its time."""
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "name", ["train-documents.bin", "train-turns.bin", "train-speakers.bin", "meta.json"]
+)
+def test_a_zeroed_file_or_a_flipped_bit_is_refused_when_shards_are_opened(chat, name):
+    write(chat)
+    path = chat.shards_dir / name
+    flip_a_bit(path)
+    refused(chat, name)
+    path.write_bytes(bytes(path.stat().st_size))
+    refused(chat, name)
+
+
+def test_ends_that_are_not_in_order_or_end_elsewhere_are_refused(chat):
+    write(chat)
+    path = chat.shards_dir / "meta.json"
+    for ends in ([0, 4, 2], [0, 2, 4], [1, 2, 5]):
+        damaged = np.array(ends, "<i8").tobytes()
+        (chat.shards_dir / "train-documents.bin").write_bytes(damaged)
+        meta = json.loads(path.read_text())
+        state = meta["splits"]["train"]["files"]["train-documents.bin"]
+        state["digest"] = digests.new_digest(damaged).hexdigest()
+        del meta["digest"]
+        path.write_text(json.dumps(digests.seal(meta)))
+        refused(chat, "train-documents.bin", "0 to 5")
+
+
+def test_shards_of_the_format_before_are_refused(lm):
+    write(lm)
+    path = lm.shards_dir / "meta.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    refused(lm, "found shards of format 1; wanted 2")
+
+
+def test_text_edited_to_the_same_size_is_refused_and_a_touched_file_is_not(lm, tmp_path):
+    config = with_text(lm, tmp_path, "one two")
+    write(config)
+    path = tmp_path / "own.txt"
+    os.utime(path, ns=(1, 1))
+    assert opened(config).documents == 1
+    path.write_text("two one")
+    os.utime(path, ns=(2, 2))
+    refused(config, "own.txt as it was before it changed")
+
+
+def test_text_edited_while_it_is_encoded_is_refused_when_the_shards_are_opened(
+    lm, tmp_path, monkeypatch
+):
+    config = with_text(lm, tmp_path, "one two")
+
+    def edit_then_read(paths, config):
+        (tmp_path / "own.txt").write_text("two one")
+        os.utime(tmp_path / "own.txt", ns=(2, 2))
+        return encoding.read_blocks(paths, config)
+
+    monkeypatch.setattr(shards, "read_blocks", edit_then_read)
+    write(config)
+    refused(config, "own.txt")
+
+
+def test_the_digest_of_shards_tells_contents_apart_and_nothing_else(lm, tmp_path):
+    config = with_text(lm, tmp_path, "one two")
+    write(config)
+    digest = opened(config).digest
+    os.utime(tmp_path / "own.txt", ns=(1, 1))
+    write(config)
+    assert opened(config).digest == digest
+    edited = with_text(lm, tmp_path, "two one")
+    write(edited)
+    assert opened(edited).digest != digest
+
+
+def run_shards(config, tmp_path, capsys, *options):
+    """(exit status, stdout, stderr) of the command, run in this process."""
+    path = write_config(config, tmp_path)
+    status = 0
+    try:
+        cli(lambda: shards.main([*options, "--config", str(path)]))
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()
+
+
+def test_verify_tells_every_damaged_file_in_a_line_and_ok_otherwise(lm, tmp_path, capsys):
+    config = with_text(lm, tmp_path, PROSE)
+    write(config)
+    capsys.readouterr()
+    status, out, err = run_shards(config, tmp_path, capsys, "--verify")
+    assert (status, out.splitlines(), err) == (0, [f"{config.shards_dir}: OK"], "")
+    for path in (config.shards_dir / "train-00000.bin", tmp_path / "own.txt"):
+        flip_a_bit(path)
+    assert opened(config).documents == 4  # neither is read when shards are opened
+    status, out, err = run_shards(config, tmp_path, capsys, "--verify")
+    lines = err.splitlines()
+    assert (status, out, len(lines)) == (2, "", 3)
+    assert "train-00000.bin: found other content" in lines[0]
+    assert "own.txt: has changed" in lines[1] and lines[2].startswith("error: ")
+    (config.shards_dir / "train-00000.bin").unlink()
+    assert run_shards(config, tmp_path, capsys, "--verify")[0] == 2
+
+
+def test_a_second_process_that_writes_the_same_shards_is_refused(lm, tmp_path):
+    config = with_text(lm, tmp_path, PROSE)
+    write(config)
+    before = {path.name: path.read_bytes() for path in config.shards_dir.iterdir()}
+    with lock_folder(config.shards_dir, "busy"):
+        config, process = run_cli(lm, tmp_path, PROSE)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (2, 1), err
+    assert "another process is writing shards here" in err
+    assert {path.name: path.read_bytes() for path in config.shards_dir.iterdir()} == before
+    write(config)
+
+
+def test_leftovers_of_killed_runs_are_removed(lm):
+    lm.shards_dir.mkdir()
+    for name in ("valid-00007.bin.tmp", ".meta.json.123.tmp"):
+        (lm.shards_dir / name).touch()
+    write(lm)
+    assert not [path for path in lm.shards_dir.iterdir() if path.suffix == ".tmp"]
+    assert not (lm.shards_dir / "valid-00007.bin").exists()
+
+
+def write_config(config, tmp_path):
+    """The config as a file."""
     path = tmp_path / "run.toml"
     path.write_text(
         f"[tokenizer]\ndir = {json.dumps(config.tokenizer.dir)}\n"
@@ -353,6 +484,13 @@ def run_cli(config, tmp_path, text):
         f"shards = {json.dumps(config.data.shards)}\n"
         "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
     )
+    return path
+
+
+def run_cli(config, tmp_path, text):
+    """The command on a config file with this training text."""
+    config = with_text(config, tmp_path, text)
+    path = write_config(config, tmp_path)
     return config, subprocess.Popen(
         [sys.executable, "-m", "gptchat", "shards", "--config", str(path)],
         text=True,
@@ -372,14 +510,15 @@ def test_the_command_tells_counts_and_one_line_for_a_mistake(lm, tmp_path):
 
 def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE * 60_000)
-    wait_until(lambda: list(config.shards_dir.glob("*.tmp")), process)
+    wait_until(lambda: len(list(config.shards_dir.glob("*.tmp"))) >= 2, process)
     os.kill(process.pid, signal.SIGKILL)
     try:
         # Its workers hold the pipes: this returns when they have ended, too.
         process.communicate(timeout=20)
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
-    assert [path.suffix for path in config.shards_dir.iterdir()] == [".tmp", ".tmp"]
+    left = [path for path in config.shards_dir.iterdir() if path.name != ".lock"]
+    assert [path.suffix for path in left] == [".tmp", ".tmp"]
     refused(config, "meta.json")
     write(with_text(lm, tmp_path, PROSE))
     assert opened(config).documents == 4 and not list(config.shards_dir.glob("*.tmp"))
@@ -427,9 +566,28 @@ def test_files_may_be_named_in_any_way_and_folders_are_passed_over(lm, tmp_path,
         assert opened(config).documents == 1
 
 
+def test_a_file_named_twice_or_by_a_link_is_encoded_once(lm, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("Some text.")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    patterns = (f"{tmp_path}/a*.txt", f"{tmp_path}/*.txt")
+    config = dataclasses.replace(lm, data=dataclasses.replace(lm.data, train=patterns))
+    write(config)
+    assert opened(config).documents == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "2 of 3 names" in warnings[0]
+
+
+def test_a_file_that_cannot_be_read_is_named_in_one_line(lm):
+    data = dataclasses.replace(lm.data, train=("/proc/self/mem",))
+    if not Path("/proc/self/mem").exists():
+        pytest.skip("needs /proc")
+    with pytest.raises(UserError, match="^/proc/self/mem: cannot be read: Input/output error"):
+        write(dataclasses.replace(lm, data=data))
+
+
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(lm, tmp_path):
     Path(lm.data.shards).write_text("a file")
-    with pytest.raises(UserError, match="not written"):
+    with pytest.raises(UserError, match="wanted a folder that can be written"):
         write(lm)
 
 

@@ -1,9 +1,12 @@
 """Round trips, special tokens, streaming, forbidden words, foreign vocabularies, training."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +19,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
-from gptchat.data import corpora
-from gptchat.data.tokenizer import PIECE, SPECIAL, Tokenizer, main, sample, tokenizer_for, train
+from gptchat.data import corpora, reading
+from gptchat.data.reading import PIECE, sample
+from gptchat.data.tokenizer import SPECIAL, Tokenizer, main, tokenizer_for, train
 from gptchat.inference.text import StreamDecoder, WordFilter
 
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
@@ -448,6 +452,43 @@ def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, 
         train(TokenizerConfig(files=(str(path),)))
 
 
+def test_line_ends_and_byte_order_marks_train_the_same_tokenizer(tmp_path: Path) -> None:
+    text = "first line\nsecond line\n\nthird\n" * 20
+    (tmp_path / "lf.txt").write_text(text)
+    expected = train(TokenizerConfig(vocab_size=300, files=(str(tmp_path / "lf.txt"),))).hash
+    for name, end in (("crlf", "\r\n"), ("cr", "\r")):
+        path = tmp_path / f"{name}.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+        assert train(TokenizerConfig(vocab_size=300, files=(str(path),))).hash == expected
+
+
+def test_a_cr_lf_at_the_border_of_two_pieces_is_one_line_feed(tmp_path: Path) -> None:
+    path = tmp_path / "border.txt"
+    path.write_bytes(b"x" * (PIECE - 1) + b"\r\n" + b"y" * 10)
+    found = "".join(text for text, _ in sample([path], 10**9))
+    assert found == "x" * (PIECE - 1) + "\n" + "y" * 10
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b" \r\n \n"])
+def test_files_without_text_are_refused(tmp_path: Path, kind: str, content: bytes) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="empty.txt: found no text"):
+        train(TokenizerConfig(kind=kind, vocab_size=300, files=(str(path),)))
+
+
+def test_a_file_that_may_not_be_read_is_told_in_one_line(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(reading, "open", refuse, raising=False)
+    with pytest.raises(UserError, match="speech.txt: cannot be read: Permission denied"):
+        train(TokenizerConfig(files=(str(text_file),)))
+
+
 def test_training_gives_the_same_bpe_in_another_process(
     text_file: Path, bpe: Tokenizer, tmp_path: Path
 ) -> None:
@@ -464,6 +505,58 @@ def test_training_gives_the_same_bpe_in_another_process(
         [*command, "tokenizer.files=nowhere.txt"], capture_output=True, text=True, timeout=300
     )
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and "nowhere.txt" in wrong.stderr
+
+
+def processor_seconds(pid: int) -> float:
+    """What a running process has used of all processors."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ctrl_c_ends_a_training_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=12)) for _ in range(1_000_000)]
+    (tmp_path / "words.txt").write_text(" ".join(words))
+    config = tmp_path / "lm.toml"
+    config.write_text(
+        f'[tokenizer]\nfiles = "{tmp_path}/words.txt"\ndir = "{tmp_path}/out"\n'
+        "vocab_size = 60000\n"
+        "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
+    )
+    command = [sys.executable, "-m", "gptchat", "tokenizer", "--config", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    try:
+        while processor_seconds(process.pid) < 6 and time.monotonic() < deadline:
+            time.sleep(0.05)  # until the library has read the text, and counts
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=5)
+    finally:
+        process.kill()
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_in_one_line_and_keeps_the_old_tokenizer(
+    trained: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    trained["bpe"].save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code = (
+        "import resource, sys; from gptchat.console import cli; "
+        "from gptchat.data.tokenizer import Tokenizer; t = Tokenizer.load(sys.argv[1]); "
+        "t.add_missing_specials(); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+        "cli(lambda: t.save(sys.argv[1], model_max_length=7))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "tokenizer.json: cannot be written" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_help_says_what_the_command_does_with_an_example(

@@ -29,6 +29,7 @@ from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.model.weight_files import hugging_face_state
 from gptchat.runtime import tune_memory
 
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -83,7 +84,7 @@ class Transformers:
             ) from None
         keys = asdict(model.config) | {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
         self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**keys)).eval()
-        state = pretrained.hugging_face_state(model)
+        state = hugging_face_state(model)
         self.model.load_state_dict({"lm_head.weight": model.wte.weight} | state, strict=False)
 
     def generate(self, prompts: Tensor, n: int, do_sample: bool = False) -> list[float]:

@@ -16,10 +16,11 @@ Union addresses. The files are
 
 Messages that one person sent in a row are one turn, joined by spaces. Backslashes, which are typing
 slips here, are removed, so no turn needs the TSV format's escapes. A turn is unusable if it holds
-an e-mail address or another @name, a phone number, a link or a participant's id, if it has no
-letter, if it is longer than MAX_CHARS, or if each of its words occurs four times or more on
-average. An unusable turn is left out and ends the conversation; what follows is another one, so
-that no row has a gap. A conversation of one turn is left out.
+an e-mail address or another @name, a user name (a word with an underscore, or letters with two
+digits behind them), a phone number, a link or a participant's id, if it has no letter, if it is
+longer than MAX_CHARS, or if each of its words occurs four times or more on average. An unusable
+turn is left out and ends the conversation; what follows is another one, so that no row has a gap. A
+conversation of one turn is left out.
 
 Invariants: the same packages and `columns` give the same bytes. All of a conversation is in one
 split, drawn by a hash of its id. A row stands in only one file of `chatlm/`: in training before
@@ -51,7 +52,9 @@ PRIVATE_OR_LINK = re.compile(
     | https?: | \bwww\.\w                    # links
     | \w\.(com|org|net|edu|gov|io|ly|co|me|tv|be|us|info|games)\b
     | (\d[\s().+-]*){7}                      # phone numbers
-    | [0-9a-f]{8}-[0-9a-f]{4}                # participants' ids""",
+    | [0-9a-f]{8}-[0-9a-f]{4}                # participants' ids
+    | [a-z0-9]_[a-z0-9] | [a-z]{3}\d{2}      # user names, such as some_body and somebody12
+    | \b(insta(gram)?|ig|snap(chat)?)(\s(name|handle))?(\sis)?:\s*\w{3}  # a name of any form""",
     re.VERBOSE | re.IGNORECASE,
 )
 

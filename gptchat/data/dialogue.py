@@ -27,7 +27,9 @@ TSV rows. A line of UTF-8 holds one dialogue, one turn a column, the response la
 a tab is written `\t`, a line feed `\n`, a carriage return `\r` and a backslash `\\`. When read, a
 backslash before any other character, or at the end of a column, stands for itself. Empty columns
 at the front of a row are skipped (a table whose rows have histories of different lengths); any
-other empty column is an error. Empty lines, a byte order mark and CRLF line ends are accepted.
+other empty column is an error, and so are a turn of white space alone, a NUL character, and a line
+of more than 1,000,000 characters. Empty lines, a byte order mark, and CR LF or lone CR as line ends
+are accepted.
 """
 
 import re
@@ -39,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gptchat.console import UserError
+from gptchat.data.reading import read_lines
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI's roles
@@ -118,7 +121,7 @@ def encode_example(
 
 
 def encode_prompt(
-    turns: Sequence[Turn], beginning: Sequence[int], cls_id: int, sep_id: int, max_length: int
+    turns: Sequence[Turn], beginning: Sequence[int], sep_id: int, max_length: int
 ) -> tuple[list[int], list[int]]:
     """(input_ids, token_type_ids) from which the model continues the response after `turns`.
 
@@ -170,29 +173,26 @@ def format_row(turns: Sequence[str]) -> str:
 def read_rows(path: str | Path, min_turns: int = 2) -> Iterator[list[str]]:
     """The turns of every row of a TSV file, unescaped, oldest first.
 
-    Raises UserError naming the line of a row that has an empty column or fewer than `min_turns`
-    turns, or the byte where the file is not UTF-8.
+    Raises UserError naming the line of a row that has an empty or blank column, a NUL character or
+    fewer than `min_turns` turns, or is too long; or the byte where the file is not UTF-8.
     """
-    offset = 0  # bytes before this line
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}: byte {offset + error.start}: found invalid UTF-8 in line {number}"
-                ) from None
-            offset += len(raw)
-            if line:
-                yield _parse_row(line, f"{path}:{number}", min_turns)
+    for number, line in enumerate(read_lines(path), 1):
+        if line:
+            yield _parse_row(line, f"{path}:{number}", min_turns)
 
 
 def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
     columns = line.lstrip("\t").split("\t")
+    turns = [unescape(column) for column in columns]
+    blank = [number for number, turn in enumerate(turns, 1) if not turn.strip()]
     if len(columns) < min_turns:
         problem = "one column"
     elif "" in columns:
         problem = f"an empty column {columns.index('') + 1}"
+    elif blank:
+        problem = f"white space alone in column {blank[0]}"
+    elif "\0" in line:
+        problem = "a NUL character"
     else:
-        return [unescape(column) for column in columns]
+        return turns
     raise UserError(f"{source}: found {problem}; wanted turns divided by tabs, the response last")

@@ -19,7 +19,6 @@ Invariants:
   is made.
 """
 
-import codecs
 import json
 import multiprocessing
 import os
@@ -29,7 +28,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from io import IncrementalNewlineDecoder
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,8 +35,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gptchat.config import Config
-from gptchat.console import UserError
 from gptchat.data.dialogue import alternate, read_rows
+from gptchat.data.reading import read_text
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
 Item = TypeVar("Item")
@@ -69,29 +67,6 @@ def in_order(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def read_text(path: Path, size: int) -> Iterator[str]:
-    """The text of a UTF-8 file, `size` bytes at a time.
-
-    A byte order mark is left out; each line end is a line feed. Raises UserError with file and byte
-    for invalid UTF-8.
-    """
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = IncrementalNewlineDecoder(utf8, translate=True)
-    is_last = False
-    with open(path, "rb") as file:
-        while not is_last:
-            data = file.read(size)
-            is_last = not data
-            try:
-                text = decoder.decode(data, is_last)
-            except UnicodeDecodeError as error:
-                position = file.tell() - len(error.object) + error.start
-                raise UserError(
-                    f"{path}: byte {position}: found invalid UTF-8 ({error.reason})"
-                ) from None
-            yield text
 
 
 def read_documents(path: Path, document: str, size: int) -> Iterator[Piece]:

@@ -16,25 +16,26 @@ Invariants:
 - Equal hashes mean equal ids for every text.
 """
 
-import codecs
 import hashlib
 import json
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
+from gptchat.data.reading import sample
 from gptchat.files import atomic_write, expand
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
-PIECE = 1 << 16  # bytes of text read at once for training
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a UTF-8 character, after its first byte
 # A tokenizer must give this text back: it has characters of 1 to 4 bytes, a combining accent,
 # control characters, runs of white space and text that looks like special tokens.
 PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "
@@ -179,7 +180,10 @@ class Tokenizer:
         return names
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
-        """Write the two files that transformers' AutoTokenizer loads, `tokenizer.json` last."""
+        """Write the two files that transformers' AutoTokenizer loads, `tokenizer.json` last.
+
+        Raises UserError where they cannot be written, as on a full disk; the old ones are kept.
+        """
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -190,10 +194,11 @@ class Tokenizer:
             if id >= 0:
                 key = name.strip("[]").lower() + "_token"  # "[PAD]" -> "pad_token"
                 settings[key] = self.backend.id_to_token(id)
-        with atomic_write(Path(directory) / "tokenizer_config.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        with atomic_write(Path(directory) / "tokenizer.json") as temporary:
-            self.backend.save(str(temporary))
+        with atomic_write(Path(directory) / "tokenizer.json") as vocabulary_file:
+            # Not `backend.save`, whose error for a full disk is no OSError.
+            vocabulary_file.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+            with atomic_write(Path(directory) / "tokenizer_config.json") as settings_file:
+                settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_for(config: Config) -> Tokenizer:
@@ -243,64 +248,11 @@ def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
-    """(text, its bytes): all of the files, or about `limit` bytes spread evenly over them.
-
-    A piece is cut at line ends; where a line is longer than a piece, between characters. Memory is
-    flat: at most PIECE bytes are read at once. Raises UserError with file and byte where the text
-    is not UTF-8.
-    """
-    total = sum(path.stat().st_size for path in paths)
-    step = 0  # bytes from the start of a piece to the start of the next; 0: without gaps
-    if limit < total:
-        n_pieces = max(1, limit // PIECE)
-        step = -(-total // n_pieces)  # rounded up
-    start = 0  # of the next piece, in bytes from the beginning of the file
-    for path in paths:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            while start < size:
-                after_gap = step > 0 and start > 0
-                is_last = start + PIECE >= size
-                text, used = _read_piece(file, start, after_gap, is_last)
-                yield text, used
-                start += step or used
-        start -= size
-
-
-def _read_piece(file: BinaryIO, start: int, after_gap: bool, is_last: bool) -> tuple[str, int]:
-    """(text, its bytes) of at most PIECE bytes from `start` on.
-
-    A piece after a gap begins at the first line that begins in it; one that is not the file's last
-    ends with the last line that ends in it.
-    """
-    file.seek(start)
-    data = file.read(PIECE)
-    begin, end = 0, len(data)
-    if after_gap:
-        begin = _first_line_start(data)
-    if not is_last:
-        end = data.rfind(b"\n") + 1 or len(data)
-    try:
-        return codecs.utf_8_decode(data[begin:end], "strict", is_last)
-    except UnicodeDecodeError as error:
-        position = start + begin + error.start
-        raise UserError(f"{file.name}: byte {position}: found invalid UTF-8") from None
-
-
-def _first_line_start(data: bytes) -> int:
-    """Where the first line begins in `data`; if none does, where the first character begins."""
-    line_start = data.find(b"\n") + 1
-    if line_start > 0:
-        return line_start
-    return len(data) - len(data.lstrip(CONTINUATION_BYTES))
-
-
 def train(settings: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `vocab_size` entries, or fewer if the text does not yield them.
 
     BPE gives the same result every time. Unigram does not quite: the library sums floats in the
-    random order of a hash table.
+    random order of a hash table. Raises UserError for files that cannot be read or hold no text.
     """
     paths = expand(settings.files, "[tokenizer] files")
     limit = int(settings.sample_mb * 1e6)
@@ -318,17 +270,42 @@ def train(settings: TokenizerConfig) -> Tokenizer:
         backend = _byte_level(models.Unigram())
         trainer = trainers.UnigramTrainer(unk_token="[UNK]", **options)
 
+    found_text = False
+
     def texts(bar: Progress) -> Iterator[str]:
+        nonlocal found_text
         for text, n_bytes in sample(paths, limit):
+            found_text = found_text or bool(text.strip())
             yield text
             bar.update(n_bytes)
 
     total = sum(path.stat().st_size for path in paths)
-    with Progress(min(limit, total), "tokenizer", "B") as bar:
+    with Progress(min(limit, total), "tokenizer", "B") as bar, ended_by_ctrl_c():
         backend.train_from_iterator(texts(bar), trainer)
+    if not found_text:
+        names = ", ".join(settings.files)
+        raise UserError(f"{names}: found no text; wanted some for [tokenizer] files")
     if settings.kind == "unigram":
         backend = _round_scores(backend)
     return Tokenizer(backend)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """While it lasts, Ctrl-C ends the process at once, as it ends one that is not Python.
+
+    The library trains for minutes without coming back to Python, which could act on Ctrl-C only
+    then. Nothing has been written before training ends.
+    """
+    has_usual_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not has_usual_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _round_scores(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

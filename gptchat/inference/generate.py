@@ -13,7 +13,8 @@ Promises and invariants:
   ChatLM's dialogue loses its oldest turns and is refused only if its last turn is too long.
 - Text holds whole characters and no stop string. What may become either is held back; at the end of
   an answer an incomplete character is U+FFFD.
-- An answer depends on its prompt, settings and seed, not on the requests that run beside it.
+- An answer depends on its prompt, settings and seed, not on the requests that run beside it, except
+  for rounding, which matters with bfloat16 and int8 (`engine` says how much).
 - A TextGenerator is for one thread, and for one stream at a time.
 """
 
@@ -31,7 +32,7 @@ from gptchat.inference.engine import Engine, Output, Request
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import StreamDecoder
 from gptchat.model import pretrained
-from gptchat.model.gpt2 import GPT2
+from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS
 
 SLOTS = 16  # default number of sequences that are decoded at once
 CANDIDATES = 5  # answers among which the median is picked, as in the original program
@@ -112,7 +113,8 @@ class TextGenerator:
 
     `slots` is how many sequences are decoded at once, `dtype` (of `linear.DTYPES`) how the engine
     packs a copy of the layers; with None it uses the model's own weights, which may then be trained
-    further. Raises UserError for a ChatLM whose tokenizer lacks a special token.
+    further. Raises UserError for a ChatLM whose tokenizer lacks a special token, or whose model
+    lacks the rows of token types.
     """
 
     def __init__(
@@ -125,6 +127,11 @@ class TextGenerator:
     ):
         if task == "chatlm":
             tokenizer.require_specials()
+            if model.config.type_rows == NO_TYPE_ROWS:
+                raise UserError(
+                    f"{tokenizer.source}: the model has no rows for token types; "
+                    "wanted a ChatLM trained here"
+                )
         self.tokenizer = tokenizer
         self.task = task
         self.stop_id = pretrained.stop_id(tokenizer, task)
@@ -150,8 +157,7 @@ class TextGenerator:
         room = prompt_room(self.n_ctx, sampling.max_new_tokens)
         stop_ids = (self.stop_id,)
         if self.task == "chatlm":
-            cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
-            ids, types = encode_prompt(turns, beginning, cls_id, sep_id, room)
+            ids, types = encode_prompt(turns, beginning, self.tokenizer.sep_id, room)
             return Request(ids, types, sampling, n=n, stop_ids=stop_ids)
         text = [*chain.from_iterable(turn_ids for _, turn_ids in turns), *beginning]
         if len(text) > room:

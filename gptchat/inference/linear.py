@@ -15,8 +15,10 @@ an upgrade of torch may slow generation down, but does not break it.
 
 (A CPU for which oneDNN has no such kernel uses F.linear without a message.)
 
-Invariants: a layer's output row does not depend on the other rows, and the parameter tensors that
-the model had are never written to: other models may share them.
+Invariants: a layer's output row does not depend on what the other rows hold, and the parameter
+tensors that the model had are never written to: other models may share them. Nor does it depend on
+the number of rows with int8, whose sums are of integers; oneDNN chooses its order of summation by
+that number, which moves float32 by 1e-6 of the largest output and bfloat16 by its own rounding.
 """
 
 import sys

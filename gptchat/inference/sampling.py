@@ -4,10 +4,10 @@ The settings mean what they mean in transformers' `generate`, in its order: repe
 filtered words, suppressed ids; then, unless greedy, temperature, top-k, top-p, min-p. (Where scores
 tie at the cut, top-k keeps k ids and top-p all that tie.)
 
-A row's id does not depend on the other rows. Its noise is one number in [0, 1), a hash of (seed,
-candidate, position), which becomes an id by inverting the cumulative distribution. Probabilities
-become integer weights (WEIGHT_OF_THE_BEST for the likeliest id), so their sums are exact in any
-order on any device, and an id of weight 0 is never drawn.
+Given its logits, a row's id does not depend on the other rows. Its noise is one number in [0, 1), a
+hash of (seed, candidate, position), which becomes an id by inverting the cumulative distribution.
+Probabilities become integer weights (WEIGHT_OF_THE_BEST for the likeliest id), so their sums are
+exact in any order on any device, and an id of weight 0 is never drawn.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,15 @@ def _number(default: float, *, low: float, high: float, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request draws its tokens. Raises ValueError if a setting is out of its range.
+    """How one request draws its tokens. Raises ValueError for a setting of another type or range.
+
+    A number is an int where it is declared so, else an int or a float; True is neither, and numpy's
+    integers are not ints.
 
     The terminal chat and the server take a number's range and help from its declaration here.
-    `word_filter` forbids what may come next. The same `seed` gives the same answer. `logprobs` is
-    how many of the best ids are listed with each token's log-probability; None: not even that.
+    `word_filter` forbids what may come next. The same `seed` gives the same answer, up to the
+    rounding that `engine` tells of. `logprobs` is how many of the best ids are listed with each
+    token's log-probability; None: not even that.
     """
 
     temperature: float = _number(1.0, low=0, high=100, help="0 takes the likeliest token")
@@ -66,16 +70,21 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, declared in SETTINGS.items():
             low, high = declared.metadata["low"], declared.metadata["high"]
-            _check_range(name, getattr(self, name), low, high)
+            _check_number(name, getattr(self, name), type(declared.default), low, high)
+        _check_number("seed", self.seed, int, -inf, inf)
         if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, inf)
+            _check_number("logprobs", self.logprobs, int, 0, inf)
 
 
 # The numbers among the settings: name -> field, whose metadata are "low", "high" and "help"
 SETTINGS = {declared.name: declared for declared in fields(Sampling) if "help" in declared.metadata}
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    is_number = type(value) is int or (kind is float and isinstance(value, float))
+    if not is_number:  # True is an int for isinstance
+        wanted = "an int" if kind is int else "a number"
+        raise ValueError(f"{name} is {value!r}, wanted {wanted} from {low} to {high}")
     if not low <= value <= high:  # NaN is nowhere
         raise ValueError(f"{name} is {value}, wanted from {low} to {high}")
 
@@ -197,9 +206,13 @@ def uniform(seed: int, candidate: int, position: int) -> float:
 
 
 def filtered_weights(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """Whole numbers (R, K) in proportion to the probabilities, 0 outside top-p and min-p.
+    """Weights (R, K), int64, in proportion to the probabilities, 0 outside top-p and min-p.
 
-    OVERWRITES `scores` (R, K).
+    `scores` (R, K), float32, one row for each of `settings`, are what top-k has left of the logits:
+    K is the vocabulary or the largest top-k, in any order, with -inf for what may not be drawn.
+    They are OVERWRITTEN, by their distance from the row's best one (which becomes 0) divided by the
+    temperature: a cut-off compares with these. A row without a score (all -inf, or a NaN) becomes
+    NaN, and its weights mean nothing; `choose` gives such a row no id.
     """
     temperature = column([max(s.temperature, 1e-30) for s in settings], scores)
     scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature)  # the best is 0

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptchat.model.kv_cache import CacheView, KVCache
-from gptchat.model.loss import CrossEntropy, at_least_float32
+from gptchat.model.loss import at_least_float32, summed_cross_entropy
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+NO_TYPE_ROWS = (-1, -1)  # of a foreign model, before `pretrained.adapt`
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GPT2Config:
     """The keys of Hugging Face's GPT2Config that change what is computed, with its defaults.
 
     `type_rows` is ours: token type t adds the row `wte[type_rows[t]]` to the embedding.
+    NO_TYPE_ROWS: it cannot take types.
     """
 
     vocab_size: int = 50257
@@ -283,14 +285,15 @@ class GPT2(nn.Module):
         """The summed cross-entropy of `targets` (N,) given `hidden` (N, C); -100 does not count.
 
         F.cross_entropy is used under torch.compile, which fuses it, and for float16: a GradScaler
-        scales gradients from the loss backwards, but CrossEntropy computes the gradient of the
-        logits before that, and float16 would round it to 0.
+        scales gradients from the loss backwards, but ours computes the gradient of the logits
+        before that, and float16 would round it to 0. Raises ValueError (on a GPU: a device-side
+        assertion) for a target that is neither an id nor -100.
         """
         logits = self.logits(hidden)  # (N, V)
         if torch.compiler.is_compiling() or logits.dtype == torch.float16:
             logits = logits.to(at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets, reduction="sum")
-        return CrossEntropy.apply(logits, targets)
+        return summed_cross_entropy(logits, targets)
 
     def kv_cache(self, slots: int, length: int, dtype: torch.dtype) -> KVCache:
         """An empty cache for `slots` sequences of `length` positions, on the model's device."""

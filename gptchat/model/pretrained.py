@@ -12,33 +12,35 @@ A foreign vocabulary lacks our special tokens, and a foreign model the rows of i
 
 import dataclasses
 import json
-import pickle
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from gptchat.console import CommandParser, UserError
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.files import atomic_write
-from gptchat.model.gpt2 import ACTIVATIONS, GPT2, GPT2Config
-
-PREFIX = "transformer."
-OLD_CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # stored by older transformers
-UNREADABLE = (
-    SafetensorError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    pickle.UnpicklingError,
+from gptchat.model.gpt2 import ACTIVATIONS, GPT2, NO_TYPE_ROWS, GPT2Config
+from gptchat.model.weight_files import (
+    check_shapes,
+    copy_weights,
+    open_weights,
+    read_json,
+    save_weights,
 )
-NO_TYPE_ROWS = (-1, -1)  # of a foreign model before `adapt`
+
+MAX_SIZE = 2**31 - 1  # of the ints in config.json, which are compared with the files' shapes, too
+MAX_VOCABULARY = 1 << 26  # bytes of a tokenizer.json or vocab.json
+FLOAT_RANGES = {  # of config.json, both ends included
+    "layer_norm_epsilon": (1e-30, 1.0),
+    "embd_pdrop": (0.0, 1.0),
+    "attn_pdrop": (0.0, 1.0),
+    "resid_pdrop": (0.0, 1.0),
+    "initializer_range": (0.0, 1e3),
+}
 # What these keys of config.json may be; the first value is the default. The other keys that are
 # not in GPT2Config are about training and generation, or, like `reorder_and_upcast_attn`, about
 # rounding.
@@ -65,41 +67,39 @@ def load_model(
     """
     directory = Path(directory)
     path = directory / "config.json"
-    values = _read_json(path, directory)
+    values = read_json(path)
     config = _model_config(path, values)
     if dropout is not None:
         config = dataclasses.replace(
             config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout
         )
-    tokenizer = Tokenizer.load(directory)
-    beyond_model = tokenizer.token_bytes[config.vocab_size :]
-    if any(beyond_model):  # special tokens, which have no bytes, may get their rows later
-        raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries; "
-            f"wanted {config.vocab_size}"
-        )
-    with torch.device("meta"):
-        model = GPT2(config)
-    model = model.to(dtype).to_empty(device=device)
-    model.lm_head.weight = model.wte.weight
-    model.type_rows = torch.tensor(config.type_rows, device=device)
-    _load_weights(model, directory, tied=values.get("tie_word_embeddings", True))
-    task = values.get("gptchat", {}).get("task", "lm")
+    task = _task(path, values)
+    is_tied = _is_tied(path, values)
+    files = open_weights(directory)
+    check_shapes(directory, config, files)
+    tokenizer = _load_tokenizer(directory, config)
+    model = _empty_model(directory, config, device, dtype)
+    copy_weights(model, directory, files, is_tied)
     return model.eval(), tokenizer, task
 
 
-# --- config.json
-
-
-def _read_json(path: Path, directory: Path) -> dict[str, Any]:
-    if not path.is_file():
-        problem = f"found no {path.name}" if directory.is_dir() else "no such directory"
-        raise UserError(f"{directory}: {problem}; wanted a model directory in Hugging Face layout")
+def _empty_model(
+    directory: Path, config: GPT2Config, device: torch.device | str, dtype: torch.dtype
+) -> GPT2:
+    """The model with uninitialized weights."""
+    with torch.device("meta"):
+        model = GPT2(config)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return {**value}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a JSON object: {error}") from None
+        model = model.to(dtype).to_empty(device=device)
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}: no memory for the model on {device}: {reason}") from None
+    model.lm_head.weight = model.wte.weight
+    model.type_rows = torch.tensor(config.type_rows, device=device)
+    return model
+
+
+# --- config.json
 
 
 def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
@@ -107,7 +107,7 @@ def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
         value = values.get(key, supported[0])
         if value not in supported:
             raise UserError(
-                f"{path}: {key} is {value!r}; wanted {' or '.join(map(str, supported))}"
+                f"{path}: {key} is {value!r:.80}; wanted {' or '.join(map(str, supported))}"
             )
     arguments = {
         field.name: _config_value(path, field, values)
@@ -118,8 +118,8 @@ def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
         raise UserError(
             f"{path}: n_embd {arguments['n_embd']} is no multiple of n_head {arguments['n_head']}"
         )
-    type_rows = values.get("gptchat", {}).get("type_rows", NO_TYPE_ROWS)
-    return GPT2Config(**arguments, type_rows=tuple(type_rows))
+    type_rows = _type_rows(path, values, arguments["vocab_size"])
+    return GPT2Config(**arguments, type_rows=type_rows)
 
 
 def _config_value(path: Path, field: dataclasses.Field[Any], values: dict[str, Any]) -> Any:
@@ -127,113 +127,99 @@ def _config_value(path: Path, field: dataclasses.Field[Any], values: dict[str, A
     kind: Any = int if field.name == "n_inner" else type(field.default)
     value = values.get(field.name, field.default)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < MAX_SIZE else inf
     if value is field.default:
         return value
-    if type(value) is not kind or (kind is int and value < 1):
-        raise UserError(
-            f"{path}: {field.name} is {value!r}; wanted {kind.__name__}, 1 or more if it is an int"
-        )
+    wanted = kind.__name__
+    in_range = type(value) is kind
+    if kind is int:
+        wanted = f"int from 1 to {MAX_SIZE}"
+        in_range = in_range and 1 <= value <= MAX_SIZE
+    elif kind is float:
+        low, high = FLOAT_RANGES[field.name]
+        wanted = f"float from {low} to {high}"
+        in_range = in_range and low <= value <= high  # NaN is nowhere
+    if not in_range:
+        raise UserError(f"{path}: {field.name} is {value!r:.80}; wanted {wanted}")
     return value
 
 
-# --- weights
+def _own_values(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What gptchat has written about its model; nothing in a foreign config."""
+    own = values.get("gptchat", {})
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: gptchat is {own!r:.80}; wanted a table")
+    return own
 
 
-def conv1d_layout(name: str, tensor: Tensor) -> Tensor:
-    """A parameter (or its gradient) of ours in transformers' layout, or the other way round.
-
-    The weights of its Conv1D layers, which have names like `attn.c_proj.weight`, are transposed.
-    """
-    return tensor.T if ".c_" in name and name.endswith(".weight") else tensor
-
-
-def hugging_face_state(model: GPT2) -> dict[str, Tensor]:
-    """The weights by GPT2LMHeadModel's names and in its layout, as views of ours.
-
-    The head, which shares the token embedding's weights, is not listed again.
-    """
-    return {
-        PREFIX + name: conv1d_layout(name, parameter.detach())
-        for name, parameter in model.named_parameters()
-    }
-
-
-@torch.no_grad()
-def _load_weights(model: GPT2, directory: Path, tied: bool) -> None:
-    """Copy the files' tensors into the parameters, one by one: no file is in memory as a whole."""
-    missing = dict(model.named_parameters())
-    head: Tensor | None = None
-    head_file = directory
-    for file, stored_name, tensor in _stored_tensors(directory):
-        name = stored_name.removeprefix(PREFIX)
-        if name.endswith(OLD_CAUSAL_MASKS):
-            continue
-        if name == "lm_head.weight":
-            head, head_file = tensor, file
-            continue
-        if name not in missing:
-            raise UserError(
-                f"{file}: found the tensor {stored_name}; "
-                "wanted those of GPT2LMHeadModel alone, each once"
-            )
-        target = conv1d_layout(name, missing.pop(name))
-        if target.shape != tensor.shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{file}: {stored_name} is {tensor.dtype} {[*tensor.shape]}; "
-                f"wanted floats {[*target.shape]}"
-            )
-        target.copy_(tensor)
-    if missing or (head is None and not tied):
-        lacking = ", ".join(missing) or "lm_head.weight"
-        raise UserError(f"{directory}: the weights lack {lacking}; wanted all of them")
-    if head is not None and not torch.equal(head.to(model.wte.weight), model.wte.weight):
-        raise UserError(
-            f"{head_file}: lm_head.weight differs from wte.weight; "
-            "wanted a head tied to the embedding"
-        )
-
-
-def _stored_tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) of all weights in the directory."""
-    for file in _weight_files(directory):
-        try:
-            for name, tensor in _tensors_of(file):
-                yield file, name, tensor
-        except UNREADABLE as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{file}: not a whole file of weights: {reason}") from None
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights; like transformers, it prefers safetensors."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            return [directory / name]
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            names = set(_read_json(index, directory).get("weight_map", {}).values())
-            return [directory / name for name in sorted(names)]
+def _type_rows(path: Path, values: dict[str, Any], vocab_size: int) -> tuple[int, int]:
+    rows = _own_values(path, values).get("type_rows", list(NO_TYPE_ROWS))
+    if rows == list(NO_TYPE_ROWS):
+        return NO_TYPE_ROWS
+    if isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows):
+        if all(0 <= row < vocab_size for row in rows):
+            return rows[0], rows[1]
     raise UserError(
-        f"{directory}: found no weights; "
-        "wanted model.safetensors or pytorch_model.bin, or an index of it"
+        f"{path}: type_rows is {rows!r:.80}; wanted two rows from 0 to {vocab_size - 1}, "
+        f"or {[*NO_TYPE_ROWS]} for none"
     )
 
 
-def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a file's weights, memory-mapped. Raises one of UNREADABLE."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                yield name, opened.get_tensor(name)
-        return
-    mapped = zipfile.is_zipfile(file)  # torch.load cannot map the format before torch 1.6
-    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    if not isinstance(loaded, dict):
-        raise ValueError("no dictionary of tensors")
-    if not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError("no dictionary of tensors")
-    yield from loaded.items()
+def _task(path: Path, values: dict[str, Any]) -> str:
+    task = _own_values(path, values).get("task", "lm")
+    if task not in ("lm", "chatlm"):
+        raise UserError(f"{path}: task is {task!r:.80}; wanted lm or chatlm")
+    return str(task)
+
+
+def _is_tied(path: Path, values: dict[str, Any]) -> bool:
+    tied = values.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise UserError(f"{path}: tie_word_embeddings is {tied!r:.80}; wanted true or false")
+    return tied
+
+
+def _load_tokenizer(directory: Path, config: GPT2Config) -> Tokenizer:
+    """The tokenizer, if each of its tokens stands there once and the model has a row for it."""
+    path = directory / "tokenizer.json"
+    if path.exists():
+        model = read_json(path, MAX_VOCABULARY).get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        _check_vocabulary(path, vocabulary)
+    elif (directory / "vocab.json").exists():
+        path = directory / "vocab.json"
+        _check_vocabulary(path, read_json(path, MAX_VOCABULARY))
+        if not (directory / "merges.txt").is_file():
+            raise UserError(f"{directory}: found no file merges.txt; wanted it beside vocab.json")
+    tokenizer = Tokenizer.load(directory)
+    beyond_model = tokenizer.token_bytes[config.vocab_size :]
+    if any(beyond_model):  # special tokens, which have no bytes, may get their rows later
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries; "
+            f"wanted {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _check_vocabulary(path: Path, vocabulary: Any) -> None:
+    """Raise UserError for two tokens of one id (BPE: token -> id), or two equal ones (Unigram:
+    [token, score] in the order of ids).
+    """
+    if isinstance(vocabulary, dict):
+        keys = list(vocabulary.values())
+        what = "two tokens have the id"
+    elif isinstance(vocabulary, list):
+        keys = [entry[0] if isinstance(entry, list) and entry else None for entry in vocabulary]
+        what = "two ids have the token"
+    else:
+        raise UserError(f"{path}: found no vocabulary; wanted a tokenizer.json or vocab.json")
+    seen = set()
+    for key in keys:
+        if not isinstance(key, int | str):
+            raise UserError(f"{path}: found {key!r:.80} in the vocabulary; wanted tokens and ids")
+        if key in seen:
+            raise UserError(f"{path}: {what} {key!r:.80}; wanted each once")
+        seen.add(key)
 
 
 # --- what is generated, and what is written
@@ -283,17 +269,6 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def save_weights(directory: str | Path, model: GPT2) -> None:
-    """Replace `model.safetensors`, in the model's dtype.
-
-    Raises UserError where it cannot be written; the old file then stays.
-    """
-    state = hugging_face_state(model)
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    with atomic_write(Path(directory, "model.safetensors")) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
 
 
 # --- foreign models

@@ -7,49 +7,38 @@ checkpoint or the new one.
   adamw or muon). State is found by name, so the order of parameters and groups may change between
   versions.
 - Metadata: `format`, the version of this layout; `state`, a `TrainState`; `config`, the resolved
-  config.
+  config; `digest`, of all tensors and of the other metadata.
 
 It holds no data position and no random state: batches and dropout are functions of (seed, step,
 micro-batch). A run that goes on from here computes what it would have computed without a stop, to
 the bit on the same machine with the same number of processes, precision and compilation. A file of
-another format, an incomplete one, or one whose config differs in more than FREE_KEYS is refused
-with one line. `lock` keeps a second run out of the run's folder.
+another format, one of which a bit has changed, one whose tensors are not those of the run's model
+and optimizers, or one whose config differs in more than FREE_KEYS is refused with one line. `lock`
+keeps a second run out of the run's folder.
 """
 
-import fcntl
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gptchat.console import UserError
-from gptchat.files import atomic_write
+from gptchat.files import atomic_write, lock_folder
 from gptchat.model.gpt2 import GPT2
 from gptchat.training.optim import load_optimizer_state, optimizer_state
+from gptchat.training.saved_config import compare_configs
 
-# 1, which had no number: optimizer state by the parameters' numbers. 2: by their names.
-FORMAT = "2"
-
-# Keys that may change between two starts of a run: what the checkpoint holds means the same under
-# any value.
-FREE_KEYS = {
-    "train.num_epochs",
-    "train.num_steps",
-    "train.eval_interval",
-    "train.log_interval",
-    "train.patience",
-    "train.precision",
-    "train.compile",
-    "train.activation_checkpointing",
-    "train.device",
-    "data.test",
-    "data.shards",
-    "run",
-}
+# 1, which had no number: optimizer state by the parameters' numbers. 2: by their names. 3: with a
+# digest.
+FORMAT = "3"
 
 
 @dataclass
@@ -76,46 +65,109 @@ def save_checkpoint(
 
     Raises UserError where it cannot be written; the previous one then stays.
     """
-    tensors = optimizer_state(model, optimizers)
-    for name, value in model.state_dict().items():
-        if name != "lm_head.weight":  # tied to wte.weight
-            tensors[f"model.{name}"] = value
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for name, value in run_tensors(model, optimizers).items()
+    }
     metadata = {
         "format": FORMAT,
         "state": json.dumps(asdict(state)),
         "config": json.dumps(config),
     }
+    metadata["digest"] = digest(tensors, metadata)
     with atomic_write(path) as temporary:
-        contiguous = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(contiguous, temporary, metadata)
+        save_file(tensors, temporary, metadata)
+
+
+def run_tensors(model: GPT2, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: weights and optimizer state."""
+    tensors = optimizer_state(model, optimizers)
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight":  # tied to wte.weight
+            tensors[f"model.{name}"] = value
+    return tensors
+
+
+def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """The BLAKE2b digest of a checkpoint: names, dtypes, shapes, bytes, and the other metadata.
+
+    The tensors are contiguous and on the CPU. One thread hashes about 1 GB/s; several tensors are
+    hashed at once.
+    """
+    names = sorted(tensors)
+    with ThreadPoolExecutor() as pool:
+        tensor_digests = pool.map(_tensor_digest, [tensors[name] for name in names])
+    parts: list[list[str]] = [[key, metadata[key]] for key in ("format", "state", "config")]
+    for name, tensor_digest in zip(names, tensor_digests, strict=True):
+        value = tensors[name]
+        parts.append([name, str(value.dtype), str(list(value.shape)), tensor_digest])
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).hexdigest()
+
+
+def _tensor_digest(value: Tensor) -> str:
+    content: Any = value.reshape(-1).view(torch.uint8).numpy()  # no copy
+    return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
 def load_checkpoint(
     path: Path, model: GPT2, optimizers: list[Optimizer], config: dict[str, Any]
-) -> TrainState:
+) -> tuple[TrainState, list[str]]:
     """Restore model and optimizers in place.
 
-    Raises UserError for a damaged file, one of another format, or one whose config differs in other
-    than `FREE_KEYS`.
+    Returns how far the run has come, and what has changed in its config since, in words. Raises
+    UserError for a damaged file, one of another format, one of other tensors, or one whose config
+    differs in other than `FREE_KEYS`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _refuse_other_format(path, metadata.get("format"))
-            _refuse_other_config(path, json.loads(metadata["config"]), config)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        load_optimizer_state(model, optimizers, tensors)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if metadata["digest"] != digest(tensors, metadata):
+            raise ValueError("its digest is not that of its content")
+        changes = compare_configs(path, json.loads(metadata["config"]), config)
+        state = TrainState(**json.loads(metadata["state"]))
+        has_state = any(name.startswith("optimizer.") for name in tensors)
+        if state.step > 0 and not state.scaler and not has_state:  # fp16 may skip every step
+            raise ValueError("no optimizer state")
+        _restore(model, optimizers, tensors)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        reason = str(error).replace("\n", " ")
         raise UserError(
-            f"{path}: not a whole checkpoint ({error}); remove it to start the run anew"
+            f"{path}: not a whole checkpoint ({reason}); remove it to start the run anew"
         ) from None
-    weights = {
-        name.removeprefix("model."): value
-        for name, value in tensors.items()
-        if name.startswith("model.")
-    }
-    model.load_state_dict(weights | {"lm_head.weight": weights["wte.weight"]})
-    return TrainState(**json.loads(metadata["state"]))
+    return state, changes
+
+
+def _restore(model: GPT2, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into model and optimizers.
+
+    Raises ValueError for a tensor that is missing, superfluous or of another shape or dtype.
+    """
+    weights = run_tensors(model, [])
+    stored_weights = {name: value for name, value in tensors.items() if name in weights}
+    _compare_tensors(stored_weights, weights)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(stored_weights[name])
+    load_optimizer_state(model, optimizers, tensors)
+    _compare_tensors(tensors, run_tensors(model, optimizers))
+
+
+def _compare_tensors(stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise ValueError where names, shapes or dtypes differ."""
+    for name in sorted(stored.keys() | wanted.keys()):
+        if name not in stored:
+            raise ValueError(f"no {name}")
+        if name not in wanted:
+            raise ValueError(f"found {name}, which the run does not have")
+        found = _describe(stored[name])
+        if found != _describe(wanted[name]):
+            raise ValueError(f"{name} is {found}, wanted {_describe(wanted[name])}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
 def _refuse_other_format(path: Path, found: str | None) -> None:
@@ -126,46 +178,9 @@ def _refuse_other_format(path: Path, found: str | None) -> None:
         )
 
 
-def _refuse_other_config(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
-    before = flatten(saved)
-    now = flatten(config)
-    changes = []
-    for key in sorted(before.keys() | now.keys()):
-        if key not in FREE_KEYS and before.get(key) != now.get(key):
-            changes.append(f"{key} was {before.get(key)!r}, is {now.get(key)!r}")
-    if changes:
-        raise UserError(
-            f"{path}: made with another config: {'; '.join(changes)}; "
-            "change it back, or name another run folder"
-        )
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables -> {"section.key": value}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def lock(folder: Path) -> IO[str]:
-    """Hold `folder` for this process until it ends, or until the returned file is closed.
+    """Hold a run's folder for this process until it ends, or until the returned file is closed.
 
     Raises UserError while another process holds it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another run is training here; wait for it, or name another run folder"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror}; wanted a folder for the run that can be written"
-        ) from None
-    return file
+    return lock_folder(folder, "another run is training here")

@@ -8,14 +8,17 @@ never wait for the device. `wrap_model` prepares a model for training under this
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gptchat.config import TrainConfig
-from gptchat.console import UserError
+from gptchat.console import RunFailed, UserError
 from gptchat.model.gpt2 import GPT2
+from gptchat.runtime import end_with_parent
 
 
 class World:
@@ -25,6 +28,8 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = usable_device(device)
+        if "RANK" in os.environ:
+            end_with_parent()  # torchrun, which cannot end its processes if it is killed
         if self.size == 1:
             return
         backend = "gloo"
@@ -46,6 +51,21 @@ class World:
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def lost_processes_in_one_line(world: World) -> Iterator[None]:
+    """Raise RunFailed where another process of the run has ended, and this one waited for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if world.size == 1 or not is_lost:
+            raise
+        raise RunFailed(
+            f"process {world.rank} of {world.size}: another process of the run has ended, so this "
+            "one ends too; the same command goes on from the last checkpoint"
+        ) from None
 
 
 def usable_device(name: str) -> torch.device:

@@ -7,15 +7,19 @@ to TensorBoard only.
 """
 
 import json
+import math
 import resource
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from gptchat.console import Progress
+from gptchat.console import Progress, UserError
 from gptchat.data.batches import Batch
 from gptchat.model.gpt2 import GPT2Config
 from gptchat.training.distributed import World
@@ -65,6 +69,21 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # elsewhere it is in KiB
 
 
+@contextmanager
+def _errors_in_one_line(path: Path) -> Iterator[None]:
+    """Raise UserError where `path` cannot be written, because the disk is full, say.
+
+    TensorBoard writes in a thread: its error is raised by a later report.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}; the same command goes on from "
+            "the last checkpoint"
+        ) from None
+
+
 class Monitor:
     """The reports of one run, from `step` of `total_steps` on. Use as a context manager.
 
@@ -86,24 +105,45 @@ class Monitor:
         self.model_config = model_config
         self.step = step
         self.writes = world.rank == 0
+        self.log_path = folder / "log.jsonl"
+        self.board_path = folder / "tensorboard"
         if self.writes:
-            self.log_file = open(folder / "log.jsonl", "ab")
-            kept = min(log_bytes, self.log_file.tell())  # truncate would fill up a shorter file
-            self.log_file.truncate(kept)
-            self.log_file.seek(kept)
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with _errors_in_one_line(self.log_path):
+                self.log_file = open(self.log_path, "ab")
+                kept = min(log_bytes, self.log_file.tell())  # truncate would fill up a shorter file
+                self.log_file.truncate(kept)
+                self.log_file.seek(kept)
+            with _errors_in_one_line(self.board_path):
+                self.board = SummaryWriter(str(self.board_path), purge_step=step + 1)
             self.progress = Progress(total_steps, task, "step", initial=step)
         self.peak_flops = matmul_peak(world.device, dtype) * world.size
         self.restart_clock()
 
     def __enter__(self) -> "Monitor":
+        self.hook_before = threading.excepthook
+        threading.excepthook = self._thread_failed
         return self
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Print what ended a thread, except OSErrors: TensorBoard's are raised by `board` again."""
+        if not isinstance(failure.exc_value, OSError):
+            self.hook_before(failure)
 
     def __exit__(self, *error: object) -> None:
         if self.writes:
             self.progress.__exit__()
-            self.board.close()
-            self.log_file.close()
+            self._close_files(has_failed=error[0] is not None)
+        threading.excepthook = self.hook_before
+
+    def _close_files(self, has_failed: bool) -> None:
+        try:
+            with _errors_in_one_line(self.board_path):
+                self.board.close()
+            with _errors_in_one_line(self.log_path):
+                self.log_file.close()
+        except UserError:
+            if not has_failed:  # else what ended the run is told instead
+                raise
 
     def restart_clock(self) -> None:
         """Count tokens and time from now on: rates then leave out, say, an evaluation before."""
@@ -159,20 +199,30 @@ class Monitor:
         mark = " (best so far)" if is_best else ""
         self.print_line(f"step {self.step}: held-out {summary}{mark}")
         if self.writes:
-            for number, text in enumerate(samples):
-                self.board.add_text(f"samples/{number}", text, self.step)
+            with _errors_in_one_line(self.board_path):
+                for number, text in enumerate(samples):
+                    self.board.add_text(f"samples/{number}", text, self.step)
+                self.board.flush()
         self.restart_clock()
 
     def _write(self, kind: str, figures: dict[str, float], rates: dict[str, float]) -> None:
         """Write `figures`, which a resumed run repeats to the bit, to the loss log, and all to
-        TensorBoard."""
+        TensorBoard.
+
+        Of a figure that is not finite (the gradient norm of a step that fp16 skipped, a perplexity
+        beyond all floats) the log says null, since JSON has no word for it.
+        """
         if not self.writes:
             return
-        line = json.dumps({"step": self.step, "kind": kind} | figures)
-        self.log_file.write(line.encode() + b"\n")
-        self.log_file.flush()
-        for name, value in (figures | rates).items():
-            self.board.add_scalar(f"{kind}/{name}", value, self.step)
+        entry: dict[str, str | float | None] = {"step": self.step, "kind": kind}
+        for name, value in figures.items():
+            entry[name] = value if math.isfinite(value) else None
+        with _errors_in_one_line(self.log_path):
+            self.log_file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+            self.log_file.flush()
+        with _errors_in_one_line(self.board_path):
+            for name, value in (figures | rates).items():
+                self.board.add_scalar(f"{kind}/{name}", value, self.step)
 
     def print_line(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -4,6 +4,8 @@ Everything random here is drawn from the config's seed, so that the same config 
 weights.
 """
 
+from pathlib import Path
+
 import torch
 
 from gptchat.config import Config
@@ -33,6 +35,32 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
     return GPT2(model_config), tokenizer
 
 
+def start_directory(config: Config) -> str:
+    """The model directory that a run loads at its start; "" stands for new weights.
+
+    It is `init_from`. Where that is gone, a run that has a checkpoint loads its own best model: it
+    has the same size and tokenizer, and the weights come from the checkpoint.
+    """
+    own = Path(config.run, "model")
+    has_begun = Path(config.run, "checkpoint.safetensors").is_file()
+    can_load_own = has_begun and Path(own, "model.safetensors").is_file()
+    if config.init_from and can_load_own and not Path(config.init_from).is_dir():
+        return str(own)
+    return config.init_from
+
+
+def fingerprint(config: Config, model: GPT2) -> list[float] | None:
+    """What tells the model that a run starts from, `model`, from others; [] for new weights.
+
+    None where `init_from` is gone, so that it cannot be told.
+    """
+    if not config.init_from:
+        return []
+    if start_directory(config) != config.init_from:
+        return None
+    return model.ln_f.weight[:4].tolist()  # any training changes these
+
+
 def load_start_model(config: Config) -> tuple[GPT2, Tokenizer]:
     """The model that `init_from` names; special tokens and token types that it lacks are appended.
 
@@ -41,7 +69,7 @@ def load_start_model(config: Config) -> tuple[GPT2, Tokenizer]:
     model is not of the size that the config wants.
     """
     model, tokenizer, model_task = pretrained.load_model(
-        config.init_from, dropout=config.model.dropout
+        start_directory(config), dropout=config.model.dropout
     )
     check_size(config, model.config)
     appended = pretrained.adapt(model, tokenizer, config.train.seed)

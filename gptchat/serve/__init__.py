@@ -1,0 +1,61 @@
+"""`gptchat serve`: archive models and run TorchServe over them, until Ctrl-C, SIGTERM or SIGHUP.
+
+The launcher checks the settings, archives every model directory with this package and the handlers
+into RUN/store (a .mar file; a folder where the weights are large), writes RUN/config.properties,
+starts Java, waits until each model answers, and passes TorchServe's output on.
+
+TorchServe runs in a process group of its own, so that Ctrl-C and signals reach the launcher alone;
+it is fit to be PID 1 of a container. To stop, it has new requests refused (the handlers look for a
+file named `draining` in RUN), gives live ones DRAIN_SECONDS, stops Java, and kills what is left of
+the group: nothing outlives it. If the launcher itself is killed, a watcher process kills the group.
+Only the API may leave loopback.
+
+Exit status: 0 after a stop that was asked for; 2 with one line if something is wrong, or TorchServe
+ended by itself; 130 if it was stopped before TorchServe was started.
+"""
+
+from collections.abc import Sequence
+
+from gptchat.console import UserError
+from gptchat.serve.archive import archive, check_settings
+from gptchat.serve.options import EVERYWHERE, LOOPBACK, Options, read_options
+from gptchat.serve.signals import ignore_stop_signals, stop_on_signals
+from gptchat.serve.torchserve import DRAIN_SECONDS, TorchServe
+
+
+def banner(options: Options, java: int) -> str:
+    """What the launcher prints when all models answer. `java` is the process id."""
+    host = "localhost" if options.host in (LOOPBACK, EVERYWHERE) else options.host
+    lines = []
+    for name in options.models:
+        url = f"http://{host}:{options.port}/predictions/{name}"
+        lines.append(f"{name:8} {url} (OpenAI's API: {url}/1.0/v1)")
+    lines.append(f"metrics  {options.metrics_url}")
+    if options.auth:
+        lines.append(f"keys     {options.key_file}: send the inference key as a bearer token")
+    lines.append(f"java     process {java}; the workers' processes are named above")
+    lines.append("Ctrl-C stops it all.")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    stop_on_signals()
+    options = read_options(argv)
+    check_settings(options.configs / "model-config.yaml")
+    archives = [archive(name, model, options) for name, model in options.models.items()]
+    if options.archive_only:
+        print("\n".join(str(options.run / "store" / name) for name in archives))
+        return
+    server = TorchServe(options)
+    try:
+        server.start(archives)
+        server.wait_until_ready()
+        print(banner(options, server.pid), flush=True)
+        reason = server.wait()
+        raise UserError(f"TorchServe ended by itself: {reason}")
+    except KeyboardInterrupt:  # a second one cuts the draining short
+        print(f"stopping: live requests have {DRAIN_SECONDS:.0f} s", flush=True)
+        server.drain()
+    finally:
+        ignore_stop_signals()
+        server.stop()

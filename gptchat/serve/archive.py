@@ -1,0 +1,85 @@
+"""Model directories -> TorchServe's archives, with this package and the handlers inside."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+from gptchat.config import build_server_settings
+from gptchat.console import UserError
+from gptchat.serve.options import ROOT, Options
+
+# Weights above this are not put into a .mar file, which TorchServe would unpack at each start.
+UNPACKED_MB = 200
+
+
+def find_package(module: str, package: str) -> Path:
+    """The folder of a package of the extra `serve`. Raises UserError if it is not installed."""
+    spec = util.find_spec(module)
+    if not spec:
+        hint = "make serve, or pip install -e '.[serve]'"
+        raise UserError(f"found no package {package}; wanted: {hint}")
+    return Path(str(spec.origin)).parent
+
+
+def check_settings(path: Path) -> None:
+    """Raise UserError unless model-config.yaml holds valid settings for the handlers."""
+    find_package("yaml", "pyyaml")
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    build_server_settings(values, str(path))
+
+
+def archive(name: str, model: Path, options: Options) -> str:
+    """Archive a model directory with this package and the handlers.
+
+    Returns the archive's name in RUN/store: a .mar file, or a folder where the weights are large.
+    """
+    weights = model / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; wanted a trained model: --model NAME=DIR")
+    unpacked = weights.stat().st_size > UNPACKED_MB * 2**20
+    staging = options.run / "staging" / name
+    store = options.run / "store"
+    temporary = options.run / "tmp"
+    for stale in (staging, store / name):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        (store / f"{name}.mar").unlink(missing_ok=True)
+        for folder in (staging, store, temporary):
+            folder.mkdir(parents=True, exist_ok=True)
+        contents = {"gptchat": ROOT / "gptchat", "handlers": ROOT / "handlers", "model": model}
+        for part, source in contents.items():
+            (staging / part).symlink_to(source.resolve())
+    except OSError as error:
+        raise UserError(f"--run {options.run}: cannot be written: {error}") from None
+    run_archiver(name, model, options, unpacked)
+    shutil.rmtree(staging)
+    return name if unpacked else f"{name}.mar"
+
+
+def run_archiver(name: str, model: Path, options: Options, unpacked: bool) -> None:
+    """Put RUN/staging/NAME into RUN/store, with TorchServe's own program."""
+    command = [sys.executable, "-m", "model_archiver.model_packaging"]
+    command += [
+        f"--model-name={name}",
+        "--version=1.0",
+        f"--handler={ROOT / 'handlers' / 'gptchat_handler.py'}",
+        f"--extra-files={options.run / 'staging' / name}",
+        f"--export-path={options.run / 'store'}",
+        f"--config-file={options.configs / 'model-config.yaml'}",
+        f"--archive-format={'no-archive' if unpacked else 'zip-store'}",
+    ]
+    environment = {**os.environ, "TMPDIR": str(options.run / "tmp")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip() or "no reason given"
+        raise UserError(f"{model}: cannot be archived: {reason.splitlines()[-1]}")

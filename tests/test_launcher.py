@@ -1,0 +1,187 @@
+"""`gptchat serve` as a process: how it ends, and what it says when it cannot start."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from serving import ROOT, Server, free_ports, tiny_model
+
+from gptchat.console import UserError
+from gptchat.serve import torchserve
+from gptchat.serve.options import Options, parse_models
+from gptchat.serve.torchserve import TorchServe
+
+torch.set_num_threads(1)
+server_test = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("models") / "lm", "lm")
+
+
+def options(run: Path, **values) -> Options:
+    run.mkdir(exist_ok=True)
+    chosen = {
+        "models": {"lm": run, "chatlm": run},
+        "host": "127.0.0.1",
+        "port": free_ports(),
+        "auth": False,
+        "key_minutes": 1,
+        "run": run,
+        "configs": ROOT / "configs" / "serve",
+        "archive_only": False,
+    }
+    return Options(**chosen | values)
+
+
+def run_launcher(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptchat.serve", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@server_test
+def test_launcher_that_is_killed_takes_java_workers_and_files_with_it(model, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    server = Server(
+        tmp_path / "run", {"lm": model}, "--auth", environment={"TMPDIR": str(tmp_path / "tmp")}
+    ).wait_until_ready()
+    family = server.family()
+    assert len(server.workers()) == 1 and len(family) >= 3
+    server.process.kill()
+    server.process.wait(10)
+    assert psutil.wait_procs(family, 10)[1] == []
+    assert list((tmp_path / "tmp").glob("gptchat-*")) == []
+    assert not (server.run / "key_file.json").exists()
+
+
+@server_test
+def test_sighup_stops_the_server_like_sigterm(model, tmp_path):
+    server = Server(tmp_path / "run", {"lm": model}).wait_until_ready()
+    family = server.family()
+    server.stop(signal.SIGHUP)
+    assert server.process.returncode == 0
+    assert psutil.wait_procs(family, 0)[1] == []
+
+
+@server_test
+def test_management_has_no_port(model, tmp_path):
+    server = Server(tmp_path / "run", {"lm": model}).wait_until_ready()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port + 1), timeout=5)
+    server.stop()
+
+
+@server_test
+@pytest.mark.parametrize("bad", ["first", "second"])
+def test_the_one_of_two_models_that_cannot_start_is_named(model, tmp_path, bad):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in model.iterdir():
+        content = file.read_bytes()
+        if file.suffix == ".safetensors":
+            content = content[:-100]
+        (damaged / file.name).write_bytes(content)
+    models = {"first": model, "second": model} | {bad: damaged}
+    server = Server(tmp_path / "run", models)
+    assert server.process.wait(120) == 2
+    last = server.log.read_text().splitlines()[-1]
+    assert last.startswith(f"error: TorchServe cannot serve {bad}: ")
+    assert "not a whole file of weights" in last
+
+
+def test_run_that_is_a_file_is_one_line(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    for run in (tmp_path / "file", tmp_path / "file" / "below"):
+        done = run_launcher("--model", f"lm={model}", "--run", run, "--port", free_ports())
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith(f"error: --run {run}: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_model_named_twice_is_refused():
+    with pytest.raises(UserError, match="lm is given twice"):
+        parse_models(["lm=a", "chatlm=b", "lm=c"])
+
+
+def test_missing_model_is_no_reason_for_a_make_target_that_does_not_exist(tmp_path):
+    done = run_launcher(
+        "--model", f"mine={tmp_path / 'none'}", "--run", tmp_path / "run", "--port", free_ports()
+    )
+    assert done.returncode == 2 and "make mine" not in done.stderr
+    assert "wanted a trained model: --model NAME=DIR" in done.stderr
+
+
+def test_signal_while_java_starts_leaves_no_process(tmp_path, monkeypatch):
+    real = subprocess.Popen
+    started = []
+
+    def popen(command, **settings):
+        if command[0] == "java":
+            command = ["sleep", "100"]
+        process = real(command, **settings)
+        started.append(psutil.Process(process.pid))
+        if command[0] == "sleep":
+            os.kill(os.getpid(), signal.SIGTERM)  # before the caller knows the process
+        return process
+
+    monkeypatch.setattr(torchserve.subprocess, "Popen", popen)
+    monkeypatch.setattr(torchserve, "find_java", lambda: "java")
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    server = TorchServe(options(tmp_path / "run"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            server.start([])
+    finally:
+        server.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert len(started) == 2 and psutil.wait_procs(started, 5)[1] == []
+
+
+def test_sigterm_before_the_server_runs_ends_the_launcher(model, tmp_path):
+    slow = tmp_path / "sitecustomize.py"  # archiving takes long
+    slow.write_text(
+        "import sys, time\n"
+        "if 'model_archiver.model_packaging' in ' '.join(sys.orig_argv): time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "gptchat.serve", "--model", f"lm={model}"]
+    command += ["--run", str(tmp_path / "run"), "--port", str(free_ports())]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    launcher = psutil.Process(process.pid)
+    while not launcher.children():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(20) == 130
+
+
+def test_half_written_keys_are_as_if_not_written_yet(tmp_path):
+    server = TorchServe(options(tmp_path / "run", auth=True))
+    for content in ('{"inference": {"k', "{}", "[]"):
+        server.options.key_file.write_text(content)
+        with pytest.raises(OSError, match="not a whole file of keys"):
+            server.ask("lm", timeout=1)
+
+
+def test_last_error_can_be_read_while_the_output_goes_on(tmp_path):
+    server = TorchServe(options(tmp_path / "run"))
+    server.reader = SimpleNamespace(join=lambda timeout: None)
+
+    class Growing(str):
+        """A line whose reading lets the other thread add one."""
+
+        def __contains__(self, part):
+            server.last_lines.append("more")
+            return super().__contains__(part)
+
+    server.last_lines += [Growing("W-1-lm_1.0-stdout OSError: first"), Growing("x"), Growing("y")]
+    assert "first" in server.last_error("lm")

@@ -1,0 +1,50 @@
+"""What a process that hangs can be asked."""
+
+import signal
+import subprocess
+
+import pytest
+import torch
+from conftest import command
+from serving import Server, tiny_model
+
+torch.set_num_threads(1)
+MARK = "most recent call first"
+
+
+@pytest.mark.slow
+def test_trainer_prints_its_threads_on_sigusr1_and_goes_on(small, tmp_path):
+    overrides = ["train.num_steps=100000", "train.eval_interval=100000", "train.log_interval=1"]
+    process = subprocess.Popen(
+        command("train", "--config", small / "lm.toml", f"run={tmp_path}", *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = iter(process.stdout.readline, "")
+    try:
+        assert any("step" in line for line in lines)
+        process.send_signal(signal.SIGUSR1)
+        assert any(MARK in line for line in lines)
+        assert any("train.py" in line for line in lines)
+        assert any("step" in line for line in lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.server
+def test_worker_prints_its_threads_on_sigusr1_and_goes_on(tmp_path):
+    model = tiny_model(tmp_path / "lm", "lm")
+    server = Server(tmp_path / "run", {"lm": model}).wait_until_ready()
+    try:
+        (worker,) = server.workers()
+        assert f"worker of lm: process {worker.pid}; SIGUSR1" in server.log.read_text()
+        assert "java     process" in server.log.read_text()
+        worker.send_signal(signal.SIGUSR1)
+        assert server.post("lm", {"context": "hi", "n": 1, "max_tokens": 5})[0] == 200
+        server.wait_for_log("handlers/loop.py")  # the decode thread
+        assert MARK in server.log.read_text()
+        assert worker.pid in {process.pid for process in server.workers()}
+    finally:
+        server.stop()
