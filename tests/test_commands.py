@@ -1,5 +1,6 @@
 """The commands from outside: help, wrong use, lazy imports, and what a library user gets."""
 
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -131,3 +132,9 @@ def test_every_file_of_the_packages_that_is_not_python_is_packaged_or_documentat
     paths = [Path(name) for name in tracked.stdout.splitlines()]
     data = {(path.parts[0], path.name) for path in paths if path.suffix not in (".py", ".md")}
     assert data == {(package, name) for package, names in packaged.items() for name in names}
+
+
+def test_the_console_script_is_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["gptchat"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
