@@ -359,9 +359,10 @@ def train(config: Config) -> Run:
         )
     run = Run(config, world)
     dump_threads_on_signal()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
-            signal.signal(number, run.handle_signal)
+    signal.signal(signal.SIGINT, run.handle_signal)
+    signal.signal(signal.SIGTERM, run.handle_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, run.handle_signal)
     tune_memory()
     gc.disable()  # its pauses cost more than the garbage of a step, which `Run.evaluate` collects
     if not run.done:

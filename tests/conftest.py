@@ -5,6 +5,7 @@ configs that train tiny models on them.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Under nohup SIGHUP is ignored, also by the processes that tests start and send it to.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 torch.set_num_threads(2)
 
