@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# Under nohup SIGHUP is ignored, also by the processes that tests start and send it to.
+# nohup ignores SIGHUP, and a shell SIGINT for what it starts in the background; the processes that
+# tests start and send them to would ignore them too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 torch.set_num_threads(2)
 
