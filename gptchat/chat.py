@@ -9,12 +9,13 @@ oldest ones when the context is full; an LM continues each line by itself. Ctrl-
 and what was said by then is kept as the turn. The lines typed are saved in `chat_history` beside
 the model directory.
 
-A row of --input is a dialogue whose last column is to be answered; --output repeats the row with
-the answer behind it, which is the format of training data. It is written whole or not at all.
+A line of --input, TSV or JSONL (`data/dialogue.py`), is a dialogue whose last turn is to be
+answered; --output, in the same format, repeats it with the answer behind it, which is the format of
+training data. It is written whole or not at all.
 
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
-rows of its file.
+dialogues of its file.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gptchat.console import CommandParser, Progress, UserError, cli
-from gptchat.data.dialogue import alternate, format_row, read_rows
+from gptchat.data.dialogue import TextTurn, format_answered, is_jsonl, read_prompts
 from gptchat.files import atomic_write
 from gptchat.inference.engine import Request
 from gptchat.inference.generate import (
@@ -107,7 +108,7 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
 
 
 def make_request(
-    generator: TextGenerator, turns: Sequence[tuple[int, str]], settings: argparse.Namespace
+    generator: TextGenerator, turns: Sequence[TextTurn], settings: argparse.Namespace
 ) -> Request:
     """The request for an answer to (speaker, text) turns.
 
@@ -144,7 +145,7 @@ class Conversation:
         self.settings = settings
         self.prompt = prompt
         self.label = label
-        self.turns: list[tuple[int, str]] = []  # (speaker, text); empty for an LM
+        self.turns: list[TextTurn] = []  # empty for an LM
 
     def run(self) -> None:
         """Read lines until Ctrl-D, /quit, or Ctrl-C twice in a row at the prompt."""
@@ -267,28 +268,30 @@ def answer_prompt(generator: TextGenerator, settings: argparse.Namespace, prompt
 def answer_file(
     generator: TextGenerator, settings: argparse.Namespace, source: str, output: str
 ) -> None:
-    """Write each row of a file, with its answer behind it, to `output`.
+    """Write each dialogue of a file, with its answer behind it, to `output`.
 
-    Raises UserError, which names the file and the row, before anything is written.
+    Raises UserError, which names the file and the line, before anything is written.
     """
     if not Path(source).is_file():
         raise UserError(
-            f"{source}: found no such file; "
-            "wanted dialogues, a row each, their turns divided by tabs"
+            f"{source}: found no such file; wanted dialogues, a line each: JSONL, "
+            "or TSV, their turns divided by tabs"
         )
-    rows = list(read_rows(source, 1))
+    prompts = list(read_prompts(source))
     requests = []
-    for number, row in enumerate(rows, 1):
+    for prompt in prompts:
         try:
-            requests.append(make_request(generator, alternate(row, last_speaker=0), settings))
+            requests.append(make_request(generator, prompt.turns, settings))
         except UserError as error:
-            raise UserError(f"{source}: row {number}: {error}") from None
-    answers = [""] * len(rows)
-    with atomic_write(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
+            raise UserError(f"{prompt.place}: {error}") from None
+    answers = [""] * len(prompts)
+    with atomic_write(Path(output)) as temporary, Progress(len(prompts), "answers", "row") as bar:
         for piece in generator.stream(requests, stop_strings(settings)):
             answers[piece.index] += piece.text
             bar.update(int(piece.last))
-        lines = [format_row([*row, text]) for row, text in zip(rows, answers, strict=True)]
+        as_jsonl = is_jsonl(source)
+        answered = zip(prompts, answers, strict=True)
+        lines = [format_answered(prompt, answer, as_jsonl) for prompt, answer in answered]
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
@@ -307,8 +310,10 @@ def parse_arguments(
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
     add("--prompt", metavar="TEXT", help="answer this and leave")
-    add("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
-    add("--output", metavar="TSV", help="where the rows of --input and their answers go")
+    input_help = "answer each line: a dialogue as TSV or (.jsonl) JSONL, or just a text"
+    add("--input", metavar="FILE", help=input_help)
+    output_help = "where the lines of --input and their answers go, in the same format"
+    add("--output", metavar="FILE", help=output_help)
     dtype_help = "of the weights (auto: bfloat16 if fast here)"
     add("--dtype", default="auto", choices=("auto", *DTYPES), help=dtype_help)
     add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
@@ -316,6 +321,11 @@ def parse_arguments(
     unpaired = (args.input is None) != (args.output is None)
     if unpaired or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
+    if args.input and is_jsonl(args.input) != is_jsonl(args.output):
+        raise UserError(
+            f"--output {args.output}: found another format than that of --input {args.input}; "
+            "wanted both or neither to end in .jsonl"
+        )
     names = vars(settings.parse_args([]))
     return args, argparse.Namespace(**{name: getattr(args, name) for name in names})
 

@@ -112,7 +112,7 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 def write(config: Config) -> dict[str, Any]:
     """Encode the config's splits into its folder of shards; returns the content of `meta.json`.
 
-    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a row
+    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a line
     that is no dialogue, and where the folder cannot be written. The old shards then stay.
     """
     folder = config.shards_dir
@@ -126,6 +126,7 @@ def write(config: Config) -> dict[str, Any]:
     total = sum(sum(_sizes(paths).values()) for paths in sources.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        n_read = 0  # bytes of the files that are done
         with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
             for split, paths in sources.items():
                 writer = Writer(f"{folder}/{split}-", token_dtype(tokenizer))
@@ -134,6 +135,8 @@ def write(config: Config) -> dict[str, Any]:
                     n_separators = max(len(block.documents), len(block.turns))  # a byte each
                     bar.update(block.n_bytes + n_separators)
                 writer.finish()
+                n_read += sum(_sizes(paths).values())
+                bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
                 if writer.counts["documents"] == 0:
                     patterns = ", ".join(getattr(config.data, split))
                     raise UserError(f"{patterns}: found no text; wanted some for [data] {split}")
