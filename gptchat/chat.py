@@ -9,14 +9,15 @@ oldest ones when the context is full; an LM continues each line by itself. Ctrl-
 and what was said by then is kept as the turn. The lines typed are saved in `chat_history` beside
 the model directory.
 
-A row of --input is a dialogue whose last column is to be answered; --output repeats the row with
-the answer behind it, which is the format of training data. It is written whole or not at all. A row
-longer than the context is cut at its front, as in training, and a warning on stderr says how many
-are. A line may have 1,000,000 characters.
+A line of --input, TSV or JSONL (`data/dialogue.py`), is a dialogue whose last turn is to be
+answered; --output, in the same format, repeats it with the answer behind it, which is the format of
+training data. It is written whole or not at all. A dialogue longer than the context is cut at its
+front, as in training, and a warning on stderr says how many are. A line may have 1,000,000
+characters.
 
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
-rows of its file (but for rounding with bfloat16 and int8, of which `inference.engine` tells).
+dialogues of its file (but for rounding with bfloat16 and int8, of which `inference.engine` tells).
 """
 
 import argparse
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gptchat.console import CommandParser, Progress, UserError, cli
-from gptchat.data.dialogue import Turn, alternate, format_row, read_rows
+from gptchat.data.dialogue import TextTurn, Turn, format_answered, is_jsonl, read_prompts
 from gptchat.files import atomic_write, expand
 from gptchat.inference.engine import Request
 from gptchat.inference.generate import (
@@ -112,7 +113,7 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
 
 
 def make_request(
-    generator: TextGenerator, turns: Sequence[tuple[int, str]], settings: argparse.Namespace
+    generator: TextGenerator, turns: Sequence[TextTurn], settings: argparse.Namespace
 ) -> Request:
     """The request for an answer to (speaker, text) turns.
 
@@ -122,7 +123,7 @@ def make_request(
     return encoded_request(generator, encode_turns(generator, turns), settings)
 
 
-def encode_turns(generator: TextGenerator, turns: Sequence[tuple[int, str]]) -> list[Turn]:
+def encode_turns(generator: TextGenerator, turns: Sequence[TextTurn]) -> list[Turn]:
     encoded: list[Turn] = []
     for speaker, text in turns:
         valid_text = text.encode(errors="replace").decode()
@@ -176,7 +177,7 @@ class Conversation:
         self.settings = settings
         self.prompt = prompt
         self.label = label
-        self.turns: list[tuple[int, str]] = []  # (speaker, text); empty for an LM
+        self.turns: list[TextTurn] = []  # empty for an LM
 
     def run(self) -> None:
         """Read lines until Ctrl-D, /quit, or Ctrl-C twice in a row at the prompt."""
@@ -299,33 +300,36 @@ def answer_prompt(generator: TextGenerator, settings: argparse.Namespace, prompt
 def answer_file(
     generator: TextGenerator, settings: argparse.Namespace, source: str, output: str
 ) -> None:
-    """Write each row of a file, with its answer behind it, to `output`.
+    """Write each dialogue of a file, with its answer behind it, to `output`.
 
     Raises UserError, which names the file and the line, before anything is written.
     """
     (path,) = expand([glob.escape(source)], "--input")
-    rows = list(read_rows(path, 1))
+    prompts = list(read_prompts(path))
     requests = []
     cut_rows = []  # their numbers
-    for number, row in enumerate(rows, 1):
-        turns = encode_turns(generator, alternate(row, last_speaker=0))
+    for number, prompt in enumerate(prompts, 1):
+        turns = encode_turns(generator, prompt.turns)
         turns, was_cut = cut_to_fit(generator, turns, settings.max_new_tokens)
         if was_cut:
             cut_rows.append(number)
         requests.append(encoded_request(generator, turns, settings))
     if cut_rows:
+        first = cut_rows[0]
         print(
-            f"warning: {source}: {len(cut_rows)} of {len(rows)} rows, the first being row "
-            f"{cut_rows[0]}, are longer than the context of {generator.n_ctx} tokens; "
+            f"warning: {prompts[first - 1].place}: {len(cut_rows)} of {len(prompts)} rows, the "
+            f"first being row {first}, are longer than the context of {generator.n_ctx} tokens; "
             "the front of their text was left out",
             file=sys.stderr,
         )
-    answers = [""] * len(rows)
-    with atomic_write(Path(output)) as temporary, Progress(len(rows), "answers", "row") as bar:
+    answers = [""] * len(prompts)
+    with atomic_write(Path(output)) as temporary, Progress(len(prompts), "answers", "row") as bar:
         for piece in generator.stream(requests, stop_strings(settings)):
             answers[piece.index] += piece.text
             bar.update(int(piece.last))
-        lines = [format_row([*row, text]) for row, text in zip(rows, answers, strict=True)]
+        as_jsonl = is_jsonl(source)
+        answered = zip(prompts, answers, strict=True)
+        lines = [format_answered(prompt, answer, as_jsonl) for prompt, answer in answered]
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
@@ -344,8 +348,10 @@ def parse_arguments(
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
     add("--prompt", metavar="TEXT", help="answer this and leave")
-    add("--input", metavar="TSV", help="answer each row: a dialogue, or just a line")
-    add("--output", metavar="TSV", help="where the rows of --input and their answers go")
+    input_help = "answer each line: a dialogue as TSV or (.jsonl) JSONL, or just a text"
+    add("--input", metavar="FILE", help=input_help)
+    output_help = "where the lines of --input and their answers go, in the same format"
+    add("--output", metavar="FILE", help=output_help)
     dtype_help = "of the weights (auto: bfloat16 if fast here)"
     add("--dtype", default="auto", choices=("auto", *DTYPES), help=dtype_help)
     add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
@@ -353,6 +359,11 @@ def parse_arguments(
     unpaired = (args.input is None) != (args.output is None)
     if unpaired or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
+    if args.input and is_jsonl(args.input) != is_jsonl(args.output):
+        raise UserError(
+            f"--output {args.output}: found another format than that of --input {args.input}; "
+            "wanted both or neither to end in .jsonl"
+        )
     names = vars(settings.parse_args([]))
     return args, argparse.Namespace(**{name: getattr(args, name) for name in names})
 

@@ -4,8 +4,8 @@
     gptchat evaluate --model DIR --text FILE [FILE ...]
 
 The first form evaluates a run on the files of one split; the second evaluates any model directory,
-anyone's GPT-2 too, on any text (TSV for a ChatLM). Each file is encoded with the model's own
-tokenizer, and has figures of its own.
+anyone's GPT-2 too, on any text (a ChatLM: dialogues, TSV or JSONL). Each file is encoded with the
+model's own tokenizer, and has figures of its own.
 
 Text is read as in training: documents, each followed by [EOS], form one stream that begins after an
 [EOS] and is cut into consecutive windows of the context length. So every token is a target once,
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--config", metavar="FILE", help="of the run whose model and files are evaluated")
     add("--model", metavar="DIR", help="model directory (default: that of the config's run)")
     add("--split", choices=shards.SPLITS, default="test", help="of the config (default: test)")
-    add("--text", metavar="FILE", nargs="+", help="files instead of a split; TSV for a ChatLM")
+    add("--text", metavar="FILE", nargs="+", help="instead of a split; for a ChatLM TSV or JSONL")
     add("--json", action="store_true", help="print one JSON object")
     add("overrides", nargs="*", metavar="section.key=value", help="changes a key of the config")
     args = parser.parse_intermixed_args(argv)

@@ -1,5 +1,6 @@
 """The chat in a real terminal, and answers to one prompt and to files."""
 
+import json
 import os
 import re
 import string
@@ -16,7 +17,7 @@ from hf_models import byte_tokenizer, shake
 
 from gptchat import chat
 from gptchat.console import UserError, cli
-from gptchat.data.dialogue import read_rows
+from gptchat.data.dialogue import read_dialogues, read_rows
 from gptchat.inference.engine import generate
 from gptchat.inference.generate import Piece, load_generator
 from gptchat.inference.sampling import Sampling
@@ -259,6 +260,59 @@ def test_rows_longer_than_the_context_are_cut_at_their_front_with_one_warning(
     assert "2 of 4 rows, the first being row 2, are longer than the context" in warning
 
 
+def test_a_jsonl_file_of_prompts(bot, tmp_path, monkeypatch, capsys):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    turns = [("system", "Be brief."), ("user", "日本"), ("assistant", "a\tb"), ("user", "hello")]
+    openai = {"id": 7, "messages": [{"role": role, "content": text} for role, text in turns]}
+    sharegpt = {"conversations": [{"from": "human", "value": "hello"}], "note": "\ud800"}
+    lines = [json.dumps(openai, ensure_ascii=False), "", json.dumps(sharegpt)]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    common = ("--model", bot, "--seed", 1, "--max-new-tokens", 20)
+    run(monkeypatch, capsys, *common, "--input", prompts, "--output", output)
+
+    assert "日本" in output.read_text(encoding="utf-8")
+    first, second = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    answers = [first["messages"].pop(), second["conversations"].pop()]
+    assert [first, second] == [openai, sharegpt]
+    assert answers[0]["role"] == "assistant" and re.fullmatch("[a-z ]{20}", answers[0]["content"])
+    alone = run(monkeypatch, capsys, *common, "--prompt", "hello").removesuffix("\n")
+    assert answers[1] == {"from": "gpt", "value": alone}
+    assert [len(dialogue) for dialogue in read_dialogues(output)] == [5, 2]  # it can be trained on
+
+
+def test_long_jsonl_dialogues_are_cut_with_a_warning_and_written_whole(
+    bot, tmp_path, monkeypatch, capsys
+):
+    message = {"role": "user", "content": "x" * 2000}
+    lines = ["", json.dumps({"messages": [message]}), json.dumps({"messages": [message]})]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    paths = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    monkeypatch.setattr(sys, "argv", ["chat", "--model", bot, "--seed", "1", *map(str, paths)])
+    chat.main()
+    (warning,) = re.findall("warning: .*", capsys.readouterr().err)
+    assert "in.jsonl:2: 2 of 2 rows, the first being row 1, are longer than" in warning
+    answered = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [values["messages"][0] for values in answered] == [message, message]
+    assert [values["messages"][1]["role"] for values in answered] == ["assistant", "assistant"]
+
+
+def test_who_said_what_in_a_jsonl_prompt_counts(bot, tmp_path, monkeypatch, capsys):
+    common = ("--model", bot, "--seed", 1, "--max-new-tokens", 40)
+    answers = {}
+    for role in ("assistant", "user", "system"):
+        messages = [{"role": role, "content": "hi"}, {"role": "user", "content": "hello"}]
+        (tmp_path / "in.jsonl").write_text(json.dumps({"messages": messages}))
+        paths = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        run(monkeypatch, capsys, *common, *paths)
+        answered = json.loads((tmp_path / "out.jsonl").read_text())
+        answers[role] = answered["messages"][-1]["content"]
+    (tmp_path / "in.tsv").write_text("hi\thello\n")
+    paths = ("--input", tmp_path / "in.tsv", "--output", tmp_path / "out.tsv")
+    run(monkeypatch, capsys, *common, *paths)
+    ((*_, from_tsv),) = read_rows(tmp_path / "out.tsv")
+    assert answers["assistant"] == from_tsv != answers["user"] == answers["system"]
+
+
 def test_an_lm_goes_on_with_the_text(tmp_path, monkeypatch, capsys):
     directory = babbler(tmp_path / "model", "lm", 64)
     for prompt in ("Once upon a time", ""):
@@ -348,18 +402,28 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
             ["--model", "BOT", "--input", "LONG", "--output", "OUT"],
             "long.tsv:2: found a line of more than 1,000,000 characters",
         ),
+        (
+            ["--model", "BOT", "--input", "LONG_JSONL", "--output", "OUT_JSONL"],
+            "long.jsonl:2: found a line of more than 1,000,000 characters",
+        ),
+        (
+            ["--model", "BOT", "--input", "BAD_JSONL", "--output", "OUT_JSONL"],
+            "bad.jsonl:1: messages[0].role: found 'human'; wanted one of assistant, user,",
+        ),
+        (["--model", "BOT", "--input", "LONG_JSONL", "--output", "OUT"], "both or neither"),
     ],
 )
 def test_wrong_use_is_one_line(bot, tmp_path, monkeypatch, capsys, arguments, told):
     (tmp_path / "long.tsv").write_text(f"hello\n{'x' * 1_000_001}\n")
     (tmp_path / "blank.tsv").write_text("hello\n  \n")
-    places = {
-        "BOT": bot,
-        "FOLDER": str(tmp_path),
-        "BLANK": str(tmp_path / "blank.tsv"),
-        "LONG": str(tmp_path / "long.tsv"),
-        "OUT": str(tmp_path / "out.tsv"),
-    }
+    message = {"role": "user", "content": "x" * 1_000_000}
+    (tmp_path / "long.jsonl").write_text("\n" + json.dumps({"messages": [message]}))
+    message = {"role": "human", "content": "hello"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [message]}))
+    places = {"BOT": bot, "FOLDER": str(tmp_path)}
+    for place in ("BLANK", "LONG", "OUT", "LONG_JSONL", "BAD_JSONL", "OUT_JSONL"):
+        name, _, ending = place.lower().partition("_")
+        places[place] = str(tmp_path / f"{name}.{ending or 'tsv'}")
     monkeypatch.setattr(
         sys, "argv", ["chat", *(places.get(argument, argument) for argument in arguments)]
     )
@@ -367,4 +431,4 @@ def test_wrong_use_is_one_line(bot, tmp_path, monkeypatch, capsys, arguments, to
         cli(chat.main)
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and told in line
-    assert not (tmp_path / "out.tsv").exists()
+    assert not list(tmp_path.glob("out.*"))

@@ -1,5 +1,7 @@
-"""The chat format: layout, types and targets, truncation, prompts, TSV rows."""
+"""The chat format: layout, types and targets, truncation, prompts, TSV rows, JSONL."""
 
+import json
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from gptchat.data.dialogue import (
     encode_prompt,
     escape,
     fit,
+    read_dialogues,
+    read_prompts,
     read_rows,
     unescape,
 )
@@ -248,6 +252,120 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line() -> None:
         pytest.skip("needs /proc")
     with pytest.raises(UserError, match="/proc/self/mem: cannot be read: Input/output error"):
         list(read_rows(path))
+
+
+FORMS = {
+    "messages": ("role", "content", {"assistant": 1, "user": 0, "system": 0, "developer": 0}),
+    "conversations": ("from", "value", {"gpt": 1, "human": 0, "system": 0}),
+}
+
+
+@pytest.mark.parametrize("key", FORMS)
+def test_dialogues_come_back_from_jsonl(tmp_path, key: str) -> None:  # type: ignore[no-untyped-def]
+    role, text, speakers = FORMS[key]
+    path = tmp_path / "dialogues.jsonl"
+    responder = st.tuples(st.sampled_from([name for name in speakers if speakers[name]]), TURN)
+    earlier = st.lists(st.tuples(st.sampled_from(list(speakers)), TURN), min_size=1, max_size=4)
+    dialogue = st.tuples(earlier, responder).map(lambda parts: [*parts[0], parts[1]])
+
+    @PROPERTY
+    @given(st.lists(dialogue, max_size=4), st.booleans())
+    def check(dialogues: list[list[tuple[str, str]]], ascii: bool) -> None:
+        lines = []
+        for turns in dialogues:
+            messages = [{role: name, text: said, "weight": 1} for name, said in turns]
+            lines.append(json.dumps({"id": 1, key: messages}, ensure_ascii=ascii))
+        path.write_bytes("\n".join(lines).encode())
+        expected = [[(speakers[name], said) for name, said in turns] for turns in dialogues]
+        assert list(read_dialogues(path)) == expected
+        assert [prompt.turns for prompt in read_prompts(path)] == expected
+
+    check()
+
+
+def test_all_line_ends_blank_lines_and_both_forms_are_read_from_jsonl(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "mixed.JSONL"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"messages": [{"role": "user", "content": "hi"}, '
+        b'{"role": "assistant", "content": "a\xe2\x80\xa8b"}]}\r\n\r'
+        b'{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}'
+    )
+    assert list(read_dialogues(path)) == [[(0, "hi"), (1, "a\u2028b")], [(0, "x"), (1, "y")]]
+    assert [prompt.place for prompt in read_prompts(path)] == [f"{path}:1", f"{path}:3"]
+
+
+def test_a_prompt_of_one_message_is_no_training_example(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for line in ('[{"role": "user", "content": "hi"}]', '[{"role": "assistant", "content": "hi"}]'):
+        path = tmp_path / "prompt.jsonl"
+        path.write_text(f'{{"messages": {line}}}')
+        assert [len(prompt.turns) for prompt in read_prompts(path)] == [1]
+        with pytest.raises(UserError, match=":1: messages: found 1; wanted 2 or more"):
+            list(read_dialogues(path))
+
+
+USER = '{"role": "user", "content": "hi"}'
+GOOD = f'{{"messages": [{USER}, {{"role": "assistant", "content": "hello"}}]}}'
+HALF = r'{"from": "human", "value": "\ud800"}'  # of a surrogate pair
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("hi\thello", ":3: column 1: found no JSON (Expecting value)"),
+        (GOOD[:-1], f":3: column {len(GOOD)}: found no JSON ("),
+        ("[" * 100_000, ":3: found JSON that cannot be read ("),
+        ("1" * 5000, ":3: found JSON that cannot be read ("),
+        (f"[{GOOD}]", ":3: found [{'messages': [{'role'"),
+        ('{"text": "hi"}', ":3: found neither key; wanted messages or conversations"),
+        ('{"messages": [], "conversations": []}', ":3: found both keys; wanted"),
+        ('{"messages": "hi"}', ":3: messages: found 'hi'; wanted a list of messages"),
+        ('{"messages": null}', ":3: messages: found nothing; wanted a list"),
+        ('{"messages": []}', ":3: messages: found 0; wanted 2 or more"),
+        (f'{{"messages": [{USER}, "a\\nb"]}}', r":3: messages[1]: found 'a\nb'; wanted an object"),
+        ('{"messages": [{"content": "hi"}]}', ":3: messages[0].role: found nothing; wanted one of"),
+        (
+            '{"messages": [{"role": ["user"], "content": "hi"}]}',
+            ":3: messages[0].role: found ['user']; wanted one of assistant, user, system, dev",
+        ),
+        (
+            f'{{"conversations": [{USER}]}}',
+            ":3: conversations[0].from: found nothing; wanted one of gpt, human, system",
+        ),
+        (
+            f'{{"messages": [{USER}, {{"role": "assistant", "content": ""}}]}}',
+            ":3: messages[1].content: found ''; wanted some text",
+        ),
+        (
+            f'{{"messages": [{USER}, {{"role": "assistant", "content": " \\n"}}]}}',
+            r":3: messages[1].content: found ' \n'; wanted some text",
+        ),
+        (
+            r'{"messages": [{"role": "user", "content": "a\u0000b"}]}',
+            ":3: messages[0].content: found a NUL character; wanted text without it",
+        ),
+        (GOOD.replace("hi", "h\0i"), ":3: column 45: found no JSON (Invalid control character at)"),
+        (
+            GOOD.replace("hi", "x" * LONGEST_LINE),
+            ":3: found a line of more than 1,000,000 characters; wanted a dialogue a line",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            ":3: messages[0].content: found [{'type': 'text'}]; wanted some text",
+        ),
+        (f'{{"conversations": [{HALF}]}}', ":3: conversations[0].value: found half a surrogate"),
+        (
+            f'{{"messages": [{USER}, {USER}]}}',
+            ":3: messages[1].role: found 'user'; wanted 'assistant', the response last",
+        ),
+        ("\udcff", f": byte {len(GOOD) + 2}: found invalid UTF-8 in line 3"),
+    ],
+)
+def test_a_bad_line_of_jsonl_is_named_by_file_and_field(tmp_path, line: str, message: str) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(f"{GOOD}\n\n{line}\n".encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=re.escape("bad.jsonl" + message)) as raised:
+        list(read_dialogues(path))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < len(str(path)) + 200
 
 
 def test_speakers_alternate_backwards_from_the_response() -> None:

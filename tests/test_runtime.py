@@ -30,7 +30,7 @@ def test_trainer_prints_its_threads_on_sigusr1_and_goes_on(small, tmp_path):
         assert any("step" in line for line in lines)
     finally:
         process.kill()
-        process.wait()
+        process.wait(timeout=60)
 
 
 @pytest.mark.server

@@ -143,6 +143,49 @@ def test_dialogues_come_back_with_their_speakers(chat):
     ]
 
 
+def test_shards_do_not_depend_on_the_format_of_the_dialogues(chat, tmp_path):
+    write(chat)
+    expected = {path.name: path.read_bytes() for path in chat.shards_dir.glob("*.bin")}
+    dialogues = [["Hi!", "Hello, you."], ["How are you?", "Fine.", "Good to hear\nthat."]]
+    forms = {
+        "messages": ("role", "content", ("assistant", "user")),
+        "conversations": ("from", "value", ("gpt", "human")),
+    }
+    for key, (role, text, (responder, other)) in forms.items():
+        path = tmp_path / f"{key}.jsonl"
+        with path.open("w") as file:
+            for turns in dialogues:
+                roles = [responder if (len(turns) - i) % 2 else other for i in range(len(turns))]
+                messages = [{role: r, text: t} for r, t in zip(roles, turns, strict=True)]
+                file.write(json.dumps({key: messages}) + "\n")
+        data = dataclasses.replace(chat.data, train=(str(path),))
+        config = dataclasses.replace(chat, data=data)
+        write(config)
+        found = {path.name: path.read_bytes() for path in chat.shards_dir.glob("*.bin")}
+        assert found == expected and opened(config).documents == 2
+
+
+def test_tsv_and_jsonl_may_be_mixed_and_speakers_are_those_of_the_roles(chat, folder, tmp_path):
+    messages = [("system", "Be brief."), ("user", "Hi!"), ("user", "You?"), ("assistant", "Yes.")]
+    line = json.dumps({"messages": [{"role": r, "content": t} for r, t in messages]})
+    (tmp_path / "roles.jsonl").write_text(line)
+    paths = (str(folder / "chat.tsv"), str(tmp_path / "roles.jsonl"))
+    config = dataclasses.replace(chat, data=dataclasses.replace(chat.data, train=paths))
+    write(config)
+    found, tokenizer = opened(config), tokenizer_of(config)
+    assert found.documents == 3
+    turns = [(speaker, tokenizer.decode(ids)) for speaker, ids in found.dialogue(2)]
+    assert turns == [(0, "Be brief."), (0, "Hi!"), (0, "You?"), (1, "Yes.")]
+
+
+def test_progress_ends_at_the_size_of_the_files(chat, tmp_path, capsys):
+    messages = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    data = dataclasses.replace(chat.data, train=(str(tmp_path / "x.jsonl"),))
+    write(dataclasses.replace(chat, data=data))
+    assert "100%" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_text_like_a_special_token_stays_text(lm, tmp_path):
     config = with_text(lm, tmp_path, "[EOS] and [SEP]")
     write(config)

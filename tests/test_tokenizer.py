@@ -552,7 +552,7 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_the_old_tokenizer(
         "cli(lambda: t.save(sys.argv[1], model_max_length=7))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "tokenizer.json: cannot be written" in done.stderr

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gptchat.config import Config
-from gptchat.data.dialogue import alternate, read_rows
+from gptchat.data.dialogue import TextTurn, read_dialogues
 from gptchat.data.reading import read_text
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
@@ -119,8 +119,8 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
 def read_blocks(paths: Sequence[Path], config: Config) -> Iterator[list[Any]]:
     """Blocks of all documents, as Pieces (lm), or of all dialogues, as lists of turns (chatlm)."""
     if config.task == "chatlm":
-        rows = chain.from_iterable(read_rows(path) for path in paths)
-        return in_blocks(rows, lambda row: sum(map(len, row)))
+        dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
+        return in_blocks(dialogues, lambda turns: sum(len(text) for _, text in turns))
     document = config.data.document
     pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
     return in_blocks(pieces, lambda piece: len(piece[0]))
@@ -209,15 +209,15 @@ class Encoder:
             n_bytes=_utf8_length(texts),
         )
 
-    def encode_dialogues(self, block: Sequence[list[str]]) -> Encoded:
+    def encode_dialogues(self, block: Sequence[list[TextTurn]]) -> Encoded:
         """The ids of the turns of dialogues.
 
-        Rows that hold a longer and longer history repeat turns, so each text is encoded once.
+        Dialogues with a longer and longer history repeat turns, so each text is encoded once.
         """
         speakers = bytearray()
         texts: list[str] = []
-        for row in block:
-            for speaker, text in alternate(row):
+        for turns in block:
+            for speaker, text in turns:
                 speakers.append(speaker)
                 texts.append(text)
         distinct = list(dict.fromkeys(texts))
@@ -225,7 +225,7 @@ class Encoder:
         ids = [ids_of[text] for text in texts]
         return Encoded(
             tokens=b"".join(ids),
-            documents=np.cumsum([len(row) for row in block]),
+            documents=np.cumsum([len(turns) for turns in block]),
             turns=self._ends(ids),
             speakers=bytes(speakers),
             n_bytes=_utf8_length(texts),

@@ -125,7 +125,7 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 def write(config: Config) -> dict[str, Any]:
     """Encode the config's splits into its folder of shards; returns the content of `meta.json`.
 
-    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a row
+    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a line
     that is no dialogue, where the folder cannot be written, and while another process writes there.
     The old shards then stay.
     """
@@ -156,16 +156,19 @@ def _encode(
 ) -> dict[str, dict[str, Any]]:
     """Write each split's files under temporary names; returns what `meta.json` says of each."""
     total = sum(path.stat().st_size for paths in sources.values() for path in paths)
+    n_read = 0  # bytes of the files that are done
     splits: dict[str, dict[str, Any]] = {}
     with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
         for split, paths in sources.items():
             states = {str(path): digests.source_state(path) for path in paths}
+            n_read += sum(state["bytes"] for state in states.values())
             writer = Writer(f"{config.shards_dir}/{split}-", token_dtype(tokenizer))
             for block in encoder.encode(read_blocks(paths, config)):
                 writer.append(block)
                 n_separators = max(len(block.documents), len(block.turns))  # a byte each
                 bar.update(block.n_bytes + n_separators)
             files = writer.finish()
+            bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
             if writer.counts["documents"] == 0:
                 patterns = ", ".join(getattr(config.data, split))
                 raise UserError(f"{patterns}: found no text; wanted some for [data] {split}")
