@@ -180,7 +180,7 @@ def test_message_too_large_comes_back_into_the_box_and_the_chat_goes_on(browser,
     show(browser, server)
     for letters in (1_500_000, 999_900):
         browser.execute_script("$('text').value = 'x'.repeat(arguments[0]); submit()", letters)
-        note = eventually(lambda: find(browser, ".note.bad"))
+        (note,) = eventually(lambda: browser.find_elements("css selector", ".note.bad"))
         assert "too long" in note.text and turns(browser) == []
         browser.execute_script("text.value = ''; refresh()")
         say(browser, "hello")
