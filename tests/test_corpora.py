@@ -51,6 +51,7 @@ def rows(data: Path, split: str) -> list[list[str]]:
     return list(read_rows(data / f"chatlm/{split}.tsv"))
 
 
+@pytest.mark.slow
 def test_the_files_have_the_same_bytes_every_time(data: Path, tmp_path: Path) -> None:
     corpora.build(tmp_path)
     digests = [

@@ -452,6 +452,7 @@ def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_command_adapts_says_what_it_did_and_overwrites_nothing(tmp_path: Path) -> None:
     theirs = random_gpt2(8, torch.float32, vocab_size=257)
     write(theirs, tmp_path / "theirs", byte_tokenizer(FOREIGN))

@@ -383,6 +383,7 @@ def test_a_checkpoint_saved_before_an_optimizer_made_a_step_loads(
     assert not optimizer_state(model, others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "shown"), [(None, "unknown"), ("1", "1"), ("99", "99")])
 def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_says_what_to_do(
     small: Path, tmp_path: Path, number: str | None, shown: str
@@ -516,6 +517,7 @@ def unwritable(kind: str, folder: Path) -> None:
         os.seteuid(65534)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "read-only"])
 def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
     small: Path, tmp_path: Path, kind: str
@@ -557,6 +559,7 @@ def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
 # --- the start
 
 
+@pytest.mark.slow
 def test_chatlm_starts_from_the_lm_with_type_rows_drawn_anew(small: Path, tmp_path: Path) -> None:
     finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
     lm, _, _ = pretrained.load_model(tmp_path / "lm/model")
@@ -623,6 +626,7 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
 # --- wrong use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -74,6 +74,7 @@ def test_a_log_that_cannot_be_written_is_one_line(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_in_which_tensorboard_cannot_write_is_one_line(
     small: Path, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def rewrite_config(path: Path, changes: dict[str, object | None]) -> None:
     save_file(tensors, path, metadata)
 
 
+@pytest.mark.slow
 def test_a_key_that_the_checkpoint_lacks_counts_as_saved_with_its_default(
     small: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_a_key_that_the_checkpoint_lacks_counts_as_saved_with_its_default(
     assert "finished at step 20" in finish(start(small, "lm", tmp_path, *SHORT))
 
 
+@pytest.mark.slow
 def test_a_saved_key_that_no_longer_exists_is_named_and_a_renamed_one_is_known(
     small: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def test_a_saved_key_that_no_longer_exists_is_named_and_a_renamed_one_is_known(
     assert "warmup" not in output
 
 
+@pytest.mark.slow
 def test_a_refused_change_lists_the_keys_that_may_change(small: Path, tmp_path: Path) -> None:
     finish(start(small, "lm", tmp_path, *SHORT))
     refused = finish(start(small, "lm", tmp_path, *SHORT, "train.beta1=0.5"), 2)
@@ -201,6 +204,7 @@ def test_a_run_goes_on_in_another_precision(
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_the_run_has_made_are_told_as_such(small: Path, tmp_path: Path) -> None:
     finish(start(small, "lm", tmp_path, *SHORT))
     refused = finish(start(small, "lm", tmp_path, "train.num_steps=12"), 2)
@@ -228,6 +232,7 @@ def test_a_chat_run_goes_on_when_the_model_that_it_started_from_is_gone(
 # --- damaged checkpoints
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused_in_one_line(
     small: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +256,7 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused_in_one_line(
     assert checkpoint.load_checkpoint(path, *parts)[0].step == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["half", "header", "empty", "folder", "state", "shape", "surplus"])
 def test_a_checkpoint_cut_by_hand_is_refused_in_one_line(
     small: Path, tmp_path: Path, cut: str
