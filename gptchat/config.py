@@ -186,6 +186,9 @@ class ServerSettings:
     slots: int = setting(32, "sequences decoded at once, if the cache has room", min=1)
     cache_mb: int = setting(4096, "memory of the KV cache", min=1)
     threads: int = setting(0, "threads of the decoder; 0: all cores", min=0)
+    prefix_cache: bool = setting(
+        True, "compute no part of a prompt again whose keys and values a free slot still holds"
+    )
     max_requests: int = setting(128, "requests being answered or queued, at once", min=1)
     max_new_tokens: int = setting(1024, "tokens of one answer, never more than the context", min=1)
     default_new_tokens: int = setting(
@@ -195,6 +198,7 @@ class ServerSettings:
     max_prompts: int = setting(64, "prompts of one request, times its candidates", min=1)
     max_stops: int = setting(8, "stop strings", min=1)
     max_bad_words: int = setting(64, "forbidden words", min=1)
+    max_biases: int = setting(300, "ids in a logit_bias", min=1)
     max_logprobs: int = setting(20, "likeliest tokens listed beside the drawn one", min=0)
     hosts: tuple[str, ...] = setting(
         (), "names in a request's Host header, besides localhost, any IP address and --host"
