@@ -102,6 +102,7 @@ def test_stream_is_the_whole_answer_in_pieces(chat):
 
 def test_figures_reach_torchserves_metrics(chat):
     chat.context.metrics.seen.clear()
+    chat.ask({"prompt": "hello", "user": "u"}, "v1/completions")
     chat.ask({"context": "hello", "n": 1, "max_tokens": 60} | LONG)
     seen = {(kind, name): labels for kind, name, _, labels in chat.context.metrics.seen}
     assert seen["counter", "gptchat_requests"] == ["chatlm", "original", "200"]
@@ -149,6 +150,8 @@ def test_readme_has_every_setting_with_its_default():
     for name, default in vars(ServerSettings()).items():
         if isinstance(default, tuple):
             default = list(default)  # as YAML writes it
+        if isinstance(default, bool):
+            default = str(default).lower()
         assert settings.get(name) == str(default)
 
 
