@@ -18,6 +18,8 @@ characters.
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
 dialogues of its file (but for rounding with bfloat16 and int8, of which `inference.engine` tells).
+In the terminal the turns before it are not computed again, so that rounding also depends on whether
+they were said in this session.
 """
 
 import argparse
@@ -230,8 +232,9 @@ class Conversation:
     def change_setting(self, name: str, value: str) -> None:
         """Change one setting. Raises UserError, and changes nothing, for a wrong name or value."""
         changed = argparse.Namespace(**vars(self.settings))
-        if name.replace("-", "_") in ("forbid", "logit_bias", "stop"):
-            setattr(changed, name, [])  # the value replaces the list, else it would be appended
+        list_name = name.replace("-", "_")
+        if list_name in ("forbid", "logit_bias", "stop"):
+            setattr(changed, list_name, [])  # the value replaces the list; it would be appended
         settings_parser().parse_args([f"{option(name)}={value}"], changed)
         make_sampling(self.generator, changed)  # checks the ranges
         self.settings = changed

@@ -151,6 +151,7 @@ class JobReader:
             f"a text, ids below {self.tokenizer.vocab_size}, or up to {most} of them in a list",
             "",
         )
+        self.body.take("messages", lambda _: False, "none: v1/chat/completions takes them")
         if self.is_prompt(prompts):
             prompts = [prompts]
         logprobs = self.body.integer("logprobs", 0, self.settings.max_logprobs)

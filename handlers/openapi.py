@@ -104,6 +104,7 @@ def _completions(model: ServedModel) -> Schema:
         "maximum": model.settings.max_logprobs,
     }
     properties["echo"] = FLAG
+    properties["messages"] = {"type": "null", "description": "v1/chat/completions takes them"}
     return _object(properties, [], others=True)
 
 

@@ -119,6 +119,15 @@ def test_where_only_one_slot_is_free_its_own_beginning_is_used_in_place():
     assert cache.contents == [NOTHING] * 4
 
 
+def test_two_slots_that_change_places_keep_both():
+    cache = small_cache(slots=2)
+    cache.remember(0, [5, 6, 7], [])
+    cache.remember(1, [1, 2], [])
+    cache.move(1, 0, 2, spare=1)
+    assert held(cache, 0, 2) == [1, 1] and held(cache, 1, 3) == [0, 0, 0]
+    assert cache.contents[0] == NOTHING and cache.contents[1].ids == [5, 6, 7]
+
+
 def test_a_disabled_cache_remembers_nothing():
     cache = small_cache(enabled=False)
     cache.remember(3, [1, 2, 3], [])

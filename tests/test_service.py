@@ -114,6 +114,7 @@ def alone(client, input_ids, types, new):
         ),
         ({"prompt": "a", "stream_options": [1]}, "v1/completions", "stream_options"),
         ({"prompt": "a", "max_tokens": -1}, "v1/completions", "max_tokens"),
+        ({"messages": [{"role": "user"}]}, "v1/completions", "v1/chat/completions takes them"),
         ({"prompt": "a", "max_tokens": 5, "max_new_tokens": "5"}, "v1/completions", "max_new"),
     ],
 )

@@ -98,12 +98,13 @@ class PrefixCache:
         kv = self.cache.kv
         kept = self.contents[target]
         n_kept = len(kept.ids)
+        moved = kv[:, :, source, :, :length]
         if n_kept and spare != target:
-            saved = kv[:, :, target, :, :n_kept].clone()
+            if spare == source:  # the two change places
+                moved = moved.clone()
+            kv[:, :, spare, :, :n_kept] = kv[:, :, target, :, :n_kept]
         if source != target:
-            kv[:, :, target, :, :length] = kv[:, :, source, :, :length]
-        if n_kept and spare != target:
-            kv[:, :, spare, :, :n_kept] = saved
+            kv[:, :, target, :, :length] = moved
         self.contents[target] = NOTHING
         if spare != target:
             self.contents[spare] = kept
