@@ -32,7 +32,7 @@ from typing import Any
 
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, Progress, UserError, cli
-from gptchat.data import shards
+from gptchat.data import shard_writer, shards
 from gptchat.data.batches import Batch, Batches
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import expand
@@ -66,9 +66,9 @@ def evaluate_file(model: GPT2, config: Config, path: Path) -> Figures:
     tokenizer = tokenizer_for(config)
     with tempfile.TemporaryDirectory() as folder:
         test = (glob.escape(str(path)),)
-        data = replace(config.data, train=(), valid=(), test=test, shards=folder)
+        data = replace(config.data, train=(), weights=(), valid=(), test=test, shards=folder)
         config = replace(config, data=data)
-        shards.write(config)
+        shard_writer.write(config)
         split = shards.open_shards(config, "test", tokenizer)
         figures = loss_figures(model, config, split, tokenizer, path.name)
         if config.task == "chatlm":
@@ -83,7 +83,7 @@ def loss_figures(
     n_ctx = model.config.n_positions
     if config.model.n_ctx:
         n_ctx = min(config.model.n_ctx, n_ctx)
-    batches = Batches(split, tokenizer, n_ctx, BATCH_SIZE, targets=config.data.targets)
+    batches = Batches([split], tokenizer, n_ctx, BATCH_SIZE, targets=config.data.targets)
     device = model.wte.weight.device
     loss_sum, n_targets = sum_losses(model, with_progress(batches, name), device)
     return asdict(metrics(loss_sum, n_targets, batches.n_bytes))

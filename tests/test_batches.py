@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
-from gptchat.data import batches as module
-from gptchat.data.batches import Batches, pack, prefetch
+from gptchat.data import row_order
+from gptchat.data.batches import Batches, prefetch
 from gptchat.data.dialogue import encode_example
 from gptchat.data.keyed_draw import draw_key, permute
-from gptchat.data.shards import open_shards, write
+from gptchat.data.row_order import pack
+from gptchat.data.shard_writer import write
+from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import Tokenizer, train
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
@@ -53,13 +55,13 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def lm(shards):
-    return Batches(shards[0], shards[2], N_CTX, ROWS, seed=7)
+    return Batches([shards[0]], shards[2], N_CTX, ROWS, seed=7)
 
 
 @pytest.fixture
 def chat(shards, monkeypatch):
-    monkeypatch.setattr(module, "POOL", 20)  # several pools, the last one not full
-    return Batches(shards[1], shards[2], N_CTX, ROWS, seed=7)
+    monkeypatch.setattr(row_order, "POOL", 20)  # several pools, the last one not full
+    return Batches([shards[1]], shards[2], N_CTX, ROWS, seed=7)
 
 
 def equal(one, other):
@@ -98,7 +100,7 @@ def examples_in(row):
 
 def expected_examples(batches):
     """The same, of every dialogue by itself, counted."""
-    shards, tokenizer = batches.shards, batches.tokenizer
+    shards, tokenizer = batches.sources[0], batches.tokenizer
     examples = [
         encode_example(shards.dialogue(i), tokenizer.cls_id, tokenizer.sep_id, N_CTX)
         for i in range(shards.documents)
@@ -149,7 +151,7 @@ def test_pack_fills_rows():
 
 
 def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
-    stream = lm.shards.tokens(0, lm.shards.n_tokens)
+    stream = lm.sources[0].tokens(0, lm.sources[0].n_tokens)
     n = lm.rows_per_epoch
     assert n == -(-len(stream) // N_CTX)
     for epoch in range(3):
@@ -168,24 +170,25 @@ def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
 
 
 def test_lm_text_shorter_than_a_window_is_repeated(lm, shards, monkeypatch):
-    batches = Batches(shards[0], shards[2], lm.shards.n_tokens * 2 + 5, 1)
+    batches = Batches([shards[0]], shards[2], lm.sources[0].n_tokens * 2 + 5, 1)
     assert (
         batches.rows_per_epoch == 1
-        and batches.micro_batch(0).n_targets == lm.shards.n_tokens * 2 + 5
+        and batches.micro_batch(0).n_targets == lm.sources[0].n_tokens * 2 + 5
     )
     (batch,) = batches.evaluation()
-    assert batch.n_targets == lm.shards.n_tokens
+    assert batch.n_targets == lm.sources[0].n_tokens
 
 
 def test_lm_evaluation_is_the_stream_in_order_behind_an_eos(lm):
     found = list(lm.evaluation())
-    stream = lm.shards.tokens(0, lm.shards.n_tokens).tolist()
+    stream = lm.sources[0].tokens(0, lm.sources[0].n_tokens).tolist()
     targets = torch.cat([batch.targets.flatten() for batch in found])
     inputs = torch.cat([batch.input_ids.flatten() for batch in found])
     assert targets[targets != -100].tolist() == stream
     assert inputs[: len(stream)].tolist() == [lm.tokenizer.eos_id, *stream[:-1]]
     assert (
-        sum(batch.n_targets for batch in found) == len(stream) and lm.n_bytes == lm.shards.n_bytes
+        sum(batch.n_targets for batch in found) == len(stream)
+        and lm.n_bytes == lm.sources[0].n_bytes
     )
 
 
@@ -208,7 +211,7 @@ def test_padding_is_no_dialogue_and_no_target(chat):
 
 
 def test_pools_and_their_dialogues_differ_by_epoch_and_seed(chat, shards):
-    other = Batches(shards[1], shards[2], N_CTX, ROWS, seed=8)
+    other = Batches([shards[1]], shards[2], N_CTX, ROWS, seed=8)
     assert not equal(chat.micro_batch(0), other.micro_batch(0))
     assert chat._order(0).pools.tolist() != chat._order(1).pools.tolist()
     one, other = chat._pool_rows(0, 0), chat._pool_rows(1, 0)
@@ -232,7 +235,7 @@ def test_chat_evaluation_is_everything_once_in_order(chat):
 
 
 def test_padded_rows_hold_the_same_dialogues(chat, shards):
-    padded = Batches(shards[1], shards[2], N_CTX, ROWS, seed=7, packed=False)
+    padded = Batches([shards[1]], shards[2], N_CTX, ROWS, seed=7, packed=False)
     assert padded.rows_per_epoch == shards[1].documents
     expected = Counter(
         (inputs, types, targets) for inputs, types, _, targets in expected_examples(chat).elements()
@@ -261,7 +264,7 @@ def test_a_batch_depends_on_seed_and_number_only(request, shards, task):
     first = request.getfixturevalue(task)
     order = random.Random(0).sample(range(60), 60)
     found = {number: first.micro_batch(number) for number in order}
-    again = Batches(first.shards, first.tokenizer, N_CTX, ROWS, seed=7)
+    again = Batches([first.sources[0]], first.tokenizer, N_CTX, ROWS, seed=7)
     assert all(equal(again.micro_batch(number), found[number]) for number in range(60))
 
 

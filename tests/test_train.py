@@ -113,7 +113,7 @@ def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small
     shards = open_shards(config, "train", tokenizer)
     model = small_model(tokenizer.vocab_size)
     packed, single = (
-        Batches(shards, tokenizer, 256, size, packed=packed)
+        Batches([shards], tokenizer, 256, size, packed=packed)
         for size, packed in ((4, True), (1, False))
     )
     dialogues = {i for row in range(4) for i in packed._dialogues_of_row(0, row)}
