@@ -155,7 +155,7 @@ def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
     n = lm.rows_per_epoch
     assert n == -(-len(stream) // N_CTX)
     for epoch in range(3):
-        starts = [lm._window_start(epoch, row) for row in range(n)]
+        starts = [lm.orders[0].row(epoch * n + row) for row in range(n)]
         counts = Counter(
             int(token) % len(stream) for start in starts for token in range(start, start + N_CTX)
         )
@@ -165,7 +165,7 @@ def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
             assert (
                 row["input_ids"].tolist() == around[:-1] and row["targets"].tolist() == around[1:]
             )
-    offsets = {lm._window_start(epoch, 0) % N_CTX for epoch in range(9)}
+    offsets = {lm.orders[0].row(epoch * n) % N_CTX for epoch in range(9)}
     assert len(offsets) > 4  # cut elsewhere in each epoch
 
 
@@ -213,8 +213,9 @@ def test_padding_is_no_dialogue_and_no_target(chat):
 def test_pools_and_their_dialogues_differ_by_epoch_and_seed(chat, shards):
     other = Batches([shards[1]], shards[2], N_CTX, ROWS, seed=8)
     assert not equal(chat.micro_batch(0), other.micro_batch(0))
-    assert chat._order(0).pools.tolist() != chat._order(1).pools.tolist()
-    one, other = chat._pool_rows(0, 0), chat._pool_rows(1, 0)
+    order = chat.orders[0]
+    assert order._order(0).pools.tolist() != order._order(1).pools.tolist()
+    one, other = order._pool_rows(0, 0), order._pool_rows(1, 0)
     assert one != other and len(one) == len(other)
     assert sorted(sum(one, [])) == sorted(sum(other, []))
 
@@ -257,6 +258,115 @@ def test_padded_rows_hold_the_same_dialogues(chat, shards):
         is_last = number == shards[1].documents // ROWS
         assert is_last or batch.input_ids.shape == (ROWS, max(lengths))
     assert found == expected
+
+
+# --- targets = "responder"
+
+
+def responder_batches(shards, **options):
+    """Batches of every turn of the responder."""
+    return Batches([shards[1]], shards[2], N_CTX, ROWS, seed=7, targets="responder", **options)
+
+
+def answers_of(batches):
+    """(dialogue, turn) of each turn that the responder gives as an answer, counted."""
+    counted = Counter()
+    source = batches.sources[0]
+    for number in range(source.documents):
+        for turn, (speaker, _) in enumerate(source.dialogue(number)):
+            if speaker == 1 and turn > 0:
+                counted[number, turn] += 1
+    return counted
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_answer_of_the_responder_is_a_target_once_in_an_epoch(shards, monkeypatch, packed):
+    monkeypatch.setattr(row_order, "POOL", 20)
+    batches = responder_batches(shards, packed=packed)
+    found = Counter()
+    for number in range(batches.rows_per_epoch):
+        for dialogue, first, last in batches.orders[0].row(number):
+            turns = shards[1].dialogue(dialogue)[first:last]
+            assert turns[-1][0] == 1  # what follows the last answer would teach nothing
+            for turn, (speaker, _) in enumerate(turns):
+                if speaker == 1 and turn > 0:
+                    found[dialogue, first + turn] += 1
+    assert found == answers_of(batches)
+    # Some dialogues are longer than a row, and are cut.
+    assert any(first > 0 for row in map(batches.orders[0].row, range(50)) for _, first, _ in row)
+
+
+def test_answers_end_in_cls_and_nothing_else_is_a_target(shards):
+    batches = responder_batches(shards)
+    cls_id, sep_id = batches.tokenizer.cls_id, batches.tokenizer.sep_id
+    n_cut = 0
+    for row in rows_of(batches, 0, batches.rows_per_epoch):
+        for ids, types, positions, targets in examples_in(row):
+            assert positions == tuple(range(len(ids)))
+            following = ids[1:] + (cls_id,)
+            for i, target in enumerate(targets):
+                if target == cls_id:
+                    assert types[i] == 1 and following[i] in (sep_id, cls_id)
+                elif i == N_CTX - 1:
+                    n_cut += target != -100  # of an answer whose end is cut
+                elif target != -100:
+                    assert types[i] == 1 and target == following[i]
+    assert 0 < n_cut < 40  # answers too long for a row even without history
+
+
+def test_of_two_columns_the_responder_gives_the_response(shards, tmp_path):
+    rows = ["a cat\tthe dog sat", "the " * 40 + "\tfast", "home\t" + "a " * 40]
+    (tmp_path / "two.tsv").write_text("\n".join(rows))
+    data = DataConfig(train=(str(tmp_path / "two.tsv"),), shards=str(tmp_path / "shards"))
+    shards[2].save(tmp_path / "tok")
+    tokenizer = TokenizerConfig(dir=str(tmp_path / "tok"))
+    config = Config(task="chatlm", tokenizer=tokenizer, data=data)
+    write(config)
+    two = open_shards(config, "train", shards[2])
+    response = Batches([two], shards[2], N_CTX, 3)
+    responder = Batches([two], shards[2], N_CTX, 3, targets="responder")
+    assert equal(response.micro_batch(0), responder.micro_batch(0))
+
+
+# --- several sources
+
+
+def mixed(shards, weights, **options):
+    """LM batches of two sources: the test's text, and its first file of documents again."""
+    return Batches([shards[0], shards[0]], shards[2], N_CTX, ROWS, weights=weights, **options)
+
+
+@pytest.mark.parametrize("weights", [(1, 3), (0.2, 0.8), (1e-6, 1), (5, 5, 1)])
+def test_sources_have_their_shares_of_the_rows_at_any_time(weights):
+    mixture = row_order.Mixture(weights)
+    counts = [0] * len(weights)
+    for row in range(2500):
+        source, number = mixture.place(row)
+        assert number == counts[source]  # each source's rows follow one another
+        counts[source] += 1
+        for n, weight in zip(counts, weights, strict=True):
+            share = max(weight / sum(weights), 1 / row_order.MIXTURE_ROWS)
+            assert abs(n - share * (row + 1)) <= 2 + row // 500
+
+
+def test_a_source_of_a_mixture_gives_the_rows_that_it_gives_alone(shards, monkeypatch):
+    alone = Batches([shards[0]], shards[2], N_CTX, ROWS, seed=7)
+    mixture = mixed(shards, (1, 3), seed=7)
+    rows = rows_of(mixture, 0, 40)
+    places = [mixture.mixture.place(row) for row in range(40)]
+    for source, share in ((0, 10), (1, 30)):
+        own = [row for row, place in zip(rows, places, strict=True) if place[0] == source]
+        expected = rows_of(alone, 0, share)
+        assert len(own) == share
+        for one, other in zip(own, expected, strict=True):
+            assert torch.equal(one["targets"], other["targets"])
+
+
+def test_a_mixture_of_dialogues_keeps_them_whole(shards):
+    batches = Batches([shards[1], shards[1]], shards[2], N_CTX, ROWS, weights=(1, 2))
+    examples = expected_examples(batches)
+    for row in rows_of(batches, 0, 60):
+        assert all(example in examples for example in examples_in(row))
 
 
 @pytest.mark.parametrize("task", ["lm", "chat"])
