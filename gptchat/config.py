@@ -59,7 +59,8 @@ class TokenizerConfig:
     kind: str = setting("bpe", "how text is split into tokens", choices=("bpe", "unigram"))
     vocab_size: int = setting(8192, "entries; 256 are bytes, 6 are special tokens", min=262)
     files: tuple[str, ...] = setting(
-        ("data/lm/train.txt",), "text files that the tokenizer is trained on; globs are allowed"
+        ("data/lm/speeches-late.txt", "data/lm/conversations.txt"),
+        "text files that the tokenizer is trained on; globs are allowed",
     )
     sample_mb: float = setting(
         100.0, "MB of text that it is trained on, spread evenly over all files", above=0

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 torch.set_num_threads(2)
 
 BYTES_KEPT = {  # of each file of the default corpora
-    "lm/train.txt": 60_000,
+    "lm/speeches-early.txt": 60_000,
     "lm/valid.txt": 8_000,
     "lm/test.txt": 8_000,
     "chatlm/train.tsv": 60_000,
@@ -36,9 +36,9 @@ run = "{folder}/out/{task}"
 [tokenizer]
 dir = "{folder}/tokenizer"
 vocab_size = 400
-files = ["{folder}/data/lm/train.txt"]
+files = ["{folder}/data/lm/speeches-early.txt"]
 [data]
-train = ["{folder}/data/{task}/train.{ending}"]
+train = ["{folder}/data/{task}/{train}"]
 valid = ["{folder}/data/{task}/valid.{ending}"]
 test = ["{folder}/data/{task}/test.{ending}"]
 shards = "{folder}/shards/{task}"
@@ -89,8 +89,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = (folder / "whole" / name).read_bytes()[:size].rpartition(b"\n")[0] + b"\n"
         (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "data" / name).write_bytes(text)
-    for task, ending in (("lm", "txt"), ("chatlm", "tsv")):
-        (folder / f"{task}.toml").write_text(CONFIG.format(task=task, ending=ending, folder=folder))
+    for task, train, ending in (
+        ("lm", "speeches-early.txt", "txt"),
+        ("chatlm", "train.tsv", "tsv"),
+    ):
+        config = CONFIG.format(task=task, train=train, ending=ending, folder=folder)
+        (folder / f"{task}.toml").write_text(config)
     run("tokenizer", "--config", folder / "lm.toml")
     for task in ("lm", "chatlm"):
         run("shards", "--config", folder / f"{task}.toml")
