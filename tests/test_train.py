@@ -599,7 +599,9 @@ def test_decay_is_on_matrices_only_and_muon_takes_those_of_the_blocks(small: Pat
         )
         assert count == len(list(model.parameters()))
         if kind == "muon":
-            assert len(optimizers[1].param_groups[0]["params"]) == 8
+            fused, others = optimizers[1].param_groups
+            assert fused["parts"] == 3 and {p.shape for p in fused["params"]} == {(96, 32)}
+            assert (len(fused["params"]), len(others["params"])) == (2, 6)
 
 
 def test_the_learning_rate_warms_up_and_follows_its_schedule(small: Path) -> None:
