@@ -125,6 +125,9 @@ class TrainConfig:
         choices=("adamw", "muon"),
     )
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", above=0)
+    embedding_learning_rate: float = setting(
+        0.0, "peak learning rate of the token embedding; 0: that of AdamW", min=0
+    )
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", above=0)
     weight_decay: float = setting(0.1, "of matrices; biases and LayerNorms have none", min=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", min=0, below=1)

@@ -42,7 +42,8 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
     """
     fused_matrices: list[Tensor] = []  # of queries, keys and values, for Muon
     muon_matrices: list[Tensor] = []  # the blocks' others, for Muon
-    matrices: list[Tensor] = []  # all others, embeddings among them
+    embeddings: list[Tensor] = []  # of tokens; the output head shares it
+    matrices: list[Tensor] = []  # all others
     vectors: list[Tensor] = []  # biases and LayerNorms
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -53,11 +54,18 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
             fused_matrices.append(parameter)
         elif config.optimizer == "muon" and name.startswith("h."):
             muon_matrices.append(parameter)
+        elif name == "wte.weight":
+            embeddings.append(parameter)
         else:
             matrices.append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
+        {
+            "params": embeddings,
+            "weight_decay": config.weight_decay,
+            "lr": config.embedding_learning_rate or config.learning_rate,
+        },
     ]
     betas = (config.beta1, config.beta2)
     optimizers: list[Optimizer] = [AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
