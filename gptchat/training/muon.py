@@ -51,7 +51,12 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float, weight_decay: float, momentum: float = 0.95, parts: int = 1
+        self,
+        params: Any,
+        lr: float = 0.02,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        parts: int = 1,
     ):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": parts}
         super().__init__(params, defaults)
