@@ -112,24 +112,30 @@ def assert_close(
 # --- the loss
 
 
-def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small: Path) -> None:
+@pytest.mark.parametrize(
+    ("split", "targets"), [("valid", "response"), ("train", "responder"), ("valid", "all")]
+)
+def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(
+    small: Path, split: str, targets: str
+) -> None:
     config = load_config(str(small / "chatlm.toml"))
     tokenizer = tokenizer_for(config)
-    shards = open_shards(config, "train", tokenizer)
-    model = small_model(tokenizer.vocab_size)
+    shards = open_shards(config, split, tokenizer)
+    n_ctx = 1024
+    model = small_model(tokenizer.vocab_size, n_positions=n_ctx)
     packed, single = (
-        Batches([shards], tokenizer, 256, size, packed=packed)
-        for size, packed in ((4, True), (1, False))
+        Batches([shards], tokenizer, n_ctx, size, packed=packed, targets=targets)
+        for size, packed in ((3, True), (1, False))
     )
-    dialogues = {i for row in range(4) for i in packed._dialogues_of_row(0, row)}
+    excerpts = sorted({excerpt for row in range(3) for excerpt in packed.orders[0].row(row)})
     loss = model(**packed.micro_batch(0).inputs("cpu"))
     loss.backward()
     whole, total = gradients(model), 0.0
-    for i in sorted(dialogues):
-        one = model(**single._dialogue_batch([[i]]).inputs("cpu"))
+    for excerpt in excerpts:
+        one = model(**single._dialogue_batch([(shards, [excerpt])]).inputs("cpu"))
         one.backward()
         total += float(one.detach())
-    assert len(dialogues) > 4
+    assert len(excerpts) > 4
     assert float(loss.detach()) == pytest.approx(total, rel=1e-12)
     assert_close(gradients(model), whole, 1e-9)
 
