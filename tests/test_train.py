@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gptchat.config import Config, load_config
 from gptchat.console import UserError
-from gptchat.data.batches import Batches
+from gptchat.data.batches import Batch, Batches
 from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.model import pretrained
@@ -482,7 +482,9 @@ def test_two_processes_equal_one(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_two_processes_on_the_same_batches(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = [
         "model.dropout=0",
         "train.gradient_accumulation_steps=2",
@@ -490,12 +492,19 @@ def test_a_run_goes_on_with_two_processes_on_the_same_batches(small: Path, tmp_p
         "train.eval_interval=20",
     ]
     finish(start(small, "lm", tmp_path / "one", *settings))
-    process = start(small, "lm", tmp_path / "two", *settings, "train.log_interval=1")
-    log = tmp_path / "two/log.jsonl"
-    wait_until(lambda: log.exists() and log.stat().st_size, process)
-    process.send_signal(signal.SIGTERM)
-    finish(process, 130)
-    finish(start(small, "lm", tmp_path / "two", *settings, "train.log_interval=5", processes=2))
+    stopped = Run(config_of(small, "lm", tmp_path / "two", *settings), World("cpu"))
+    plain_step = stopped.step
+
+    def step(micro_batches: list[Batch]) -> torch.Tensor:
+        if stopped.state.step == 12:
+            stopped.stop()
+        return plain_step(micro_batches)
+
+    monkeypatch.setattr(stopped, "step", step)
+    stopped.train()
+    assert stopped.lock and stopped.state.step == 13
+    stopped.lock.close()
+    finish(start(small, "lm", tmp_path / "two", *settings, processes=2))
     one, two = (
         json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])
         for name in ("one", "two")
