@@ -216,7 +216,7 @@ def test_a_run_killed_ten_times_equals_an_uninterrupted_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_or_a_burst_of_it_saves_and_the_same_command_goes_on(
     small: Path, tmp_path: Path, number: int
 ) -> None:
     settings = ["train.num_steps=300", "train.eval_interval=1000"]
@@ -224,7 +224,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     process = start(small, "chatlm", tmp_path / "stopped", *settings)
     log = tmp_path / "stopped/log.jsonl"
     wait_until(lambda: log.exists() and log.stat().st_size, process)
-    process.send_signal(number)
+    for _ in range(5):
+        process.send_signal(number)
+        time.sleep(0.01)
     assert "goes on from here" in finish(process, 130)
     finish(start(small, "chatlm", tmp_path / "stopped", *settings))
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")

@@ -104,20 +104,6 @@ def test_what_an_atomic_write_leaves_when_it_is_killed_is_what_is_removed(tmp_pa
 # --- signals, and processes that die
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_in_a_burst_save_and_the_same_command_goes_on(
-    small: Path, tmp_path: Path, number: int
-) -> None:
-    process = start(small, "lm", tmp_path, *LONG)
-    wait_until(lambda: has_logged(tmp_path), process, 120)
-    for _ in range(5):
-        process.send_signal(number)
-        time.sleep(0.01)
-    assert "goes on from here" in finish(process, 130)
-    assert (tmp_path / "checkpoint.safetensors").exists()
-
-
 # The main thread waits in C for a lock that it holds: Python's signal handlers do not run.
 HANG = """
 import ctypes
