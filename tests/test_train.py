@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, run, wait_until
+from conftest import command, run, start_process, wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -59,8 +59,8 @@ def start(
             *arguments[1:],
         ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    return start_process(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     )
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, run, wait_until
+from conftest import command, run, start_process, wait_until
 from safetensors import safe_open
 from test_train import config_of, finish, start
 
@@ -118,18 +118,15 @@ lock(mutex)
 
 
 def test_a_signal_that_is_repeated_later_ends_a_process_that_hangs() -> None:
-    process = subprocess.Popen([sys.executable, "-c", HANG], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout and process.stdout.readline() == "hangs\n"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            process.send_signal(number)
-            assert process.stdout.readline() == "asked to stop\n"
-        time.sleep(SECONDS_TO_REPEAT)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
+    process = start_process([sys.executable, "-c", HANG], stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == "hangs\n"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        assert process.stdout.readline() == "asked to stop\n"
+    time.sleep(SECONDS_TO_REPEAT)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow
@@ -140,9 +137,9 @@ def test_a_terminal_that_closes_during_an_evaluation_loses_no_step(
     terminal, its_end = os.openpty()
     settings = ("train.num_steps=100000", "train.eval_interval=1")
     arguments = command("train", "--config", small / "lm.toml", f"run={tmp_path}", *settings)
-    process = subprocess.Popen(arguments, stdin=its_end, stdout=its_end, stderr=its_end)
+    process = start_process(arguments, stdin=its_end, stdout=its_end, stderr=its_end)
     os.close(its_end)
-    wait_until(lambda: has_logged(tmp_path), process, 120)
+    wait_until(lambda: has_logged(tmp_path), process, 300)
     os.close(terminal)
     process.send_signal(signal.SIGHUP)
     assert process.wait(120) == 130
@@ -154,7 +151,7 @@ def test_a_terminal_that_closes_during_an_evaluation_loses_no_step(
 @pytest.mark.slow
 def test_workers_end_with_a_torchrun_that_is_killed(small: Path, tmp_path: Path) -> None:
     process = start(small, "lm", tmp_path, *TWO, processes=2)
-    wait_until(lambda: has_logged(tmp_path), process, 180)
+    wait_until(lambda: has_logged(tmp_path), process, 300)
     workers = children_of(process.pid)
     assert len(workers) >= 2
     process.kill()
@@ -173,7 +170,7 @@ def test_workers_end_with_a_torchrun_that_is_killed(small: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line(small: Path, tmp_path: Path) -> None:
     process = start(small, "lm", tmp_path, *TWO, processes=2)
-    wait_until(lambda: has_logged(tmp_path), process, 180)
+    wait_until(lambda: has_logged(tmp_path), process, 300)
     workers = children_of(process.pid)
     os.kill(workers[1], signal.SIGKILL)
     output = finish(process, 1)
