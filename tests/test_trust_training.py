@@ -171,7 +171,7 @@ def test_it_is_in_bfloat16_that_muon_makes_the_order_of_sums_matter(
     most: float,
 ) -> None:
     """As configs/README.md says of runs with another number of processes."""
-    if in_float32:  # torch.optim.Muon calls `bfloat16` before it orthogonalises
+    if in_float32:  # `muon.orthogonalized` begins with a call of `bfloat16`
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     one, two = weights_after_six_steps(small, tmp_path, optimizer)
     assert least <= (one - two).abs().max() <= most
