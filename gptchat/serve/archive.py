@@ -1,4 +1,9 @@
-"""Model directories -> TorchServe's archives, with this package and the handlers inside."""
+"""Model directories -> TorchServe's archives, with this package and the handlers inside.
+
+`check_settings` refuses a wrong model-config.yaml before the first archive is made. `archive` links
+its parts into RUN/staging, from where TorchServe's own archiver puts them into RUN/store: as a .mar
+file or, where the weights are large, as a folder. An archive of the same name is replaced.
+"""
 
 import os
 import shutil

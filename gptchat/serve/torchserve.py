@@ -1,4 +1,10 @@
-"""TorchServe as a child process: started, watched, asked, drained, stopped."""
+"""TorchServe as a child process: `start`, `wait_until_ready`, `wait`, `drain`, `stop`.
+
+Java is the leader of a process group of its own, in which its workers are, too. Invariants: after
+`stop`, no process of the group, no key and no socket is left. If this process ends without `stop`,
+a watcher, a shell outside the group, does the same. Java's output is passed on line by line, and
+its last LINES_KEPT lines are kept, so that an error can name the reason of an unexpected end.
+"""
 
 import contextlib
 import http.client
