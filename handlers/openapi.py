@@ -12,7 +12,6 @@ from typing import Any
 from gptchat.data.dialogue import SPEAKERS
 from gptchat.inference.generate import CANDIDATES, CHAT_SAMPLING
 from gptchat.inference.sampling import SETTINGS, Sampling
-from handlers.answers import JSON
 from handlers.fields import MAX_WORD_CHARS
 from handlers.jobs import (
     ANY_VALUE,
@@ -26,6 +25,7 @@ from handlers.served_model import ServedModel
 
 Schema = dict[str, Any]
 
+JSON = "application/json"
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean", "default": False}
 COUNT: Schema = {"type": "integer", "minimum": 0}

@@ -241,15 +241,12 @@ class Service:
 
     def _report(self, answer: Answer, result: str, ended: float) -> None:
         """Record the figures of a request that ended at `ended`; log one line without its text."""
-        kind = "none"
-        first_token = 0.0
-        usage = {"prompt_tokens": 0, "completion_tokens": 0}
+        kind, first_token, n_prompt, n_new = "none", 0.0, 0, 0
         if answer.generation:
             kind = answer.generation.job.kind
             first_token = answer.generation.first_token
             usage = answer.generation.usage
-        n_prompt = usage["prompt_tokens"]
-        n_new = usage["completion_tokens"]
+            n_prompt, n_new = usage["prompt_tokens"], usage["completion_tokens"]
         first_seconds = (first_token or ended) - answer.began
         self._record("counter", "requests", 1, kind, result)
         self._record("counter", "prompt_tokens", n_prompt)

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 PROMPT, LABEL = "you> ", "bot> "
 # Fields of Sampling that the chat does not offer under their own names.
-OTHER_FIELDS = {"word_filter": "--forbid", "logprobs": "for the server"}
+OTHER_FIELDS = {"word_filter": "--forbid", "bad_words_ids": "ids", "logprobs": "for the server"}
 
 
 def babbler(

@@ -53,7 +53,7 @@ def rows(data: Path, split: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_files_have_the_same_bytes_every_time(data: Path, tmp_path: Path) -> None:
-    corpora.write_corpora(tmp_path)
+    corpora.build(tmp_path)
     digests = [
         {
             str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -83,14 +83,14 @@ def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None
 def test_no_row_is_written_twice_and_none_held_out_was_trained_on(data: Path) -> None:
     written = [
         line
-        for split in corpora.SPLIT_BOUNDS
+        for split in corpora.SPLITS
         for line in (data / f"chatlm/{split}.tsv").read_text().splitlines()
     ]
     assert len(set(written)) == len(written) > 120_000
 
 
-def test_rows_are_two_or_three_clean_turns_that_need_no_escapes(data: Path) -> None:
-    for split in corpora.SPLIT_BOUNDS:
+def test_rows_are_two_to_four_clean_turns_that_need_no_escapes(data: Path) -> None:
+    for split in corpora.SPLITS:
         for row in rows(data, split)[::7]:
             assert 2 <= len(row) <= 3
             for turn in row:
@@ -100,7 +100,7 @@ def test_rows_are_two_or_three_clean_turns_that_need_no_escapes(data: Path) -> N
 
 
 def test_conversations_are_split_94_3_3(data: Path) -> None:
-    sizes = {split: len(rows(data, split)) for split in corpora.SPLIT_BOUNDS}
+    sizes = {split: len(rows(data, split)) for split in corpora.SPLITS}
     shares = {split: size / sum(sizes.values()) for split, size in sizes.items()}
     assert shares["train"] == pytest.approx(0.94, abs=0.01)
     assert shares["valid"] == pytest.approx(0.03, abs=0.005)

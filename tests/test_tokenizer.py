@@ -20,7 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import corpora, reading
-from gptchat.data.reading import PIECE, sample_text
+from gptchat.data.reading import PIECE, sample
 from gptchat.data.tokenizer import SPECIAL, Tokenizer, main, tokenizer_for, train
 from gptchat.inference.text import StreamDecoder, WordFilter
 
@@ -404,7 +404,7 @@ def test_a_sample_under_the_limit_is_all_of_the_text(tmp_path: Path) -> None:
         "\u65e5" * 90_001, encoding="utf-8"
     )  # one line, longer than several pieces
     paths.append(tmp_path / "d")
-    pieces = list(sample_text(paths, 10**9))
+    pieces = list(sample(paths, 10**9))
     assert "".join(text for text, _ in pieces) == "".join(
         path.read_text(encoding="utf-8") for path in paths
     )
@@ -413,30 +413,30 @@ def test_a_sample_under_the_limit_is_all_of_the_text(tmp_path: Path) -> None:
 
 def test_a_larger_sample_is_whole_lines_spread_over_all_files(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path / name, 60_000, name + " {}\n") for name in "abc"]
-    lines = [line for text, _ in sample_text(paths, 8 * PIECE) for line in text.splitlines()]
+    lines = [line for text, _ in sample(paths, 8 * PIECE) for line in text.splitlines()]
     numbers = {name: [int(line.split()[1]) for line in lines if line[0] == name] for name in "abc"}
     assert all(line.split()[0] in "abc" for line in lines) and len(set(lines)) == len(lines)
     for found in numbers.values():
         assert max(found) - min(found) > 20_000 and len(found) > 5_000
-    assert 6 * PIECE < sum(used for _, used in sample_text(paths, 8 * PIECE)) <= 8 * PIECE
+    assert 6 * PIECE < sum(used for _, used in sample(paths, 8 * PIECE)) <= 8 * PIECE
 
 
 def test_a_sample_of_one_endless_line_holds_whole_characters(tmp_path: Path) -> None:
     path = tmp_path / "endless"
     path.write_text("\u65e5" * 400_000, encoding="utf-8")
-    assert set("".join(text for text, _ in sample_text([path], 4 * PIECE))) == {"\u65e5"}
+    assert set("".join(text for text, _ in sample([path], 4 * PIECE))) == {"\u65e5"}
 
 
 def test_many_small_files_stay_under_the_limit_too(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path / str(n), 400) for n in range(40)]
-    used = sum(used for _, used in sample_text(paths, 2 * PIECE))
+    used = sum(used for _, used in sample(paths, 2 * PIECE))
     assert 0 < used <= 2 * PIECE
 
 
 def test_sampling_takes_flat_memory(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "large", 600_000)
     tracemalloc.start()
-    total = sum(used for _, used in sample_text([path], 10**9))
+    total = sum(used for _, used in sample([path], 10**9))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == path.stat().st_size > 15e6 and peak < 2e6
@@ -465,7 +465,7 @@ def test_line_ends_and_byte_order_marks_train_the_same_tokenizer(tmp_path: Path)
 def test_a_cr_lf_at_the_border_of_two_pieces_is_one_line_feed(tmp_path: Path) -> None:
     path = tmp_path / "border.txt"
     path.write_bytes(b"x" * (PIECE - 1) + b"\r\n" + b"y" * 10)
-    found = "".join(text for text, _ in sample_text([path], 10**9))
+    found = "".join(text for text, _ in sample([path], 10**9))
     assert found == "x" * (PIECE - 1) + "\n" + "y" * 10
 
 

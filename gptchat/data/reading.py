@@ -84,7 +84,7 @@ def count_line_ends(data: bytes) -> int:
     return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
 
 
-def sample_text(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
+def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
     """(text, its bytes in the file): all of the files, or about `limit` bytes spread over them.
 
     A piece is cut at line feeds; where a line is longer than a piece, between characters.

@@ -46,7 +46,7 @@ from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_d
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder, matching_files, split_repeats
 
-SHARD_FORMAT = 2  # 1 had no digests
+FORMAT = 2  # 1 had no digests
 SPLITS = ("train", "valid", "test")
 SHARD_TOKENS = 1 << 28  # ids in a file
 REMEDY = "run `gptchat shards --config FILE` with this run's config"
@@ -114,7 +114,7 @@ class Writer:
 def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The entries of `meta.json` that shards must share with the run that opens them."""
     return {
-        "format": SHARD_FORMAT,
+        "format": FORMAT,
         "task": config.task,
         "document": config.data.document if config.task == "lm" else "row",
         "tokenizer": tokenizer.hash,

@@ -31,7 +31,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
-from gptchat.data.reading import sample_text
+from gptchat.data.reading import sample
 from gptchat.files import atomic_write, expand
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
@@ -274,7 +274,7 @@ def train(settings: TokenizerConfig) -> Tokenizer:
 
     def texts(bar: Progress) -> Iterator[str]:
         nonlocal found_text
-        for text, n_bytes in sample_text(paths, limit):
+        for text, n_bytes in sample(paths, limit):
             found_text = found_text or bool(text.strip())
             yield text
             bar.update(n_bytes)
