@@ -113,7 +113,8 @@ def assert_close(
 
 
 @pytest.mark.parametrize(
-    ("split", "targets"), [("valid", "response"), ("train", "responder"), ("valid", "all")]
+    ("split", "targets"),
+    [("valid", "response"), ("train", "responder"), ("train", "turns"), ("valid", "all")],
 )
 def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(
     small: Path, split: str, targets: str
