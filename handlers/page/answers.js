@@ -4,9 +4,18 @@
 function submit() {
   if (running) return running.controller.abort();
   const words = cleaned(text.value).trim();
-  if (!words) return;
+  if (!words || tellIfTooLong(words)) return;
   text.value = "";
   say(words, chat.messages.length);
+}
+
+function tellIfTooLong(words) {
+  if (bytesOf(words) <= MAX_BYTES) return false;
+  notice = { words: TOO_LONG, isBad: true, actions: [] };
+  draw();
+  scrollToEnd();
+  announce(TOO_LONG);
+  return true;
 }
 
 // Put a message at `index`, in the place of what stood there and after it, and ask for an answer.
@@ -135,7 +144,7 @@ function edit(index) {
 
 function sendEdited() {
   const words = cleaned(editing.draft).trim();
-  if (words && !running) say(words, editing.index);
+  if (words && !running && !tellIfTooLong(words)) say(words, editing.index);
 }
 
 function stopEditing() {

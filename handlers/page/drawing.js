@@ -13,7 +13,7 @@ function draw() {
   const parts = chat.messages.map(drawMessage);
   if (running) parts.push(drawLive());
   const told = notice ?? unanswered();
-  if (told) parts.push(drawNotice(told));
+  if (told && !isBesideActions(told)) parts.push(drawNotice(told));
   if (!parts.length) parts.push(drawEmpty());
   talk.replaceChildren(...parts);
   refresh();
@@ -56,6 +56,7 @@ function drawActions(message, index, isLast) {
   actions.append(button("Copy", event => copy(message.content, event.target)));
   if (message.role === "user") actions.append(button("Edit", () => edit(index)));
   else if (isLast) actions.append(button("Regenerate", regenerate));
+  if (isLast && notice && isBesideActions(notice)) actions.append(drawNotice(notice));
   return actions;
 }
 
@@ -107,13 +108,17 @@ function drawCandidate(message, candidate) {
   return label;
 }
 
-// --- what is told below them
+// --- what is told below them, or beside the actions of an answer that has come
 
 function drawNotice({ words, isBad, actions }) {
   const node = element("div", isBad ? "note bad" : "note");
   node.append(element("span", "", words));
   node.append(...actions.map(([name, act]) => button(name, act)));
   return node;
+}
+
+function isBesideActions(told) {
+  return !told.isBad && chat.messages.at(-1)?.role === "assistant";
 }
 
 // Of a message that has no answer, because the page was closed meanwhile.

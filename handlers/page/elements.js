@@ -24,6 +24,7 @@ function announce(words) {
 }
 
 function growWithText(box) {
+  const borders = box.offsetHeight - box.clientHeight;
   box.style.height = "auto";
-  box.style.height = box.scrollHeight + "px";
+  box.style.height = box.scrollHeight + borders + "px";
 }

@@ -22,6 +22,7 @@ function forget(id) {
 }
 
 function tellWhetherKept(isKept) {
+  if (!isKept && $("full").hidden) announce($("full").textContent);
   $("full").hidden = isKept;
 }
 

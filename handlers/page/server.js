@@ -5,7 +5,7 @@
 // `settings` is JSON Schema by the name of a setting.
 const server = JSON.parse($("server").textContent);
 const address = location.pathname.replace(/(\/1\.0)?\/*$/, "");  // ".../predictions/NAME"
-const MAX_BYTES = 1e6;  // of a body: the server reads 1,048,576
+const MAX_BYTES = 1e6;  // of all messages: the server reads a body of 1,048,576
 
 // A request that failed. `kind` is "key", "long", "busy", "lost" or "other"; the message is a line
 // for the person who reads the page.
@@ -45,14 +45,18 @@ async function requestAnswers(messages, n, values, signal, onPiece) {
 // The newest messages that one request can carry; the model would forget the older ones anyway.
 function lastThatFit(messages) {
   const fitting = [];
-  let bytes = 2000;  // the settings
+  let bytes = 0;
   for (const { role, content } of messages.slice(-server.max_messages).reverse()) {
-    bytes += new Blob([JSON.stringify({ role, content })]).size + 1;
-    if (bytes > MAX_BYTES) break;
+    bytes += bytesOf(content);
+    if (fitting.length && bytes > MAX_BYTES) break;
     fitting.unshift({ role, content });
   }
-  if (!fitting.length) throw new Problem("long", TOO_LONG);
   return fitting;
+}
+
+// What a message takes in a request's body.
+function bytesOf(content) {
+  return new Blob([JSON.stringify({ role: "assistant", content })]).size;
 }
 
 async function post(body, signal) {
