@@ -22,6 +22,7 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
     f"--window-size={WIDTH},{HEIGHT}",
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2",  # as with a mouse
 )
 
 
@@ -35,8 +36,6 @@ def main(url: str) -> None:
     try:
         size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        mouse = {"features": [{"name": "hover", "value": "hover"}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", mouse)
         browser.get(url)
         for message in MESSAGES:
             browser.find_element(By.ID, "text").send_keys(message + "\n")

@@ -140,12 +140,7 @@ def show(browser, server, size="desktop", dark=False):
     width, height = SIZES[size]
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
-        {
-            "features": [
-                {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
-                {"name": "hover", "value": "none" if size == "phone" else "hover"},
-            ]
-        },
+        {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]},
     )
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
