@@ -1,6 +1,6 @@
 """The chat page: page.html with its style and scripts put in, and what it must know of the server.
 
-The sources are several files because one of 1,100 lines would be hard to read. They go out as one
+The sources are several files because one of 1,300 lines would be hard to read. They go out as one
 file because TorchServe serves no files of its own, and because a page that needs no second request
 is whole even where a key or a proxy stands before the server. Nothing is built: what a browser gets
 is these files as they are.
