@@ -187,7 +187,7 @@ function listen() {
   for (const panel of panels) {
     panel.onclose = showWhetherOpen;
     panel.querySelector(".close").onclick = () => panel.close();
-    panel.onclick = event => event.target === panel && panel.close();  // beside it
+    panel.onclick = event => event.target.matches("dialog:modal") && panel.close();  // beside it
   }
   wide.onchange = arrangePanels;
   window.onhashchange = () => showChat(location.hash.slice(1));
