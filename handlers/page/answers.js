@@ -140,6 +140,7 @@ function edit(index) {
   const box = talk.querySelector(".editor textarea");
   growWithText(box);
   box.focus();
+  box.setSelectionRange(box.value.length, box.value.length);
 }
 
 function sendEdited() {
