@@ -3,7 +3,7 @@ PYTHON    ?= python3.11
 VENV      ?= .venv
 HOST      ?= 127.0.0.1
 GPTCHAT   := $(VENV)/bin/python -m gptchat
-CORPORA   := data/lm/train.txt
+CORPORA   := data/lm/conversations.txt
 GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
 .DELETE_ON_ERROR:
