@@ -104,17 +104,18 @@ function readable(name) {
   return words[0].toUpperCase() + words.slice(1);
 }
 
-// Keep what a field says; where that is no value, say what is wanted and keep what was.
+// Keep what a field says; where that is no value, say what is wanted and take the default.
 function choose(name, schema, field, help) {
   let problem = "";
   try {
     chosen[name] = valueOf(field.value, schema);  // undefined is left out of JSON
   } catch (error) {
     problem = error.message;
+    delete chosen[name];
   }
   field.setAttribute("aria-invalid", problem !== "");
   help.textContent = problem || (HELP[name] ?? schema.description ?? "");
-  if (!problem) tellWhetherKept(writeEntry("settings", chosen));
+  tellWhetherKept(writeEntry("settings", chosen));
 }
 
 // Up and down change a number by a step, within its range.
