@@ -187,7 +187,9 @@ function listen() {
   for (const panel of panels) {
     panel.onclose = showWhetherOpen;
     panel.querySelector(".close").onclick = () => panel.close();
-    panel.onclick = event => event.target.matches("dialog:modal") && panel.close();  // beside it
+    panel.onclick = event => {
+      if (event.target.matches("dialog:modal")) panel.close();  // a click beside it
+    };
   }
   wide.onchange = arrangePanels;
   window.onhashchange = () => showChat(location.hash.slice(1));
