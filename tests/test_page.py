@@ -175,6 +175,11 @@ def press(browser, name):
     [button for button in buttons if button.text == name][-1].click()
 
 
+def problem(browser):
+    """What is told of a failure, "" if nothing is."""
+    return "".join(note.text for note in browser.find_elements("css selector", ".note.bad"))
+
+
 def messages(browser):
     """(role, content) of each message that the page holds."""
     pairs = browser.execute_script("return chat.messages.map(m => [m.role, m.content])")
@@ -510,7 +515,7 @@ def test_key_is_asked_for_and_kept_for_the_tab_unless_ticked(browser, proxy):
     press(browser, "Enter the key")
     browser.switch_to.active_element.send_keys("wrong")
     press(browser, "Try again")
-    eventually(lambda: "does not take this key" in find(browser, ".note.bad").text)
+    eventually(lambda: "does not take this key" in problem(browser))
     find(browser, "#key").clear()
     find(browser, "#key").send_keys("secret")
     press(browser, "Try again")
@@ -531,18 +536,16 @@ def test_busy_server_and_lost_connection_can_be_tried_again(browser, proxy):
     choose(browser, temperature=2, max_new_tokens=100)
     proxy.refusal = (503, {"retry-after": "7"})
     say(browser, "hello")
-    assert (
-        "busy" in find(browser, ".note.bad").text and "7 seconds" in find(browser, ".note.bad").text
-    )
+    assert "busy" in problem(browser) and "in 7 seconds" in problem(browser)
     proxy.breaks_off = True
     press(browser, "Try again")
-    eventually(lambda: "lost in the middle" in find(browser, ".note.bad").text)
+    eventually(lambda: "lost in the middle" in problem(browser))
     press(browser, "Try again")
     wait_for_the_answer(browser)
     assert len(messages(browser)) == 2 and not browser.find_elements("css selector", ".note.bad")
     proxy.refusal = (413, {})
     say(browser, "large")
-    assert "too long" in find(browser, ".note.bad").text
+    assert "too long" in problem(browser)
     assert find(browser, "#text").get_attribute("value") == "large"
 
 
