@@ -24,7 +24,7 @@ from importlib import util
 from pathlib import Path
 
 from gptchat.console import UserError
-from gptchat.serve.archive import find_package
+from gptchat.serve.archive import chat_models, find_package
 from gptchat.serve.options import (
     EVERYWHERE,
     GRPC_INFERENCE_PORT,
@@ -141,6 +141,7 @@ class TorchServe:
         return environment | {
             "GPTCHAT_RUN": str(self.options.run),
             "GPTCHAT_HOST": self.options.host,
+            "GPTCHAT_CHAT_MODELS": ",".join(chat_models(self.options.models)),
             "TMPDIR": str(self.temporary),
         }
 
