@@ -115,13 +115,14 @@ class Run:
 
     def _open_batches(self, split: str) -> Batches:
         config = self.config
+        targets = config.data.targets if split == "train" else config.data.held_out_targets
         return Batches(
             open_sources(config, split, self.tokenizer),
             self.tokenizer,
             n_ctx=config.model.n_ctx or self.model.config.n_positions,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            targets=config.data.targets,
+            targets=targets,
             packed=config.data.packed,
             weights=config.data.weights,
         )
