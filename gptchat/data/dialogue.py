@@ -38,6 +38,8 @@ Every message has one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, and text th
 space alone. Roles need not alternate. In training the last message is the response and must be the
 responder's ("assistant" or "gpt"). Other keys are ignored.
 
+Programs that take messages instead of token types get CHAT_TEMPLATE, which renders the same layout.
+
 A file is JSONL if its name ends in `.jsonl`, and TSV otherwise. In both, a NUL character is an
 error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order mark, and CR LF
 or lone CR as line ends are accepted.
@@ -55,6 +57,19 @@ import numpy as np
 from gptchat.console import UserError
 from gptchat.data.reading import read_lines
 
+# The layout for programs that know dialogues as messages and cannot pass token types: transformers'
+# `apply_chat_template`, vLLM, llama.cpp (Jinja; the names of the special tokens are fixed).
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['assistant', 'user', 'system', 'developer']"
+    " or message['content'] is not string %}"
+    "{{ raise_exception('wanted messages of assistant, user, system or developer, as text') }}"
+    "{% endif %}"
+    "{% if not loop.first %}[SEP]{% endif %}{{ message['content'] }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}[SEP]"
+    "{% elif messages[-1]['role'] == 'assistant' %}[CLS]{% endif %}"
+)
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 TextTurn = tuple[int, str]  # (speaker, text)
 SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI's roles
