@@ -5,7 +5,7 @@ HOST      ?= 127.0.0.1
 PIP       := $(VENV)/bin/pip --quiet
 INSTALL   := $(PIP) install --constraint configs/constraints.txt
 GPTCHAT   := $(VENV)/bin/python -m gptchat
-CORPORA   := data/lm/train.txt
+CORPORA   := data/lm/conversations.txt
 GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
 .DELETE_ON_ERROR:

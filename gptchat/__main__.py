@@ -12,7 +12,7 @@ from gptchat.console import UserError, cli
 COMMANDS = {  # name: (module with `main(argv)`, summary)
     "corpora": ("gptchat.data.corpora", "write the default corpora to data/ as plain text and TSV"),
     "tokenizer": ("gptchat.data.tokenizer", "train a tokenizer on a config's text"),
-    "shards": ("gptchat.data.shards", "encode a config's data into token ids on disk"),
+    "shards": ("gptchat.data.shard_writer", "encode a config's data into token ids on disk"),
     "train": ("gptchat.train", "train an LM or a ChatLM, or resume a run that was stopped"),
     "evaluate": ("gptchat.evaluate", "measure loss, perplexity and bits per byte on held-out text"),
     "runs": ("gptchat.runs", "list training runs with the figures of their best models"),

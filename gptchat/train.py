@@ -38,7 +38,7 @@ from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
-from gptchat.data.shards import open_shards
+from gptchat.data.shards import open_sources
 from gptchat.files import remove_temporary_files
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
@@ -111,13 +111,14 @@ class Run:
     def _open_batches(self, split: str) -> Batches:
         config = self.config
         return Batches(
-            open_shards(config, split, self.tokenizer),
+            open_sources(config, split, self.tokenizer),
             self.tokenizer,
             n_ctx=config.model.n_ctx or self.model.config.n_positions,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             targets=config.data.targets,
             packed=config.data.packed,
+            weights=config.data.weights,
         )
 
     def _count_steps(self) -> int:
@@ -131,8 +132,8 @@ class Run:
         """The config and what its files hold, which must be the same when the run is resumed."""
         text = {
             "tokenizer": self.tokenizer.hash,
-            "train": self.train_batches.shards.digest,
-            "valid": self.valid_batches.shards.digest,
+            "train": self.train_batches.digest,
+            "valid": self.valid_batches.digest,
             "init": start.fingerprint(self.config, self.model),
         }
         return resolve_config(self.config, text)
@@ -212,9 +213,8 @@ class Run:
         """
         own_targets = sum(batch.n_targets for batch in micro_batches)
         own_tokens = sum(batch.n_tokens for batch in micro_batches)
-        n_targets, n_tokens, n_signalled = self.world.sum(
-            own_targets, own_tokens, float(self.signalled)
-        )
+        own_counts = (own_targets, own_tokens, float(self.signalled))
+        n_targets, n_tokens, n_signalled = self.world.sum(*own_counts)
         self.stopped = n_signalled > 0
         self.state.n_targets += int(n_targets)
         self.state.n_tokens += int(n_tokens)
@@ -290,7 +290,7 @@ class Run:
         """
         if self.world.rank > 0:
             return []
-        n_documents = self.valid_batches.shards.documents
+        n_documents = self.valid_batches.sources[0].documents
         stride = math.ceil(n_documents / N_SAMPLES)
         prompts = [self._held_out_prompt(number) for number in range(0, n_documents, stride)]
         generator = TextGenerator(self.model, self.tokenizer, self.config.task)
@@ -302,7 +302,7 @@ class Run:
 
     def _held_out_prompt(self, number: int) -> list[Turn]:
         """A held-out dialogue without its response, or the first tokens of a held-out document."""
-        shards = self.valid_batches.shards
+        shards = self.valid_batches.sources[0]
         if self.config.task == "chatlm":
             return shards.dialogue(number)[:-1]
         start = int(shards.starts[number])

@@ -84,13 +84,13 @@ def test_the_wheel_installs_the_package_gptchat_and_nothing_else(wheel: Path) ->
 def test_corpora_tokenizer_shards_and_a_run_with_the_default_configs(
     site: Path, home: Path
 ) -> None:
-    assert "data/lm/train.txt" in run(site, home, "corpora")
+    assert "data/lm/conversations.txt" in run(site, home, "corpora")
     config = ("--config", "configs/lm.toml")
     told = run(
         site, home, "tokenizer", *config, "tokenizer.vocab_size=300", "tokenizer.sample_mb=1"
     )
     assert "configs/lm.toml: not in this folder; gptchat's own is used\n" in told
-    small = ['data.train=["data/lm/valid.txt"]', "tokenizer.vocab_size=300"]
+    small = ['data.train=["data/lm/valid.txt"]', "data.weights=[]", "tokenizer.vocab_size=300"]
     small += ['data.valid=["data/lm/chat-valid.txt"]', "data.test=[]"]
     run(site, home, "shards", *config, *small)
     assert "held-out loss" in run(site, home, "train", *config, *small, *TINY)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gptchat.console import UserError
-from gptchat.data import dialogue
+from gptchat.data.chat_template import CHAT_TEMPLATE
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.files import atomic_write
 from gptchat.model.gpt2 import ACTIVATIONS, GPT2, NO_TYPE_ROWS, GPT2Config
@@ -264,7 +264,7 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
     }
     _write_json(Path(directory, "config.json"), model_config)
     _write_json(Path(directory, "generation_config.json"), generation_config)
-    chat_template = dialogue.CHAT_TEMPLATE if task == "chatlm" else None
+    chat_template = CHAT_TEMPLATE if task == "chatlm" else None
     tokenizer.save(directory, config.n_positions, chat_template)
 
 
