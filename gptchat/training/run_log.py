@@ -11,6 +11,7 @@
 """
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; wanted a run's, or one with runs below it")
-        runs |= {log.parent for log in folder.rglob(LOG)}
+        # Not `rglob`, which fails for a folder that goes while it is listed.
+        runs |= {Path(name) for name, _, files in os.walk(folder) if LOG in files}
     if not runs:
         names = ", ".join(map(str, folders))
         raise UserError(f"{names}: found no {LOG}; wanted folders that `gptchat train` wrote")
