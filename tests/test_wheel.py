@@ -74,7 +74,7 @@ def test_the_wheel_installs_the_package_gptchat_and_nothing_else(wheel: Path) ->
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"gptchat", "gptchat-1.0.0.dist-info"}
     for name in (
-        "_handlers/page.html",
+        "_handlers/page/page.html",
         "_configs/gpt2-small/lm.toml",
         "_configs/serve/jvm.options",
     ):
