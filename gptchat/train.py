@@ -35,7 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
-from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
 from gptchat.data.shards import open_sources
 from gptchat.files import remove_temporary_files
@@ -295,24 +294,16 @@ class Run:
         """
         if self.world.rank > 0:
             return []
-        n_documents = self.valid_batches.sources[0].documents
+        shards = self.valid_batches.sources[0]
+        n_documents = shards.documents
         stride = math.ceil(n_documents / N_SAMPLES)
-        prompts = [self._held_out_prompt(number) for number in range(0, n_documents, stride)]
+        prompts = [shards.prompt(number, SAMPLE_PROMPT) for number in range(0, n_documents, stride)]
         generator = TextGenerator(self.model, self.tokenizer, self.config.task)
         lines = []
         for turns, answer in zip(prompts, generator.sample_answers(prompts), strict=True):
             prompt = " / ".join(self.tokenizer.decode(ids) for _, ids in turns)
             lines.append(f"{prompt} -> {answer}")
         return lines
-
-    def _held_out_prompt(self, number: int) -> list[Turn]:
-        """A held-out dialogue without its response, or the first tokens of a held-out document."""
-        shards = self.valid_batches.sources[0]
-        if self.config.task == "chatlm":
-            return shards.dialogue(number)[:-1]
-        start = int(shards.starts[number])
-        stop = min(start + SAMPLE_PROMPT, shards.n_tokens)
-        return [(0, shards.tokens(start, stop).tolist())]
 
     def start_monitor(self) -> Monitor:
         """Write what does not change during the run, and begin to report."""
