@@ -16,6 +16,7 @@ files, folders and devices exist is checked by the command that uses them.
 import dataclasses
 import math
 import operator
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 import tomli
 
 from gptchat.console import UserError
+from gptchat.files import shipped
 
 T = TypeVar("T")
 
@@ -249,9 +251,25 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def find_config(path: str) -> Path:
+    """The file that a command line names.
+
+    `configs/...` that does not stand in the working directory is the one that gptchat brings, which
+    one line on stderr tells: what the documents show works without a checkout, too.
+    """
+    named = Path(path)
+    if named.exists() or named.parts[:1] != ("configs",):
+        return named
+    brought = shipped("configs").joinpath(*named.parts[1:])
+    if not brought.is_file():
+        return named
+    print(f"{path}: not in this folder; gptchat's own is used", file=sys.stderr)
+    return brought
+
+
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomli.loads(Path(path).read_text(encoding="utf-8"))
+        return tomli.loads(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml"

@@ -16,7 +16,15 @@ LEVELS = (
     {"gptchat.data"},
     {"gptchat.model"},
     {"gptchat.inference", "gptchat.training"},
-    {"gptchat.train", "gptchat.evaluate", "gptchat.chat", "gptchat.serve", "gptchat.bench"},
+    {
+        "gptchat.train",
+        "gptchat.evaluate",
+        "gptchat.runs",
+        "gptchat.plot",
+        "gptchat.chat",
+        "gptchat.serve",
+        "gptchat.bench",
+    },
 )
 LAZY = {"gptchat", "gptchat.__main__"}  # they import other modules by name, on first use
 TOP_LEVEL = {
