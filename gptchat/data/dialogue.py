@@ -38,9 +38,9 @@ Every message has one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, and text th
 space alone. Roles need not alternate. In training the last message is the response and must be the
 responder's ("assistant" or "gpt"). Other keys are ignored.
 
-A file is JSONL if its name ends in `.jsonl`, and TSV otherwise. In both, a NUL character is an
-error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order mark, and CR LF
-or lone CR as line ends are accepted.
+A file is JSONL if its name ends in `.jsonl` or `.jsonl.gz`, and TSV otherwise. In both, a NUL
+character is an error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order
+mark, and CR LF or lone CR as line ends are accepted.
 """
 
 import json
@@ -53,7 +53,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptchat.console import UserError
-from gptchat.data.reading import read_lines
+from gptchat.data.reading import is_gzip, read_lines
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 TextTurn = tuple[int, str]  # (speaker, text)
@@ -229,7 +229,14 @@ def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
         yield from map(alternate, read_rows(path))
         return
     for place, line in _read_filled_lines(path):
-        yield _parse_messages(line, place, ends_with_response=True)
+        yield parse_dialogue(line, place, as_jsonl=True)
+
+
+def parse_dialogue(line: str, place: str, as_jsonl: bool) -> list[TextTurn]:
+    """The turns of the dialogue in one line, the response last. Raises UserError at `place`."""
+    if as_jsonl:
+        return _parse_messages(line, place, ends_with_response=True)
+    return alternate(_parse_row(line, place, 2))
 
 
 def read_prompts(path: str | Path) -> Iterator[Prompt]:
@@ -261,7 +268,10 @@ def format_answered(prompt: Prompt, answer: str, as_jsonl: bool) -> str:
 
 def is_jsonl(path: str | Path) -> bool:
     """Whether a file of dialogues is JSONL, which its ending says; else it is TSV."""
-    return Path(path).suffix.lower() == ".jsonl"
+    name = Path(path)
+    if is_gzip(name):
+        name = name.with_suffix("")
+    return name.suffix.lower() == ".jsonl"
 
 
 def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:

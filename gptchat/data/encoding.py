@@ -37,11 +37,11 @@ import numpy as np
 from gptchat.config import Config
 from gptchat.data.dialogue import TextTurn, read_dialogues
 from gptchat.data.reading import read_text
+from gptchat.data.splits import Piece, dialogues_of, pieces_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Piece = tuple[str, bool]  # (text of a document, whether the document ends with it)
 
 BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
 PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
@@ -116,13 +116,16 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
         yield block
 
 
-def read_blocks(paths: Sequence[Path], config: Config) -> Iterator[list[Any]]:
-    """Blocks of all documents, as Pieces (lm), or of all dialogues, as lists of turns (chatlm)."""
+def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[list[Any]]:
+    """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm)."""
+    held_out = config.data.held_out
     if config.task == "chatlm":
-        dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
+        all_dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
+        dialogues = dialogues_of(split, all_dialogues, held_out)
         return in_blocks(dialogues, lambda turns: sum(len(text) for _, text in turns))
     document = config.data.document
-    pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
+    all_pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
+    pieces = pieces_of(split, all_pieces, held_out)
     return in_blocks(pieces, lambda piece: len(piece[0]))
 
 

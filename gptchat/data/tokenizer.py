@@ -31,7 +31,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
-from gptchat.data.reading import sample
+from gptchat.data.reading import sample, text_size
 from gptchat.files import atomic_write, expand
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
@@ -279,7 +279,7 @@ def train(settings: TokenizerConfig) -> Tokenizer:
             yield text
             bar.update(n_bytes)
 
-    total = sum(path.stat().st_size for path in paths)
+    total = sum(map(text_size, paths))
     with Progress(min(limit, total), "tokenizer", "B") as bar, ended_by_ctrl_c():
         backend.train_from_iterator(texts(bar), trainer)
     if not found_text:
