@@ -5,6 +5,8 @@ the `tokenizers` library. Both work on the bytes of UTF-8, so that no text is un
 vocabulary made elsewhere, such as GPT-2's, loads as it is; the special tokens that it lacks can be
 appended.
 
+A vocabulary that was not trained by the same config is never trained over (`vocabulary.py`).
+
 A tokenizer's directory is one that transformers' AutoTokenizer loads: `tokenizer.json` and
 `tokenizer_config.json`. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
 
@@ -31,6 +33,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
+from gptchat.data import vocabulary
 from gptchat.data.reading import sample, text_size
 from gptchat.files import atomic_write, expand
 
@@ -328,7 +331,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)
-    settings = load_config(arguments.config, arguments.overrides).tokenizer
+    config = load_config(arguments.config, arguments.overrides)
+    settings = config.tokenizer
+    if not vocabulary.standing(config, arguments.config).is_own:
+        raise UserError(
+            f"{settings.dir}: found a vocabulary that {arguments.config} has not trained; "
+            "wanted another [tokenizer] dir, or that one moved away"
+        )
+    sources = vocabulary.source_states(settings)
     tokenizer = train(settings)
     tokenizer.save(settings.dir)
+    vocabulary.write_record(settings, arguments.config, sources)
     print(f"{settings.dir}: {settings.kind}, {tokenizer.vocab_size:,} entries")
