@@ -46,6 +46,7 @@ mark, and CR LF or lone CR as line ends are accepted.
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI
 SHAREGPT_SPEAKERS = {"gpt": 1, "human": 0, "system": 0}
 IGNORE = -100  # the target of a position that has none
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which UTF-8 cannot hold
+_JSON_TEXT = re.compile(r'"(?:content|value)"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}  # character -> its escape
 _CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 
@@ -272,6 +274,23 @@ def is_jsonl(path: str | Path) -> bool:
     if is_gzip(name):
         name = name.with_suffix("")
     return name.suffix.lower() == ".jsonl"
+
+
+def plain_text(path: Path, piece: str) -> str:
+    """A piece of a file as the text that a vocabulary is trained on: of dialogues the turns alone.
+
+    A file is one of dialogues if its name ends in `.jsonl` or `.tsv` (or that and `.gz`). The piece
+    may begin or end within a dialogue. Any other file is text as it is.
+    """
+    if is_jsonl(path):
+        texts = []
+        for literal in _JSON_TEXT.findall(piece):
+            with suppress(ValueError):  # training would tell; a vocabulary does not need the line
+                texts.append(json.loads(literal))
+        return "\n".join(texts).encode(errors="replace").decode()
+    if ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]]:
+        return "\n".join(unescape(column) for column in piece.replace("\t", "\n").split("\n"))
+    return piece
 
 
 def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:

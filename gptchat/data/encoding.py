@@ -69,15 +69,20 @@ def in_order(
         yield pending.popleft().result()
 
 
-def read_documents(path: Path, document: str, size: int) -> Iterator[Piece]:
+def read_documents(
+    path: Path, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
+) -> Iterator[Piece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
+
+    `on_invalid` is that of `read_text`.
 
     A document longer than `size` comes in several pieces, cut where white space begins, which no
     token of GPT-2's pattern spans; anywhere if it has no white space. Raises UserError with file
     and byte for invalid UTF-8.
     """
     at_start = True  # whether the next piece begins a document
-    for text, ends in _cut(read_text(path, size), re.compile(SEPARATORS[document]), size):
+    separator = re.compile(SEPARATORS[document])
+    for text, ends in _cut(read_text(path, size, on_invalid), separator, size):
         if at_start:
             text = BLANK_START.sub("", text)
             if not text:

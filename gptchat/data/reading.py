@@ -136,10 +136,13 @@ def count_line_ends(data: bytes) -> int:
     return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
 
 
-def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
+def sample(
+    paths: Sequence[Path], limit: int, plain_text: Callable[[Path, str], str] | None = None
+) -> Iterator[tuple[str, int]]:
     """(text, its bytes in the file): all of the files, or about `limit` bytes spread over them.
 
-    A piece is cut at line feeds; where a line is longer than a piece, between characters.
+    `plain_text`, where given, takes the text that counts out of a piece of a file. A piece is cut
+    at line feeds; where a line is longer than a piece, between characters.
     """
     total = sum(map(text_size, paths))
     step = 0  # bytes from the start of a piece to the start of the next; 0: without gaps
@@ -155,7 +158,7 @@ def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
                 after_gap = step > 0 and start > 0
                 is_last = start + PIECE >= size
                 text, used = _decode_piece(reader.read(start), path, start, after_gap, is_last)
-                yield text, used
+                yield plain_text(path, text) if plain_text else text, used
                 start += step or used
         start -= size
 

@@ -41,6 +41,7 @@ import numpy as np
 from gptchat.config import Config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
+from gptchat.data.check import check, verdict
 from gptchat.data.dialogue import Turn
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
 from gptchat.data.reading import text_size
@@ -390,3 +391,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{config.shards_dir}: {split}: {counts['documents']:,} documents, "
             f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
         )
+    print(f"{config.shards_dir}: {verdict(check(config))}")

@@ -34,6 +34,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import vocabulary
+from gptchat.data.dialogue import plain_text
 from gptchat.data.reading import sample, text_size
 from gptchat.files import atomic_write, expand
 
@@ -277,7 +278,7 @@ def train(settings: TokenizerConfig) -> Tokenizer:
 
     def texts(bar: Progress) -> Iterator[str]:
         nonlocal found_text
-        for text, n_bytes in sample(paths, limit):
+        for text, n_bytes in sample(paths, limit, plain_text):
             found_text = found_text or bool(text.strip())
             yield text
             bar.update(n_bytes)
