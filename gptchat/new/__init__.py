@@ -123,11 +123,11 @@ def train_lines(plan: Plan, recipe_file: Path) -> Lines:
 def head_lines(task: str, name: str, minutes: float, speed: Speed, start: str) -> Lines:
     what = "An LM of own text" if task == "lm" else "A ChatLM of own dialogues"
     lines = [
-        f"# {what}, made by `gptchat new {name}` for {minutes:g} minutes on a machine (device: "
-        f"{speed.device})",
-        f"# whose training steps made {speed.flops / 1e9:,.0f} GFLOP/s. File names are relative to "
-        "the folder that",
-        "# commands run in. configs/README.md explains every key.",
+        f"# {what}, made by `gptchat new {name} --minutes {minutes:g}`, when training steps on the "
+        f"{speed.device.replace('cuda', 'GPU').replace('cpu', 'CPU')}",
+        f"# made {speed.flops / 1e9:,.1f} GFLOP/s. File names are relative to the working "
+        "directory. configs/README.md",
+        "# explains every key, gptchat/new/sizing.py the choices.",
         f'task = "{task}"',
         f'run = "out/{name}/{task}"',
     ]
