@@ -128,7 +128,8 @@ def test_more_time_gives_more_steps_or_a_larger_model(folder: Path) -> None:
 
 def test_little_data_is_read_ten_times_at_most_with_dropout_and_patience(folder: Path) -> None:
     config = plan(600)
-    n_tokens = check(config).n_tokens * (1 - 2 * config.data.held_out)
+    n_tokens = sizing.count_tokens(check(config), config.tokenizer.vocab_size)
+    n_tokens *= 1 - 2 * config.data.held_out
     seen = config.train.num_steps * config.train.batch_size * config.model.n_ctx
     assert 0.9 * sizing.MAX_EPOCHS < seen / n_tokens <= sizing.MAX_EPOCHS
     assert config.model.dropout == 0.1 and config.train.patience == 3
