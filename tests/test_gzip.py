@@ -10,7 +10,7 @@ from gptchat.console import UserError
 from gptchat.data import digests, reading
 from gptchat.data.dialogue import is_jsonl, read_dialogues
 from gptchat.data.reading import read_lines, read_text, sample, text_size
-from gptchat.data.shards import write
+from gptchat.data.shard_writer import write
 from gptchat.data.tokenizer import train
 
 TEXT = "".join(f"Line {i} of the text, naïve 日本語.\r\n" + "\n" * (i % 3) for i in range(5000))

@@ -176,7 +176,8 @@ def _judge(report: Report, config: Config) -> None:
         report.refusals.append(f"{finding.places[0]}" + _and_more(finding.count - 1, kind))
     for split, count in report.documents.items():
         if patterns_of(config.data, split) and count == 0:
-            report.refusals.append(describe_empty(config.data, split))
+            patterns = patterns_of(config.data, split)
+            report.refusals.append(describe_empty(patterns, split, config.data.held_out))
     if report.duplicates > MANY * report.documents["train"]:
         report.warnings.append(f"{report.duplicates:,} duplicates in train")
     for split, count in report.overlap.items():

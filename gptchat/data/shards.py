@@ -1,7 +1,7 @@
-"""Text to token ids on disk: `gptchat shards [--verify] --config FILE [section.key=value ...]`.
+"""Token ids on disk, opened memory-mapped; shard_writer.py writes them.
 
-The text of each split (train, valid, test) is encoded once, on all cores, and then opened
-memory-mapped. A folder of shards holds these files of each split, all numbers little-endian:
+Each split (train, valid, test; with `weights` each entry of train by itself: train-0, train-1 and
+so on) has these files in a folder of shards, all numbers little-endian:
 
     SPLIT-NNNNN.bin       token ids, uint16, or uint32 past 65,535 vocabulary entries; every file
                           but the last holds SHARD_TOKENS, so a document may go on in the next
@@ -18,99 +18,32 @@ Invariants:
 - chatlm: only the ids of the turns are stored. Special tokens, token types and truncation are
   added by dialogue.py when a batch is made, so shards do not depend on the context length.
 - Boundaries are stored, never inferred from a token.
-- Writing is all or nothing: files are written under temporary names; then `meta.json` is removed
-  first and comes back last. What stands beside a `meta.json` belongs to it.
 - Shards are opened only if they fit: made by this tokenizer and in this format, from these source
   files as they are now (see digests.py), with every file of the size that the counts give and,
   files of tokens excepted, of the digest that it was written with.
-- Files of tokens are too large to be read at every start; `--verify` compares their digests.
-- One process at a time writes a folder; it holds the folder's lock.
-- Memory is flat: text is read, encoded and written in blocks.
+- Files of tokens are too large to be read at every start; `verify` compares their digests.
 """
 
 import json
 import os
-import sys
-from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from gptchat.config import Config
-from gptchat.console import CommandParser, Progress, UserError
+from gptchat.console import UserError
 from gptchat.data import digests
-from gptchat.data.check import check, verdict
 from gptchat.data.dialogue import Turn
-from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
-from gptchat.data.reading import text_size
-from gptchat.data.splits import SPLITS, describe_empty, load_run_config, patterns_of
+from gptchat.data.encoding import token_dtype
+from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
-from gptchat.files import atomic_write, expand, lock_folder, matching_files, split_repeats
+from gptchat.files import matching_files, split_repeats
 
 FORMAT = 2  # 1 had no digests
 SHARD_TOKENS = 1 << 28  # ids in a file
 REMEDY = "run `gptchat shards --config FILE` with this run's config"
-
-
-class Writer:
-    """Writes the files of one split under temporary names, and counts what it writes."""
-
-    def __init__(self, prefix: str, dtype: np.dtype):
-        self.prefix = prefix  # FOLDER/SPLIT-
-        self.itemsize = dtype.itemsize
-        self.files: dict[str, BinaryIO] = {}
-        self.digests: dict[str, Any] = {}
-        self.counts = {"tokens": 0, "documents": 0, "turns": 0, "bytes": 0}
-
-    def append(self, block: Encoded) -> None:
-        """Write what a block adds."""
-        counts = self.counts
-        if block.speakers:
-            self._write_ends("documents", block.documents + counts["turns"])
-            self._write_ends("turns", block.turns + counts["tokens"])
-            self._write("speakers", block.speakers)
-        else:
-            self._write_ends("documents", block.documents + counts["tokens"])
-        self._write_tokens(block.tokens)
-        counts["documents"] += len(block.documents)
-        counts["turns"] += len(block.turns)
-        counts["bytes"] += block.n_bytes
-
-    def _write_tokens(self, tokens: bytes) -> None:
-        """Write ids into the current file of tokens, and on into new ones when it is full."""
-        data = memoryview(tokens)
-        while data:
-            number, used = divmod(self.counts["tokens"], SHARD_TOKENS)
-            part = data[: (SHARD_TOKENS - used) * self.itemsize]
-            self._write(f"{number:05d}", part)
-            self.counts["tokens"] += len(part) // self.itemsize
-            data = data[len(part) :]
-
-    def _write_ends(self, name: str, ends: np.ndarray) -> None:
-        if name not in self.files:
-            self._write(name, bytes(8))  # the 0 in front
-        self._write(name, ends.astype("<i8").tobytes())
-
-    def _write(self, name: str, data: bytes | memoryview) -> None:
-        if name not in self.files:
-            self.files[name] = open(f"{self.prefix}{name}.bin.tmp", "wb")
-            self.digests[name] = digests.new_digest()
-        self.files[name].write(data)
-        self.digests[name].update(data)
-
-    def finish(self) -> dict[str, digests.FileState]:
-        """Sync and close the files; returns size and digest of each by its name."""
-        states: dict[str, digests.FileState] = {}
-        for name, file in self.files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            digest = self.digests[name].hexdigest()
-            file_name = Path(f"{self.prefix}{name}.bin").name
-            states[file_name] = {"bytes": file.tell(), "digest": digest}
-            file.close()
-        return states
 
 
 def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -125,76 +58,19 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write(config: Config, splits_wanted: Sequence[str] = SPLITS) -> dict[str, Any]:
-    """Encode these of the config's splits into its folder of shards; returns `meta.json`'s content.
+def split_patterns(config: Config) -> dict[str, tuple[str, ...]]:
+    """The files of each split that the config names: train, valid, test.
 
-    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a line
-    that is no dialogue, where the folder cannot be written, and while another process writes there.
-    The old shards then stay.
+    With `weights` each entry of `train` is a split of its own: train-0, train-1 and so on.
     """
-    folder = config.shards_dir
-    tokenizer = tokenizer_for(config)
-    sources: dict[str, list[Path]] = {}
-    for split in splits_wanted:
-        patterns = patterns_of(config.data, split)
-        if patterns:
-            sources[split] = expand(patterns, f"[data] {split}")
-    with lock_folder(folder, "another process is writing shards here"):
-        _remove_leftovers(folder)  # of a run that was killed
-        try:
-            splits = _encode(config, tokenizer, sources)
-            meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS, "splits": splits}
-            _publish(folder, digests.seal(meta))
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or folder}: {error.strerror}; the shards were not written"
-            ) from None
-        finally:
-            _remove_leftovers(folder)
-    return meta
-
-
-def _encode(
-    config: Config, tokenizer: Tokenizer, sources: dict[str, list[Path]]
-) -> dict[str, dict[str, Any]]:
-    """Write each split's files under temporary names; returns what `meta.json` says of each."""
-    total = sum(text_size(path) for paths in sources.values() for path in paths)
-    n_read = 0  # bytes of the files that are done
-    splits: dict[str, dict[str, Any]] = {}
-    with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
-        for split, paths in sources.items():
-            states = {str(path): digests.source_state(path) for path in paths}
-            n_read += sum(map(text_size, paths))
-            writer = Writer(f"{config.shards_dir}/{split}-", token_dtype(tokenizer))
-            for block in encoder.encode(read_blocks(paths, config, split)):
-                writer.append(block)
-                n_separators = max(len(block.documents), len(block.turns))  # a byte each
-                bar.update(block.n_bytes + n_separators)
-            files = writer.finish()
-            bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
-            if writer.counts["documents"] == 0:
-                raise UserError(describe_empty(config.data, split))
-            splits[split] = writer.counts | {"files": files, "sources": states}
-    return splits
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files; only the process that holds the folder's lock may do so."""
-    for pattern in ("*.bin.tmp", ".meta.json.*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _publish(folder: Path, meta: dict[str, Any]) -> None:
-    """Replace the old files by the new ones: `meta.json` is removed first and comes back last."""
-    (folder / "meta.json").unlink(missing_ok=True)
+    patterns: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:
-        for path in folder.glob(f"{split}-*.bin"):
-            path.unlink()
-    for path in folder.glob("*.bin.tmp"):
-        path.replace(path.with_suffix(""))
-    with atomic_write(folder / "meta.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=2) + "\n")
+        named = patterns_of(config.data, split)
+        if split == "train" and config.data.weights:
+            patterns |= {f"train-{i}": (pattern,) for i, pattern in enumerate(named)}
+        elif named:
+            patterns[split] = named
+    return patterns
 
 
 class Shards:
@@ -315,7 +191,7 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     another tokenizer or format, other source files, or source files that have changed since. Shards
     whose source files are all gone are opened.
     """
-    patterns = patterns_of(config.data, split)
+    patterns = split_patterns(config).get(split)
     if not patterns:
         raise UserError(f"[data] {split}: found no files named; wanted some")
     meta = read_meta(config, tokenizer)
@@ -330,6 +206,17 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
         if not digests.is_unchanged(name, sources[name]):
             raise UserError(f"{place} {name} as it was before it changed; {REMEDY}")
     return Shards(config.shards_dir, split, meta)
+
+
+def open_sources(config: Config, split: str, tokenizer: Tokenizer) -> list[Shards]:
+    """The shards of a split; with `weights` those of each entry of `train`.
+
+    Raises UserError as `open_shards` does.
+    """
+    names = [split]
+    if split == "train" and config.data.weights:
+        names = [f"train-{i}" for i in range(len(config.data.train))]
+    return [open_shards(config, name, tokenizer) for name in names]
 
 
 def verify(config: Config) -> dict[str, str]:
@@ -359,36 +246,3 @@ def _has_digest(path: str, state: digests.FileState) -> bool:
         return digests.file_digest(path) == state["digest"]
     except OSError:  # missing, or unreadable
         return False
-
-
-def _report_verification(config: Config) -> None:
-    """Print a line for each file that is not as it should be; UserError if there is one."""
-    wrong = verify(config)
-    for name, problem in wrong.items():
-        print(f"{name}: {problem}", file=sys.stderr)
-    if wrong:
-        raise UserError(f"{config.shards_dir}: damaged or out of date; {REMEDY}")
-    print(f"{config.shards_dir}: OK")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(
-        "shards",
-        "Encode the files of a config's [data] section into token ids on disk.",
-        "gptchat shards --config configs/lm.toml data.shards=out/shards/try",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
-    verify_help = "write nothing; compare all files with the digests taken when they were written"
-    parser.add_argument("--verify", action="store_true", help=verify_help)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args(argv)
-    config = load_run_config(arguments.config, arguments.overrides)
-    if arguments.verify:
-        _report_verification(config)
-        return
-    for split, counts in write(config)["splits"].items():
-        print(
-            f"{config.shards_dir}: {split}: {counts['documents']:,} documents, "
-            f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
-        )
-    print(f"{config.shards_dir}: {verdict(check(config))}")
