@@ -94,12 +94,17 @@ class DataConfig:
     )
     targets: str = setting(
         "response",
-        "ChatLM: what is learned: the last turn, every turn of its speaker, or all turns",
-        choices=("response", "responder", "all"),
+        "ChatLM: what is learned: the last turn, its speaker's turns, all turns, or all tokens",
+        choices=("response", "responder", "turns", "all"),
     )
     packed: bool = setting(
         True, "ChatLM: pack several dialogues into a row; false: one a row, padded"
     )
+
+    @property
+    def held_out_targets(self) -> str:
+        """`targets` where a ChatLM is measured: with "turns" its own turns, the responder's."""
+        return "responder" if self.targets == "turns" else self.targets
 
 
 @dataclass(frozen=True)
@@ -244,6 +249,19 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         source = f"{path} with {' '.join(overrides)}"
     config = build(Config, values, source)
     _check_combinations(config, source)
+    return config
+
+
+def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run. Raises UserError, too, where it names no files for training or valid."""
+    config = load_config(path, overrides)
+    if not config.data.train:
+        raise UserError(f"{path}: [data] train: found no files named; wanted some")
+    if not config.data.valid and config.data.held_out == 0:
+        raise UserError(
+            f"{path}: [data] valid: found no files named; wanted some, or held_out above 0, "
+            "to take it from train"
+        )
     return config
 
 

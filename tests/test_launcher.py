@@ -97,6 +97,20 @@ def test_the_one_of_two_models_that_cannot_start_is_named(model, tmp_path, bad):
     assert "not a whole file of weights" in last
 
 
+def test_the_one_of_two_models_that_does_not_answer_in_time_is_named(tmp_path, monkeypatch):
+    def ask(name, timeout):
+        if name == "chatlm":
+            raise OSError("refused")
+
+    server = TorchServe(options(tmp_path / "run"))
+    server.child = SimpleNamespace(poll=lambda: None)
+    server.reader = SimpleNamespace(join=lambda timeout: None)
+    monkeypatch.setattr(server, "ask", ask)
+    monkeypatch.setattr(torchserve, "START_SECONDS", 0.5)
+    with pytest.raises(UserError, match="^TorchServe cannot serve chatlm: no answer in "):
+        server.wait_until_ready()
+
+
 def test_run_that_is_a_file_is_one_line(model, tmp_path):
     (tmp_path / "file").write_text("")
     for run in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -162,6 +176,13 @@ def test_sigterm_before_the_server_runs_ends_the_launcher(model, tmp_path):
         assert process.poll() is None
     process.terminate()
     assert process.wait(20) == 130
+
+
+def test_page_offers_the_models_that_chat(model, tmp_path):
+    chat_model = tiny_model(tmp_path / "chatlm", "chatlm")
+    models = {"lm": model, "a": chat_model, "none": tmp_path, "b": chat_model}
+    server = TorchServe(options(tmp_path / "run", models=models))
+    assert server._environment()["GPTCHAT_CHAT_MODELS"] == "a,b"
 
 
 def test_half_written_keys_are_as_if_not_written_yet(tmp_path):

@@ -14,16 +14,18 @@ to continue a response, with the first tokens of that response.
 Targets. With targets = "response" they are the response and `[CLS]`, which marks that the response
 is complete and is never an input. With "responder" so is every earlier turn of speaker 1, except a
 first turn, which answers nothing: after its last token the target is `[CLS]` although the next
-input is `[SEP]`. With "all" every token after the first is a target, and `[CLS]` at the end.
+input is `[SEP]`. With "turns" so are the turns of both speakers. With "all" every token after the
+first is a target, `[SEP]`s included, and `[CLS]` at the end only.
 
 Truncation of a training example to `n_ctx` input tokens, in this order:
 1. History turns are dropped whole, oldest first, until the rest fits.
 2. The front of the context is cut, down to `n_ctx // 2` tokens.
 3. The end of the response is cut. Then `[CLS]` is no target: the response did not end there.
-With targets = "responder" a dialogue that is too long is first cut into examples, so that each of
-the responder's turns but a first one is a target in exactly one of them. An example takes as many
-turns as fit and ends with one of the responder's; the next begins with that turn, as history. Only
-if a response and the turn before it are too long by themselves is something truncated.
+With targets = "responder" or "turns" a dialogue that is too long is first cut into examples, so
+that each of the responder's turns but a first one is a target in exactly one of them. An example
+takes as many turns as fit and ends with one of the responder's; the next begins with that turn, as
+history. Only if a response and the turn before it are too long by themselves is something
+truncated.
 A prompt is truncated by dropping whole turns, oldest first; its last turn is never cut.
 
 Speakers. OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0.
@@ -53,7 +55,6 @@ mark, and CR LF or lone CR as line ends are accepted.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptchat.console import UserError
-from gptchat.data.reading import is_gzip, read_lines
+from gptchat.data.reading import read_lines
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 TextTurn = tuple[int, str]  # (speaker, text)
@@ -69,7 +70,6 @@ SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI
 SHAREGPT_SPEAKERS = {"gpt": 1, "human": 0, "system": 0}
 IGNORE = -100  # the target of a position that has none
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which UTF-8 cannot hold
-_JSON_TEXT = re.compile(r'"(?:content|value)"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}  # character -> its escape
 _CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 
@@ -154,9 +154,10 @@ def excerpts(
     """Which turns, first..last-1, of a dialogue longer than `n_ctx` stand in each training example.
 
     `lengths` are the turns' tokens, `speakers` their speakers. It is one example of all turns,
-    which `fit` truncates, but with targets = "responder" as many as the module's docstring says.
+    which `fit` truncates, but with targets = "responder" or "turns" as many as the module's
+    docstring says.
     """
-    if targets != "responder":
+    if targets not in ("responder", "turns"):
         return [(0, len(lengths))]
     answers = [i for i, speaker in enumerate(speakers) if speaker == 1 and i > 0]
     parts: list[tuple[int, int]] = []
@@ -195,9 +196,12 @@ def encode_example(
         end = 0
         for i, (speaker, turn) in enumerate(kept):
             start, end = end, end + 1 + len(turn)  # of the turn behind its [SEP]
-            is_response = i == len(kept) - 1
-            is_earlier_answer = targets == "responder" and speaker == 1 and i > 0
-            if is_response or is_earlier_answer:
+            is_target = i == len(kept) - 1
+            if i > 0 and targets == "responder":
+                is_target = is_target or speaker == 1
+            elif i > 0 and targets == "turns":
+                is_target = True
+            if is_target:
                 following[start:end] = [*turn, cls_id]
     start = 1 + skipped  # the first turn has no [SEP] before it
     stop = start + length
@@ -261,7 +265,7 @@ def read_rows(path: str | Path, min_turns: int = 2) -> Iterator[list[str]]:
     fewer than `min_turns` turns, or is too long; or the byte where the file is not UTF-8.
     """
     for place, line in _read_filled_lines(path):
-        yield _parse_row(line, place, min_turns)
+        yield parse_row(line, place, min_turns)
 
 
 def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
@@ -274,14 +278,7 @@ def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
         yield from map(alternate, read_rows(path))
         return
     for place, line in _read_filled_lines(path):
-        yield parse_dialogue(line, place, as_jsonl=True)
-
-
-def parse_dialogue(line: str, place: str, as_jsonl: bool) -> list[TextTurn]:
-    """The turns of the dialogue in one line, the response last. Raises UserError at `place`."""
-    if as_jsonl:
-        return _parse_messages(line, place, ends_with_response=True)
-    return alternate(_parse_row(line, place, 2))
+        yield parse_messages(line, place, ends_with_response=True)
 
 
 def read_prompts(path: str | Path) -> Iterator[Prompt]:
@@ -291,9 +288,9 @@ def read_prompts(path: str | Path) -> Iterator[Prompt]:
     """
     for place, line in _read_filled_lines(path):
         if is_jsonl(path):
-            turns = _parse_messages(line, place, ends_with_response=False)
+            turns = parse_messages(line, place, ends_with_response=False)
         else:
-            turns = alternate(_parse_row(line, place, 1), SPEAKERS["user"])
+            turns = alternate(parse_row(line, place, 1), SPEAKERS["user"])
         yield Prompt(place, turns, line)
 
 
@@ -313,27 +310,7 @@ def format_answered(prompt: Prompt, answer: str, as_jsonl: bool) -> str:
 
 def is_jsonl(path: str | Path) -> bool:
     """Whether a file of dialogues is JSONL, which its ending says; else it is TSV."""
-    name = Path(path)
-    if is_gzip(name):
-        name = name.with_suffix("")
-    return name.suffix.lower() == ".jsonl"
-
-
-def plain_text(path: Path, piece: str) -> str:
-    """A piece of a file as the text that a vocabulary is trained on: of dialogues the turns alone.
-
-    A file is one of dialogues if its name ends in `.jsonl` or `.tsv` (or that and `.gz`). The piece
-    may begin or end within a dialogue. Any other file is text as it is.
-    """
-    if is_jsonl(path):
-        texts = []
-        for literal in _JSON_TEXT.findall(piece):
-            with suppress(ValueError):  # training would tell; a vocabulary does not need the line
-                texts.append(json.loads(literal))
-        return "\n".join(texts).encode(errors="replace").decode()
-    if ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]]:
-        return "\n".join(unescape(column) for column in piece.replace("\t", "\n").split("\n"))
-    return piece
+    return str(path).lower().removesuffix(".gz").endswith(".jsonl")
 
 
 def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -343,7 +320,7 @@ def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
+def parse_row(line: str, source: str, min_turns: int) -> list[str]:
     columns = line.lstrip("\t").split("\t")
     turns = [unescape(column) for column in columns]
     blank = [number for number, turn in enumerate(turns, 1) if not turn.strip()]
@@ -360,7 +337,7 @@ def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
     raise UserError(f"{source}: found {problem}; wanted turns divided by tabs, the response last")
 
 
-def _parse_messages(line: str, place: str, ends_with_response: bool) -> list[TextTurn]:
+def parse_messages(line: str, place: str, ends_with_response: bool) -> list[TextTurn]:
     """The turns of a JSONL line; a response must be the responder's, and answer something."""
     form, messages = _find_messages(line, place)
     field = f"{place}: {form.messages}"

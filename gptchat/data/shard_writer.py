@@ -18,14 +18,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptchat.config import Config
+from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
 from gptchat.data.check import check, verdict
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
 from gptchat.data.reading import text_size
 from gptchat.data.shards import REMEDY, SHARD_TOKENS, header, split_patterns, verify
-from gptchat.data.splits import SPLITS, describe_empty, load_run_config
+from gptchat.data.splits import SPLITS, describe_empty
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder
 

@@ -19,9 +19,9 @@ Invariants:
   added by dialogue.py when a batch is made, so shards do not depend on the context length.
 - Boundaries are stored, never inferred from a token.
 - Shards are opened only if they fit: made by this tokenizer and in this format, from these source
-  files as they are now (see digests.py), with every file of the size that the counts give and,
-  files of tokens excepted, of the digest that it was written with.
-- Files of tokens are too large to be read at every start; `verify` compares their digests.
+  files as they are now (see digests.py), with every file of the size that the counts give and of
+  the digest that it was written with. That of a file of tokens is compared when its first token is
+  asked for, so that opening is instant; `verify` compares all.
 """
 
 import json
@@ -81,8 +81,8 @@ class Shards:
     token `turns[j]` to `turns[j + 1]`, and `speakers[j]` is its speaker (both empty for lm).
     `digest` stands for all of this: shards of equal digests are equal.
 
-    Raises UserError, naming the file, for one that is missing, of another size, or (files of tokens
-    excepted) not what was written.
+    Raises UserError, naming the file, for one that is missing, of another size, or not what was
+    written; for files of tokens that is found out by `tokens`.
     """
 
     def __init__(self, folder: Path, split: str, meta: dict[str, Any]):
@@ -92,13 +92,14 @@ class Shards:
         self.n_tokens = counts["tokens"]
         self.n_bytes = counts["bytes"]
         self.documents = counts["documents"]
-        states = counts["files"]
+        self.states = states = counts["files"]
         self.digest = digests.seal(states)["digest"]
-        prefix = f"{folder}/{split}-"
+        self.prefix = prefix = f"{folder}/{split}-"
         self.files = []
         for number, start in enumerate(range(0, self.n_tokens, self.shard_tokens)):
             length = min(self.shard_tokens, self.n_tokens - start)
             self.files.append(_open_array(f"{prefix}{number:05d}.bin", meta["dtype"], length))
+        self.unchecked = set(range(len(self.files)))  # whose digests have not been compared yet
         self.turns = np.array([], np.int64)
         self.speakers = np.array([], np.uint8)
         n_units = self.n_tokens  # that the documents are counted in
@@ -110,9 +111,12 @@ class Shards:
         self.starts = _open_ends(f"{prefix}documents.bin", self.documents, n_units, states)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids start..stop-1 of the stream, (stop - start,)."""
+        """The ids start..stop-1 of the stream, (stop - start,); UserError for a damaged file."""
         first_file, offset = divmod(start, self.shard_tokens)
         last_file = (stop - 1) // self.shard_tokens
+        for number in self.unchecked.intersection(range(first_file, last_file + 1)):
+            _check_content(f"{self.prefix}{number:05d}.bin", self.files[number], self.states)
+            self.unchecked.discard(number)
         if first_file == last_file:
             ids = self.files[first_file]
         else:
