@@ -35,6 +35,7 @@ RUN_FILES = (
     "model/model.safetensors",
     "model/tokenizer.json",
     "model/tokenizer_config.json",
+    "model/README.md",
     "model/.*.tmp",
     ".*.tmp",
     ".lock",

@@ -81,6 +81,7 @@ class Project:
         self.folder = folder
         self.log = folder / "commands.log"
         self.write("pyproject.toml", "")
+        self.write("configs/constraints.txt", "")
         stubs = stubs.replace("{corpora}", " ".join(paths.CORPORA))
         self.write("venv/bin/python", PYTHON.format(root=ROOT, python=sys.executable, stubs=stubs))
         (folder / "venv/bin/python").chmod(0o755)
@@ -322,7 +323,7 @@ def test_the_set_up_comes_first_where_there_is_none(project: Project) -> None:
     (project.folder / "python").chmod(0o755)
     output = project.make("tokenizer", "lm", "PYTHON=./python", BARD)
     assert project.commands == TRAINING
-    assert output.index("pip install") < output.index("gptchat tokenizer")
+    assert output.index("venv/bin/pip") < output.index("gptchat tokenizer")
 
 
 def test_clean_removes_what_was_made_and_nothing_else(project: Project) -> None:

@@ -135,6 +135,14 @@ class Shards:
             turns.append((speaker, ids[begin:end]))
         return turns
 
+    def prompt(self, number: int, length: int) -> list[Turn]:
+        """A dialogue without its response, or the first `length` tokens from a document's start."""
+        if self.task == "chatlm":
+            return self.dialogue(number)[:-1]
+        start = int(self.starts[number])
+        stop = min(start + length, self.n_tokens)
+        return [(0, self.tokens(start, stop).tolist())]
+
 
 def _open_array(path: str, dtype: str, length: int) -> np.ndarray:
     """A file as a memory-mapped array. Raises UserError if it is missing or has another size."""

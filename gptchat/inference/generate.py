@@ -13,8 +13,9 @@ Promises and invariants:
   ChatLM's dialogue loses its oldest turns and is refused only if its last turn is too long.
 - Text holds whole characters and no stop string. What may become either is held back; at the end of
   an answer an incomplete character is U+FFFD.
-- An answer depends on its prompt, settings and seed, not on the requests that run beside it, except
-  for rounding, which matters with bfloat16 and int8 (`engine` says how much).
+- An answer depends on its prompt, settings and seed, not on the requests that run beside it, and
+  with `prefix_cache` not on earlier ones, except for rounding, which matters with bfloat16 and int8
+  (`engine` says how much).
 - A TextGenerator is for one thread, and for one stream at a time.
 """
 
@@ -113,8 +114,9 @@ class TextGenerator:
 
     `slots` is how many sequences are decoded at once, `dtype` (of `linear.DTYPES`) how the engine
     packs a copy of the layers; with None it uses the model's own weights, which may then be trained
-    further. Raises UserError for a ChatLM whose tokenizer lacks a special token, or whose model
-    lacks the rows of token types.
+    further. With `prefix_cache` (the engine's) a conversation's next turn starts sooner. Raises
+    UserError for a ChatLM whose tokenizer lacks a special token, or whose model lacks the rows of
+    token types.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class TextGenerator:
         task: str,
         slots: int = SLOTS,
         dtype: str | None = None,
+        prefix_cache: bool = False,
     ):
         if task == "chatlm":
             tokenizer.require_specials()
@@ -137,7 +140,9 @@ class TextGenerator:
         self.stop_id = pretrained.stop_id(tokenizer, task)
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         never_generated = pretrained.never_generated(model.config, tokenizer, task)
-        self.engine = Engine(model, slots, dtype=dtype, suppress=never_generated)
+        self.engine = Engine(
+            model, slots, dtype=dtype, suppress=never_generated, prefix_cache=prefix_cache
+        )
         self.n_ctx = self.engine.length
 
     def request(
@@ -235,12 +240,17 @@ def default_device() -> str:
 
 
 def load_generator(
-    directory: str | Path, slots: int = SLOTS, dtype: str = "auto", device: str = ""
+    directory: str | Path,
+    slots: int = SLOTS,
+    dtype: str = "auto",
+    device: str = "",
+    prefix_cache: bool = False,
 ) -> TextGenerator:
     """Read a model directory and start an engine over its model.
 
     `dtype` is one of `linear.DTYPES`, or "auto": bfloat16 where that is fast. The device is that of
-    `default_device` if none is given. Raises UserError for a directory that cannot be read.
+    `default_device` if none is given, `prefix_cache` that of `TextGenerator`. Raises UserError for
+    a directory that cannot be read.
     """
     model, tokenizer, task = pretrained.load_model(directory, device or default_device())
-    return TextGenerator(model, tokenizer, task, slots, dtype)
+    return TextGenerator(model, tokenizer, task, slots, dtype, prefix_cache=prefix_cache)

@@ -24,10 +24,10 @@ import gptchat.new.sizing as sizing
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
-from gptchat.files import atomic_write
+from gptchat.files import atomic_write, shipped
 from gptchat.new.sizing import Plan, Speed
 
-DEFAULTS = Path(__file__).resolve().parents[2] / "configs"
+DEFAULTS = shipped("configs")
 # Keys of the default configs that are chosen anew; all others are taken over.
 CHOSEN = {
     "tokenizer": {"dir", "vocab_size", "files"},
