@@ -81,6 +81,13 @@ class DataConfig:
     )
     valid: tuple[str, ...] = setting((), "held-out files that choose the best model")
     test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`")
+    held_out: float = setting(
+        0.0,
+        "share of the documents of `train` that is valid, and as large a one that is test; "
+        "0: the files of `valid` and `test` are",
+        min=0,
+        below=0.5,
+    )
     shards: str = setting("", "folder of the encoded data; empty: `out/shards/<task>`")
     document: str = setting(
         "block",
@@ -251,6 +258,19 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run. Raises UserError, too, where it names no files for training or valid."""
+    config = load_config(path, overrides)
+    if not config.data.train:
+        raise UserError(f"{path}: [data] train: found no files named; wanted some")
+    if not config.data.valid and config.data.held_out == 0:
+        raise UserError(
+            f"{path}: [data] valid: found no files named; wanted some, or held_out above 0, "
+            "to take it from train"
+        )
+    return config
+
+
 def find_config(path: str) -> Path:
     """The file that a command line names.
 
@@ -308,6 +328,11 @@ def _check_combinations(config: Config, source: str) -> None:
     if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
     data = config.data
+    if data.held_out > 0 and (data.valid or data.test):
+        raise UserError(
+            f"{source}: [data] wants either held_out above 0, by which valid and test are taken "
+            "from train, or files for valid and test"
+        )
     if data.weights and len(data.weights) != len(data.train):
         raise UserError(
             f"{source}: [data] weights: found {len(data.weights)}; "

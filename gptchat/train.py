@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gptchat.config import Config, load_config
+from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.keyed_draw import draw_key
@@ -383,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="used instead of the config's"
     )
     arguments = parser.parse_intermixed_args(argv)
-    run = train(load_config(arguments.config, arguments.overrides))
+    run = train(load_run_config(arguments.config, arguments.overrides))
     if run.stopped and not run.done:
         handle_stop_signals(signal.SIG_IGN)  # what is left of a burst leaves the exit status alone
         sys.exit(130)

@@ -24,6 +24,9 @@ LEVELS = (
         "gptchat.chat",
         "gptchat.serve",
         "gptchat.bench",
+        "gptchat.new",
+        "gptchat.paths",
+        "gptchat.clean",
     },
 )
 LAZY = {"gptchat", "gptchat.__main__"}  # they import other modules by name, on first use

@@ -48,9 +48,9 @@ Every message has one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, and text th
 space alone. Roles need not alternate. In training the last message is the response and must be the
 responder's ("assistant" or "gpt"). Other keys are ignored.
 
-A file is JSONL if its name ends in `.jsonl`, and TSV otherwise. In both, a NUL character is an
-error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order mark, and CR LF
-or lone CR as line ends are accepted.
+A file is JSONL if its name ends in `.jsonl` or `.jsonl.gz`, and TSV otherwise. In both, a NUL
+character is an error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order
+mark, and CR LF or lone CR as line ends are accepted.
 """
 
 import json
@@ -266,7 +266,7 @@ def read_rows(path: str | Path, min_turns: int = 2) -> Iterator[list[str]]:
     fewer than `min_turns` turns, or is too long; or the byte where the file is not UTF-8.
     """
     for place, line in _read_filled_lines(path):
-        yield _parse_row(line, place, min_turns)
+        yield parse_row(line, place, min_turns)
 
 
 def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
@@ -279,7 +279,7 @@ def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
         yield from map(alternate, read_rows(path))
         return
     for place, line in _read_filled_lines(path):
-        yield _parse_messages(line, place, ends_with_response=True)
+        yield parse_messages(line, place, ends_with_response=True)
 
 
 def read_prompts(path: str | Path) -> Iterator[Prompt]:
@@ -289,9 +289,9 @@ def read_prompts(path: str | Path) -> Iterator[Prompt]:
     """
     for place, line in _read_filled_lines(path):
         if is_jsonl(path):
-            turns = _parse_messages(line, place, ends_with_response=False)
+            turns = parse_messages(line, place, ends_with_response=False)
         else:
-            turns = alternate(_parse_row(line, place, 1), SPEAKERS["user"])
+            turns = alternate(parse_row(line, place, 1), SPEAKERS["user"])
         yield Prompt(place, turns, line)
 
 
@@ -311,7 +311,7 @@ def format_answered(prompt: Prompt, answer: str, as_jsonl: bool) -> str:
 
 def is_jsonl(path: str | Path) -> bool:
     """Whether a file of dialogues is JSONL, which its ending says; else it is TSV."""
-    return Path(path).suffix.lower() == ".jsonl"
+    return str(path).lower().removesuffix(".gz").endswith(".jsonl")
 
 
 def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -321,7 +321,7 @@ def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
+def parse_row(line: str, source: str, min_turns: int) -> list[str]:
     columns = line.lstrip("\t").split("\t")
     turns = [unescape(column) for column in columns]
     blank = [number for number, turn in enumerate(turns, 1) if not turn.strip()]
@@ -338,7 +338,7 @@ def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
     raise UserError(f"{source}: found {problem}; wanted turns divided by tabs, the response last")
 
 
-def _parse_messages(line: str, place: str, ends_with_response: bool) -> list[TextTurn]:
+def parse_messages(line: str, place: str, ends_with_response: bool) -> list[TextTurn]:
     """The turns of a JSONL line; a response must be the responder's, and answer something."""
     form, messages = _find_messages(line, place)
     field = f"{place}: {form.messages}"

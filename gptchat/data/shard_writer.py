@@ -18,11 +18,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptchat.config import Config, load_config
+from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
+from gptchat.data.check import check, verdict
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
-from gptchat.data.shards import REMEDY, SHARD_TOKENS, SPLITS, header, split_patterns, verify
+from gptchat.data.reading import text_size
+from gptchat.data.shards import REMEDY, SHARD_TOKENS, header, split_patterns, verify
+from gptchat.data.splits import SPLITS, describe_empty
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder
 
@@ -86,8 +89,10 @@ class Writer:
         return states
 
 
-def write(config: Config) -> dict[str, Any]:
+def write(config: Config, only: str = "") -> dict[str, Any]:
     """Encode the config's splits into its folder of shards; returns the content of `meta.json`.
+
+    `only` names the one split that is wanted, "" all of them.
 
     Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a line
     that is no dialogue, where the folder cannot be written, and while another process writes there.
@@ -97,7 +102,8 @@ def write(config: Config) -> dict[str, Any]:
     tokenizer = tokenizer_for(config)
     sources: dict[str, list[Path]] = {}
     for split, patterns in split_patterns(config).items():
-        sources[split] = expand(patterns, f"[data] {split}")
+        if only in ("", split):
+            sources[split] = expand(patterns, f"[data] {split}")
     with lock_folder(folder, "another process is writing shards here"):
         _remove_leftovers(folder)  # of a run that was killed
         try:
@@ -117,23 +123,23 @@ def _encode(
     config: Config, tokenizer: Tokenizer, sources: dict[str, list[Path]]
 ) -> dict[str, dict[str, Any]]:
     """Write each split's files under temporary names; returns what `meta.json` says of each."""
-    total = sum(path.stat().st_size for paths in sources.values() for path in paths)
+    total = sum(text_size(path) for paths in sources.values() for path in paths)
     n_read = 0  # bytes of the files that are done
     splits: dict[str, dict[str, Any]] = {}
     with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
         for split, paths in sources.items():
             states = {str(path): digests.source_state(path) for path in paths}
-            n_read += sum(state["bytes"] for state in states.values())
+            n_read += sum(map(text_size, paths))
             writer = Writer(f"{config.shards_dir}/{split}-", token_dtype(tokenizer))
-            for block in encoder.encode(read_blocks(paths, config)):
+            for block in encoder.encode(read_blocks(paths, config, split)):
                 writer.append(block)
                 n_separators = max(len(block.documents), len(block.turns))  # a byte each
                 bar.update(block.n_bytes + n_separators)
             files = writer.finish()
             bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
             if writer.counts["documents"] == 0:
-                patterns = ", ".join(split_patterns(config)[split])
-                raise UserError(f"{patterns}: found no text; wanted some for [data] {split}")
+                patterns = split_patterns(config)[split]
+                raise UserError(describe_empty(patterns, split, config.data.held_out))
             splits[split] = writer.counts | {"files": files, "sources": states}
     return splits
 
@@ -178,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--verify", action="store_true", help=verify_help)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides)
     if arguments.verify:
         _report_verification(config)
         return
@@ -187,3 +193,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{config.shards_dir}: {split}: {counts['documents']:,} documents, "
             f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
         )
+    print(f"{config.shards_dir}: {verdict(check(config))}")

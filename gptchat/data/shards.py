@@ -37,11 +37,11 @@ from gptchat.console import UserError
 from gptchat.data import digests
 from gptchat.data.dialogue import Turn
 from gptchat.data.encoding import token_dtype
+from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import matching_files, split_repeats
 
 FORMAT = 2  # 1 had no digests
-SPLITS = ("train", "valid", "test")
 SHARD_TOKENS = 1 << 28  # ids in a file
 REMEDY = "run `gptchat shards --config FILE` with this run's config"
 
@@ -54,6 +54,7 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "document": config.data.document if config.task == "lm" else "row",
         "tokenizer": tokenizer.hash,
         "dtype": token_dtype(tokenizer).str,
+        "held_out": config.data.held_out,
     }
 
 
@@ -64,7 +65,7 @@ def split_patterns(config: Config) -> dict[str, tuple[str, ...]]:
     """
     patterns: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:
-        named = getattr(config.data, split)
+        named = patterns_of(config.data, split)
         if split == "train" and config.data.weights:
             patterns |= {f"train-{i}": (pattern,) for i, pattern in enumerate(named)}
         elif named:
@@ -181,7 +182,8 @@ def read_meta(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     path = config.shards_dir / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        found = {key: meta.get(key) for key in header(config, tokenizer)}
+        older = {"held_out": 0.0}  # what shards say that were made before there was the key
+        found = {key: meta.get(key, older.get(key)) for key in header(config, tokenizer)}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: found no readable meta.json ({error}); {REMEDY}") from None
     for key, expected in header(config, tokenizer).items():

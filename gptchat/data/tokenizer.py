@@ -5,6 +5,8 @@ the `tokenizers` library. Both work on the bytes of UTF-8, so that no text is un
 vocabulary made elsewhere, such as GPT-2's, loads as it is; the special tokens that it lacks can be
 appended.
 
+A vocabulary that was not trained by the same config is never trained over (`vocabulary.py`).
+
 A tokenizer's directory is one that transformers' AutoTokenizer loads: `tokenizer.json` and
 `tokenizer_config.json`. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
 
@@ -31,7 +33,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
-from gptchat.data.reading import sample
+from gptchat.data import vocabulary
+from gptchat.data.plain_text import plain_text
+from gptchat.data.reading import sample, text_size
 from gptchat.files import atomic_write, expand
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
@@ -281,12 +285,12 @@ def train(settings: TokenizerConfig) -> Tokenizer:
 
     def texts(bar: Progress) -> Iterator[str]:
         nonlocal found_text
-        for text, n_bytes in sample(paths, limit):
+        for text, n_bytes in sample(paths, limit, plain_text):
             found_text = found_text or bool(text.strip())
             yield text
             bar.update(n_bytes)
 
-    total = sum(path.stat().st_size for path in paths)
+    total = sum(map(text_size, paths))
     with Progress(min(limit, total), "tokenizer", "B") as bar, ended_by_ctrl_c():
         backend.train_from_iterator(texts(bar), trainer)
     if not found_text:
@@ -335,7 +339,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)
-    settings = load_config(arguments.config, arguments.overrides).tokenizer
+    config = load_config(arguments.config, arguments.overrides)
+    settings = config.tokenizer
+    if not vocabulary.standing(config, arguments.config).is_own:
+        raise UserError(
+            f"{settings.dir}: found a vocabulary that {arguments.config} has not trained; "
+            "wanted another [tokenizer] dir, or that one moved away"
+        )
+    sources = vocabulary.source_states(settings)
     tokenizer = train(settings)
     tokenizer.save(settings.dir)
+    vocabulary.write_record(settings, arguments.config, sources)
     print(f"{settings.dir}: {settings.kind}, {tokenizer.vocab_size:,} entries")
