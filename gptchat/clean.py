@@ -26,7 +26,7 @@ RUN_FILES = (
     "config.json",
     "log.jsonl",
     "test.txt",
-    "greetings.tsv",
+    "prompts.tsv",
     "answers.tsv",
     "chat_history",
     "tensorboard/events.out.tfevents.*",
