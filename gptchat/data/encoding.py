@@ -9,8 +9,8 @@ Invariants:
 - Memory is flat: a few blocks are under way at once, however large the files.
 - The ids are those that the tokenizer gives for each whole document or turn, whatever the block
   size. (Exceptions, in a document longer than a block: a run of white space or a word longer than
-  a block may be cut, and a tokenizer that does not split at white space, see `splits_at_spaces`,
-  may give other ids around a cut.)
+  a block may be cut, and a tokenizer whose pattern is not one of scripts.py may give other ids
+  around a cut.)
 - A document (lm) is the text between blank lines, a line, or a file, as the config's `document`
   says ("block", "line", "file"), and is followed by [EOS]. Separators between documents, blank
   lines before a document and line ends at the end of a file are neither encoded nor counted in
@@ -19,7 +19,6 @@ Invariants:
   is made.
 """
 
-import json
 import multiprocessing
 import os
 import re
@@ -37,6 +36,7 @@ import numpy as np
 from gptchat.config import Config
 from gptchat.data.dialogue import TextTurn, read_dialogues
 from gptchat.data.reading import read_text
+from gptchat.data.scripts import WORDS
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
 Item = TypeVar("Item")
@@ -47,10 +47,6 @@ BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
 PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
 MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then emptied
 UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
-# What \s matches in GPT-2's pattern; Python's \s is not quite the same.
-SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# A word with the space before it, or white space: no token of GPT-2's pattern spans two of these.
-WORDS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
 SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
 BLANK_START = re.compile(r"\A(?:\s*\n|\s+\Z)")  # blank lines, or white space that is all there is
 UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")  # ends where the last white space begins
@@ -126,22 +122,6 @@ def read_blocks(paths: Sequence[Path], config: Config) -> Iterator[list[Any]]:
     return in_blocks(pieces, lambda piece: len(piece[0]))
 
 
-def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether white space always begins a new token.
-
-    True for a byte-level tokenizer that splits by GPT-2's pattern and changes nothing before.
-    """
-    settings = json.loads(tokenizer.backend.to_str())
-    step = settings["pre_tokenizer"] or {"type": None}
-    return (
-        step["type"] == "ByteLevel"
-        and step["use_regex"]
-        and not step["add_prefix_space"]
-        and settings["normalizer"] is None
-        and all(token["special"] for token in settings["added_tokens"])
-    )
-
-
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """The type of ids on disk, little-endian: 16 bits if the vocabulary allows it, else 32."""
     if tokenizer.vocab_size <= UINT16_ENTRIES:
@@ -162,22 +142,22 @@ class Encoded(NamedTuple):
 class Encoder:
     """Blocks to ids.
 
-    If the tokenizer splits at white space, each distinct word is encoded once and then looked up.
-    The ids equal those of the whole text, and it is several times as fast.
+    If the tokenizer's pattern is one of ours, each distinct word is encoded once and then looked
+    up. The ids equal those of the whole text, and it is several times as fast.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.dtype = token_dtype(tokenizer)
-        self.by_words = splits_at_spaces(tokenizer)
+        self.pattern = WORDS.get(tokenizer.pattern)
         self.words: dict[str, bytes] = {}  # the cache: word -> ids
         self.n_cached = 0  # characters in it
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Each text's ids, as bytes of `dtype`."""
-        if not self.by_words:
+        if not self.pattern:
             return self._encode_each(texts)
-        split = [WORDS.findall(text) for text in texts]
+        split = [self.pattern.findall(text) for text in texts]
         n_words = sum(map(len, split))
         new_words = list(set().union(*split) - self.words.keys())
         if n_words > 10_000 and 2 * len(new_words) > n_words:  # words hardly repeat: numbers, say

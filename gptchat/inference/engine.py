@@ -39,6 +39,7 @@ from torch import Tensor
 
 from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.sampling import Row, Sampling, Scored, draw, score
+from gptchat.inference.text import CharacterFilter
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS, GPT2Config
 
 Ids = abc.Sequence[int]
@@ -113,8 +114,9 @@ class Engine:
 
     `dtype`, one of `linear.DTYPES` or "auto", packs the layers for speed; None takes them as they
     are. The engine has its own copy of the model, which shares parameters but can be packed without
-    harm to the original. `suppress` are ids that are never drawn. A step prefills at most
-    `prefill_chunk` prompt tokens, so that long prompts do not stall the live sequences.
+    harm to the original. `suppress` are ids that are never drawn; `characters` is what the setting
+    `whole_characters` needs. A step prefills at most `prefill_chunk` prompt tokens, so that long
+    prompts do not stall the live sequences.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Engine:
         dtype: str | None = None,
         suppress: Ids = (),
         prefill_chunk: int = 256,
+        characters: CharacterFilter | None = None,
     ):
         shared = {id(parameter): parameter for parameter in model.parameters()}
         self.model = deepcopy(model, shared).eval()
@@ -136,6 +139,7 @@ class Engine:
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.device = self.model.wte.weight.device
         self.suppress = torch.tensor(suppress, dtype=torch.int64, device=self.device)
+        self.characters = characters
         self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
         self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Sequence] = []  # in the order of their slots
@@ -304,7 +308,7 @@ class Engine:
     def _draw(self, first_slot: int, logits: Tensor) -> list[Output]:
         """Draw a token for the live sequences from `first_slot` on; those that end leave."""
         sequences = self.running[first_slot:]
-        drawn = draw(logits, sequences, self.suppress)
+        drawn = draw(logits, sequences, self.suppress, self.characters)
         outputs = [_accept(*pair) for pair in zip(sequences, drawn, strict=True)]
         for index in reversed(range(len(outputs))):
             if outputs[index].finish_reason:

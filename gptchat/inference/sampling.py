@@ -2,7 +2,9 @@
 
 The settings mean what they mean in transformers' `generate`, in its order: repetition penalty,
 filtered words, suppressed ids; then, unless greedy, temperature, top-k, top-p, min-p. (Where scores
-tie at the cut, top-k keeps k ids and top-p all that tie.)
+tie at the cut, top-k keeps k ids and top-p all that tie.) `whole_characters`, which transformers
+does not have, is on unless it is set to 0: an answer is then the same wherever theirs has no
+U+FFFD.
 
 Given its logits, a row's id does not depend on the other rows. Its noise is one number in [0, 1), a
 hash of (seed, candidate, position), which becomes an id by inverting the cumulative distribution.
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptchat.inference.text import WordFilter
+from gptchat.inference.text import BROKEN, CharacterFilter, WordFilter
 
 WEIGHT_OF_THE_BEST = 2.0**40  # 2**23 ids of that weight still fit into an int64
 
@@ -63,6 +65,9 @@ class Sampling:
         1.0, low=0.01, high=100, help="1 is none (Keskar et al. 2019); counts prompt and answer"
     )
     max_new_tokens: int = _number(64, low=0, high=inf, help="of one answer")
+    whole_characters: int = _number(
+        1, low=0, high=1, help="1: no id that would break a character is drawn; 0: any may be"
+    )
     word_filter: WordFilter | None = None
     seed: int = 0
     logprobs: int | None = None
@@ -110,15 +115,23 @@ class Scored(NamedTuple):
     top: Sequence[tuple[int, float]] = ()
 
 
-def draw(logits: Tensor, rows: Sequence[Row], suppress: Tensor) -> list[Scored]:
+def draw(
+    logits: Tensor,
+    rows: Sequence[Row],
+    suppress: Tensor,
+    characters: CharacterFilter | None = None,
+) -> list[Scored]:
     """The next id of each row, -1 where nothing is left to draw. OVERWRITES float32 logits (B, V).
 
-    `suppress` (S,) are ids that are never drawn.
+    `suppress` (S,) are ids that are never drawn. Without `characters`, `whole_characters` has no
+    effect.
     """
     to_score = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     untouched = logits[to_score]  # a copy
     scores = logits.float()  # a copy only if they are not float32
     penalize_and_ban(scores, rows, suppress)
+    if characters:
+        keep_characters_whole(scores, rows, characters)
     ids = choose(scores, rows)  # (B,)
     drawn = [Scored(token) for token in ids.tolist()]
     if to_score:
@@ -155,6 +168,17 @@ def penalize_and_ban(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> N
             banned = row.sampling.word_filter.banned(row.ids)
             if banned:
                 scores[i, banned] = -inf
+
+
+def keep_characters_whole(scores: Tensor, rows: Sequence[Row], characters: CharacterFilter) -> None:
+    """In place: -inf for ids that would break a character, in rows that want none broken."""
+    states = [
+        characters.state(row.ids) if row.sampling.whole_characters else BROKEN for row in rows
+    ]
+    if len(set(states)) == 1:  # as a rule all are between characters
+        scores.masked_fill_(characters.forbidden[states[0]], -inf)
+    else:
+        scores.masked_fill_(characters.forbidden[states], -inf)
 
 
 def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
