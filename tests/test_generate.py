@@ -267,7 +267,12 @@ def test_answers_are_the_same_each_time_and_each_has_its_own_noise(generator):
 
 def test_sampled_answers_cut_long_turns_at_their_front(generator):
     ids = generator.tokenizer.encode("".join(chr(97 + i % 26) for i in range(200)))
-    long, cut = [(0, ids)], [(0, ids[-(N_CTX // 2 - 1) :])]
+    room = N_CTX // 2
+    if generator.task == "chatlm":
+        room -= 1  # for the [SEP] before the answer
+    long, cut = [(0, ids)], [(0, ids[-room:])]
+    assert generator.cut_to_fit(long, N_CTX) == (cut, True)
+    assert generator.cut_to_fit(cut, N_CTX) == (cut, False)
     assert generator.sample_answers([long]) == generator.sample_answers([cut])
 
 

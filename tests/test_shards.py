@@ -445,10 +445,10 @@ def test_text_edited_while_it_is_encoded_is_refused_when_the_shards_are_opened(
 ):
     config = with_text(lm, tmp_path, "one two")
 
-    def edit_then_read(paths, config):
+    def edit_then_read(paths, config, split):
         (tmp_path / "own.txt").write_text("two one")
         os.utime(tmp_path / "own.txt", ns=(2, 2))
-        return encoding.read_blocks(paths, config)
+        return encoding.read_blocks(paths, config, split)
 
     monkeypatch.setattr(shards, "read_blocks", edit_then_read)
     write(config)
@@ -519,11 +519,14 @@ def test_leftovers_of_killed_runs_are_removed(lm):
 
 
 def write_config(config, tmp_path):
-    """The config as a file."""
+    """The config as a file, with some text for valid besides."""
+    valid = tmp_path / "valid.txt"
+    valid.write_text("Hi!\tHeld out.\n")
     path = tmp_path / "run.toml"
     path.write_text(
         f"[tokenizer]\ndir = {json.dumps(config.tokenizer.dir)}\n"
         f"[data]\ntrain = {json.dumps(config.data.train)}\n"
+        f"valid = {json.dumps(str(valid))}\n"
         f"shards = {json.dumps(config.data.shards)}\n"
         "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"
     )

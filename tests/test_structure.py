@@ -16,7 +16,16 @@ LEVELS = (
     {"gptchat.data"},
     {"gptchat.model"},
     {"gptchat.inference", "gptchat.training"},
-    {"gptchat.train", "gptchat.evaluate", "gptchat.chat", "gptchat.serve", "gptchat.bench"},
+    {
+        "gptchat.train",
+        "gptchat.evaluate",
+        "gptchat.chat",
+        "gptchat.serve",
+        "gptchat.bench",
+        "gptchat.new",
+        "gptchat.paths",
+        "gptchat.clean",
+    },
 )
 LAZY = {"gptchat", "gptchat.__main__"}  # they import other modules by name, on first use
 TOP_LEVEL = {

@@ -139,10 +139,15 @@ def rows(turns: Sequence[str], columns: int) -> Iterator[str]:
 
 
 def write_file(path: Path, parts: Iterable[str]) -> None:
-    """Write the parts one after another; print their number and the file's size."""
+    """Write the parts one after another; print their number and the file's size.
+
+    A file that holds them already is left as it is, so that make sees no newer one.
+    """
     data = [part.encode() for part in parts]
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(b"".join(data))
+    content = b"".join(data)
+    if not path.is_file() or path.read_bytes() != content:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
     unit = "rows" if path.suffix == ".tsv" else "documents"
     print(f"{path}: {len(data):,} {unit}, {path.stat().st_size / 1e6:.2f} MB")
 

@@ -38,14 +38,15 @@ Every message has one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, and text th
 space alone. Roles need not alternate. In training the last message is the response and must be the
 responder's ("assistant" or "gpt"). Other keys are ignored.
 
-A file is JSONL if its name ends in `.jsonl`, and TSV otherwise. In both, a NUL character is an
-error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order mark, and CR LF
-or lone CR as line ends are accepted.
+A file is JSONL if its name ends in `.jsonl` or `.jsonl.gz`, and TSV otherwise. In both, a NUL
+character is an error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order
+mark, and CR LF or lone CR as line ends are accepted.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptchat.console import UserError
-from gptchat.data.reading import read_lines
+from gptchat.data.reading import is_gzip, read_lines
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 TextTurn = tuple[int, str]  # (speaker, text)
@@ -61,6 +62,7 @@ SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI
 SHAREGPT_SPEAKERS = {"gpt": 1, "human": 0, "system": 0}
 IGNORE = -100  # the target of a position that has none
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which UTF-8 cannot hold
+_JSON_TEXT = re.compile(r'"(?:content|value)"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}  # character -> its escape
 _CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 
@@ -229,7 +231,14 @@ def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
         yield from map(alternate, read_rows(path))
         return
     for place, line in _read_filled_lines(path):
-        yield _parse_messages(line, place, ends_with_response=True)
+        yield parse_dialogue(line, place, as_jsonl=True)
+
+
+def parse_dialogue(line: str, place: str, as_jsonl: bool) -> list[TextTurn]:
+    """The turns of the dialogue in one line, the response last. Raises UserError at `place`."""
+    if as_jsonl:
+        return _parse_messages(line, place, ends_with_response=True)
+    return alternate(_parse_row(line, place, 2))
 
 
 def read_prompts(path: str | Path) -> Iterator[Prompt]:
@@ -261,7 +270,27 @@ def format_answered(prompt: Prompt, answer: str, as_jsonl: bool) -> str:
 
 def is_jsonl(path: str | Path) -> bool:
     """Whether a file of dialogues is JSONL, which its ending says; else it is TSV."""
-    return Path(path).suffix.lower() == ".jsonl"
+    name = Path(path)
+    if is_gzip(name):
+        name = name.with_suffix("")
+    return name.suffix.lower() == ".jsonl"
+
+
+def plain_text(path: Path, piece: str) -> str:
+    """A piece of a file as the text that a vocabulary is trained on: of dialogues the turns alone.
+
+    A file is one of dialogues if its name ends in `.jsonl` or `.tsv` (or that and `.gz`). The piece
+    may begin or end within a dialogue. Any other file is text as it is.
+    """
+    if is_jsonl(path):
+        texts = []
+        for literal in _JSON_TEXT.findall(piece):
+            with suppress(ValueError):  # training would tell; a vocabulary does not need the line
+                texts.append(json.loads(literal))
+        return "\n".join(texts).encode(errors="replace").decode()
+    if ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]]:
+        return "\n".join(unescape(column) for column in piece.replace("\t", "\n").split("\n"))
+    return piece
 
 
 def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:

@@ -37,11 +37,11 @@ from gptchat.config import Config
 from gptchat.data.dialogue import TextTurn, read_dialogues
 from gptchat.data.reading import read_text
 from gptchat.data.scripts import WORDS
+from gptchat.data.splits import Piece, dialogues_of, pieces_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Piece = tuple[str, bool]  # (text of a document, whether the document ends with it)
 
 BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
 PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
@@ -65,15 +65,20 @@ def in_order(
         yield pending.popleft().result()
 
 
-def read_documents(path: Path, document: str, size: int) -> Iterator[Piece]:
+def read_documents(
+    path: Path, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
+) -> Iterator[Piece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
+
+    `on_invalid` is that of `read_text`.
 
     A document longer than `size` comes in several pieces, cut where white space begins, which no
     token of GPT-2's pattern spans; anywhere if it has no white space. Raises UserError with file
     and byte for invalid UTF-8.
     """
     at_start = True  # whether the next piece begins a document
-    for text, ends in _cut(read_text(path, size), re.compile(SEPARATORS[document]), size):
+    separator = re.compile(SEPARATORS[document])
+    for text, ends in _cut(read_text(path, size, on_invalid), separator, size):
         if at_start:
             text = BLANK_START.sub("", text)
             if not text:
@@ -112,13 +117,16 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
         yield block
 
 
-def read_blocks(paths: Sequence[Path], config: Config) -> Iterator[list[Any]]:
-    """Blocks of all documents, as Pieces (lm), or of all dialogues, as lists of turns (chatlm)."""
+def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[list[Any]]:
+    """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm)."""
+    held_out = config.data.held_out
     if config.task == "chatlm":
-        dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
+        all_dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
+        dialogues = dialogues_of(split, all_dialogues, held_out)
         return in_blocks(dialogues, lambda turns: sum(len(text) for _, text in turns))
     document = config.data.document
-    pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
+    all_pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
+    pieces = pieces_of(split, all_pieces, held_out)
     return in_blocks(pieces, lambda piece: len(piece[0]))
 
 

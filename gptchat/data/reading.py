@@ -1,17 +1,23 @@
 """Text out of UTF-8 files: block by block, line by line, or a sample of it.
 
 Invariants, the same for all readers:
+- A file whose name ends in `.gz` is decompressed; places, sizes and line numbers are those of the
+  text in it.
 - A byte order mark at the beginning of a file is left out. CR LF and a lone CR are line feeds.
-- A UserError names file, byte and line of invalid UTF-8, and a file that cannot be read.
+- A UserError names file, byte and line of invalid UTF-8, and a file that cannot be read or, where
+  it is compressed, is damaged.
 - Memory is flat: at most one block, or one line of at most LONGEST_LINE characters, is held.
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+import gzip
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from io import IncrementalNewlineDecoder
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from gptchat.console import UserError
 
@@ -21,18 +27,58 @@ BYTE_ORDER_MARK = "\ufeff"
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a UTF-8 character, after its first byte
 
 
+def is_gzip(path: str | Path) -> bool:
+    """Whether a file is compressed, which its ending says."""
+    return Path(path).suffix.lower() == ".gz"
+
+
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
-    """The file, open for reading. Raises UserError where it cannot be opened or read."""
+    """The bytes of a file's text, to be read.
+
+    Raises UserError where the file cannot be opened or read, or is no whole gzip file.
+    """
     try:
         with open(path, "rb") as file:
-            yield file
+            if is_gzip(path):
+                yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
+            else:
+                yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: found damaged gzip data ({error}); wanted a gzip file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_text(path: str | Path, size: int) -> Iterator[str]:
-    """The text of a file, `size` bytes at a time."""
+def to_bytes(text: str, path: str | Path) -> bytes:
+    """What a file of that name holds if its text is this one."""
+    data = text.encode()
+    return gzip.compress(data, mtime=0) if is_gzip(path) else data
+
+
+def text_size(path: Path) -> int:
+    """Bytes of a file's text. A compressed file is read once for it (about 300 MB a second)."""
+    status = path.stat()
+    if not is_gzip(path):
+        return status.st_size
+    return _uncompressed_size(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _uncompressed_size(path: Path, size: int, mtime_ns: int) -> int:
+    """Bytes of a compressed file's text; size and time tell the file from what it was before."""
+    with open_bytes(path) as file:
+        return sum(map(len, iter(lambda: file.read(1 << 20), b"")))
+
+
+def read_text(
+    path: str | Path, size: int, on_invalid: Callable[[int, int], None] | None = None
+) -> Iterator[str]:
+    """The text of a file, `size` bytes at a time.
+
+    `on_invalid`, where given, gets byte and line of the file's first invalid UTF-8 instead of a
+    UserError; what is invalid then becomes U+FFFD.
+    """
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = IncrementalNewlineDecoder(utf8, translate=True)
     line_ends = 0  # so far
@@ -46,21 +92,27 @@ def read_text(path: str | Path, size: int) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 position = file.tell() - len(error.object) + error.start
                 line = 1 + line_ends + count_line_ends(error.object[: error.start])
-                raise UserError(
-                    f"{path}: byte {position}: found invalid UTF-8 in line {line}"
-                ) from None
+                if on_invalid is None:
+                    raise UserError(
+                        f"{path}: byte {position}: found invalid UTF-8 in line {line}"
+                    ) from None
+                on_invalid(position, line)
+                utf8.errors = "replace"
+                text = decoder.decode(data, is_last)
             line_ends += text.count("\n")
             yield text
 
 
-def read_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a file, without their ends.
+def read_lines(
+    path: str | Path, on_invalid: Callable[[int, int], None] | None = None
+) -> Iterator[str]:
+    """The lines of a file, without their ends. `on_invalid` is that of `read_text`.
 
     Raises UserError for a line of more than LONGEST_LINE characters, of which little more is read.
     """
     number = 0  # lines so far
     rest = ""  # what follows the last line end
-    for text in read_text(path, PIECE):
+    for text in read_text(path, PIECE, on_invalid):
         *lines, rest = (rest + text).split("\n")
         for line in lines:
             number += 1
@@ -84,37 +136,62 @@ def count_line_ends(data: bytes) -> int:
     return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
 
 
-def sample(paths: Sequence[Path], limit: int) -> Iterator[tuple[str, int]]:
+def sample(
+    paths: Sequence[Path], limit: int, plain_text: Callable[[Path, str], str] | None = None
+) -> Iterator[tuple[str, int]]:
     """(text, its bytes in the file): all of the files, or about `limit` bytes spread over them.
 
-    A piece is cut at line feeds; where a line is longer than a piece, between characters.
+    `plain_text`, where given, takes the text that counts out of a piece of a file. A piece is cut
+    at line feeds; where a line is longer than a piece, between characters.
     """
-    total = sum(path.stat().st_size for path in paths)
+    total = sum(map(text_size, paths))
     step = 0  # bytes from the start of a piece to the start of the next; 0: without gaps
     if limit < total:
         n_pieces = max(1, limit // PIECE)
         step = -(-total // n_pieces)  # rounded up
     start = 0  # of the next piece, in bytes from the beginning of the file
     for path in paths:
-        size = path.stat().st_size
+        size = text_size(path)
         with open_bytes(path) as file:
+            reader = _PieceReader(file)
             while start < size:
                 after_gap = step > 0 and start > 0
                 is_last = start + PIECE >= size
-                text, used = _read_piece(file, start, after_gap, is_last)
-                yield text, used
+                text, used = _decode_piece(reader.read(start), path, start, after_gap, is_last)
+                yield plain_text(path, text) if plain_text else text, used
                 start += step or used
         start -= size
 
 
-def _read_piece(file: BinaryIO, start: int, after_gap: bool, is_last: bool) -> tuple[str, int]:
-    """(text, its bytes in the file) of at most PIECE bytes from `start` on.
+class _PieceReader:
+    """Reads pieces of PIECE bytes that begin after the beginning of the piece before.
+
+    The file itself is never sought backwards, for which a compressed one would be read anew.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.start = 0  # of the last piece
+        self.piece = b""
+
+    def read(self, start: int) -> bytes:
+        """The piece that begins at byte `start`; the file's last is shorter."""
+        known = self.piece[start - self.start :]
+        if not known:
+            self.file.seek(start)
+        self.start = start
+        self.piece = known + self.file.read(PIECE - len(known))
+        return self.piece
+
+
+def _decode_piece(
+    data: bytes, path: Path, start: int, after_gap: bool, is_last: bool
+) -> tuple[str, int]:
+    """(text, its bytes in the file) of the piece `data`, which begins at byte `start`.
 
     A piece after a gap begins at the first line that begins in it; one that is not the file's last
     ends with the last line that ends in it.
     """
-    file.seek(start)
-    data = file.read(PIECE)
     begin, end = 0, len(data)
     if after_gap:
         begin = _first_line_start(data)
@@ -126,7 +203,7 @@ def _read_piece(file: BinaryIO, start: int, after_gap: bool, is_last: bool) -> t
         text, used = codecs.utf_8_decode(data[begin:end], "strict", is_last)
     except UnicodeDecodeError as error:
         position = start + begin + error.start
-        raise UserError(f"{file.name}: byte {position}: found invalid UTF-8") from None
+        raise UserError(f"{path}: byte {position}: found invalid UTF-8") from None
     if start == 0:
         text = text.removeprefix(BYTE_ORDER_MARK)
     return text.replace("\r\n", "\n").replace("\r", "\n"), used

@@ -38,16 +38,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptchat.config import Config, load_config
+from gptchat.config import Config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
+from gptchat.data.check import check, verdict
 from gptchat.data.dialogue import Turn
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
+from gptchat.data.reading import text_size
+from gptchat.data.splits import SPLITS, describe_empty, load_run_config, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder, matching_files, split_repeats
 
 FORMAT = 2  # 1 had no digests
-SPLITS = ("train", "valid", "test")
 SHARD_TOKENS = 1 << 28  # ids in a file
 REMEDY = "run `gptchat shards --config FILE` with this run's config"
 
@@ -119,11 +121,12 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "document": config.data.document if config.task == "lm" else "row",
         "tokenizer": tokenizer.hash,
         "dtype": token_dtype(tokenizer).str,
+        "held_out": config.data.held_out,
     }
 
 
-def write(config: Config) -> dict[str, Any]:
-    """Encode the config's splits into its folder of shards; returns the content of `meta.json`.
+def write(config: Config, splits_wanted: Sequence[str] = SPLITS) -> dict[str, Any]:
+    """Encode these of the config's splits into its folder of shards; returns `meta.json`'s content.
 
     Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a line
     that is no dialogue, where the folder cannot be written, and while another process writes there.
@@ -132,8 +135,8 @@ def write(config: Config) -> dict[str, Any]:
     folder = config.shards_dir
     tokenizer = tokenizer_for(config)
     sources: dict[str, list[Path]] = {}
-    for split in SPLITS:
-        patterns = getattr(config.data, split)
+    for split in splits_wanted:
+        patterns = patterns_of(config.data, split)
         if patterns:
             sources[split] = expand(patterns, f"[data] {split}")
     with lock_folder(folder, "another process is writing shards here"):
@@ -155,23 +158,22 @@ def _encode(
     config: Config, tokenizer: Tokenizer, sources: dict[str, list[Path]]
 ) -> dict[str, dict[str, Any]]:
     """Write each split's files under temporary names; returns what `meta.json` says of each."""
-    total = sum(path.stat().st_size for paths in sources.values() for path in paths)
+    total = sum(text_size(path) for paths in sources.values() for path in paths)
     n_read = 0  # bytes of the files that are done
     splits: dict[str, dict[str, Any]] = {}
     with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
         for split, paths in sources.items():
             states = {str(path): digests.source_state(path) for path in paths}
-            n_read += sum(state["bytes"] for state in states.values())
+            n_read += sum(map(text_size, paths))
             writer = Writer(f"{config.shards_dir}/{split}-", token_dtype(tokenizer))
-            for block in encoder.encode(read_blocks(paths, config)):
+            for block in encoder.encode(read_blocks(paths, config, split)):
                 writer.append(block)
                 n_separators = max(len(block.documents), len(block.turns))  # a byte each
                 bar.update(block.n_bytes + n_separators)
             files = writer.finish()
             bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
             if writer.counts["documents"] == 0:
-                patterns = ", ".join(getattr(config.data, split))
-                raise UserError(f"{patterns}: found no text; wanted some for [data] {split}")
+                raise UserError(describe_empty(config.data, split))
             splits[split] = writer.counts | {"files": files, "sources": states}
     return splits
 
@@ -292,7 +294,8 @@ def read_meta(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     path = config.shards_dir / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        found = {key: meta.get(key) for key in header(config, tokenizer)}
+        older = {"held_out": 0.0}  # what shards say that were made before there was the key
+        found = {key: meta.get(key, older.get(key)) for key in header(config, tokenizer)}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: found no readable meta.json ({error}); {REMEDY}") from None
     for key, expected in header(config, tokenizer).items():
@@ -312,7 +315,7 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     another tokenizer or format, other source files, or source files that have changed since. Shards
     whose source files are all gone are opened.
     """
-    patterns = getattr(config.data, split)
+    patterns = patterns_of(config.data, split)
     if not patterns:
         raise UserError(f"[data] {split}: found no files named; wanted some")
     meta = read_meta(config, tokenizer)
@@ -379,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--verify", action="store_true", help=verify_help)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides)
     if arguments.verify:
         _report_verification(config)
         return
@@ -388,3 +391,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{config.shards_dir}: {split}: {counts['documents']:,} documents, "
             f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
         )
+    print(f"{config.shards_dir}: {verdict(check(config))}")

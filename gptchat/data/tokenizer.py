@@ -5,6 +5,8 @@ the `tokenizers` library. Both work on the bytes of UTF-8, so that no text is un
 vocabulary made elsewhere, such as GPT-2's, loads as it is; the special tokens that it lacks can be
 appended.
 
+A vocabulary that was not trained by the same config is never trained over (`vocabulary.py`).
+
 A tokenizer's directory is one that transformers' AutoTokenizer loads: `tokenizer.json` and
 `tokenizer_config.json`. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
 
@@ -31,7 +33,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
-from gptchat.data.reading import sample
+from gptchat.data import vocabulary
+from gptchat.data.dialogue import plain_text
+from gptchat.data.reading import sample, text_size
 from gptchat.data.scripts import pattern_of, pre_tokenizer
 from gptchat.data.unigram import frequent_words, train_unigram
 from gptchat.files import atomic_write, expand
@@ -267,12 +271,12 @@ def train(settings: TokenizerConfig) -> Tokenizer:
 
     def texts(bar: Progress) -> Iterator[str]:
         nonlocal has_text
-        for text, n_bytes in sample(paths, limit):
+        for text, n_bytes in sample(paths, limit, plain_text):
             has_text = has_text or bool(text.strip())
             yield text
             bar.update(n_bytes)
 
-    total = sum(path.stat().st_size for path in paths)
+    total = sum(map(text_size, paths))
     with ended_by_ctrl_c():
         with Progress(min(limit, total), "tokenizer", "B") as bar:
             if settings.kind == "bpe":
@@ -326,7 +330,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)
-    settings = load_config(arguments.config, arguments.overrides).tokenizer
+    config = load_config(arguments.config, arguments.overrides)
+    settings = config.tokenizer
+    if not vocabulary.standing(config, arguments.config).is_own:
+        raise UserError(
+            f"{settings.dir}: found a vocabulary that {arguments.config} has not trained; "
+            "wanted another [tokenizer] dir, or that one moved away"
+        )
+    sources = vocabulary.source_states(settings)
     tokenizer = train(settings)
     tokenizer.save(settings.dir)
+    vocabulary.write_record(settings, arguments.config, sources)
     print(f"{settings.dir}: {settings.kind}, {tokenizer.vocab_size:,} entries")

@@ -170,6 +170,20 @@ class TextGenerator:
         text = text or [self.tokenizer.eos_id]
         return Request(text, None, sampling, n=n, stop_ids=stop_ids)
 
+    def cut_to_fit(self, turns: Sequence[Turn], max_new_tokens: int) -> tuple[list[Turn], bool]:
+        """(turns that `request` takes, whether text was cut): the last turn without its front.
+
+        An LM's turns are joined to one. A ChatLM's older turns are left to `request`, which drops
+        them.
+        """
+        longest = prompt_room(self.n_ctx, max_new_tokens)
+        if self.task == "lm":
+            turns = [(0, list(chain.from_iterable(ids for _, ids in turns)))]
+        else:
+            longest -= 1  # for the [SEP] before the answer
+        speaker, ids = turns[-1]
+        return [*turns[:-1], (speaker, ids[-longest:])], len(ids) > longest
+
     def stream(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> Generator[Piece]:
         """Run all requests at once, and yield the pieces of their answers as they come.
 
@@ -210,14 +224,13 @@ class TextGenerator:
     def sample_answers(self, dialogues: Iterable[Sequence[Turn]]) -> list[str]:
         """An answer to each encoded dialogue (an LM's continuation), the same ones at every call.
 
-        They are drawn with `CHAT_SAMPLING`; the seed is the dialogue's number. Turns that are too
-        long lose their front, as in training.
+        They are drawn with `CHAT_SAMPLING`; the seed is the dialogue's number. What is too long is
+        cut by `cut_to_fit`.
         """
-        max_turn = self.n_ctx // 2 - 1
         requests = []
         for seed, turns in enumerate(dialogues):
-            cut_turns = [(speaker, ids[-max_turn:]) for speaker, ids in turns]
-            requests.append(self.request(cut_turns, replace(CHAT_SAMPLING, seed=seed)))
+            fitting, _ = self.cut_to_fit(turns, CHAT_SAMPLING.max_new_tokens)
+            requests.append(self.request(fitting, replace(CHAT_SAMPLING, seed=seed)))
         return self.complete(requests)
 
 

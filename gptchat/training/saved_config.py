@@ -33,6 +33,8 @@ FREE_KEYS = {
     "data.shards",
     "run",
 }
+# What the files of the config hold, as digests.
+DATA_KEYS = {"text.tokenizer", "text.train", "text.valid"}
 
 
 def resolve_config(config: Config, text: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def compare_configs(path: Path, saved: dict[str, Any], config: dict[str, Any]) -
     now = flatten(config)
     before = flatten(resolve_config(Config(), {})) | _renamed(flatten(saved))
     changes: list[str] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}  # key -> change
     for key in sorted(before.keys() | now.keys()):
         if key not in now:
             changes.append(f"{key} was {before[key]!r}, a key that no longer exists")
@@ -63,13 +65,24 @@ def compare_configs(path: Path, saved: dict[str, Any], config: dict[str, Any]) -
             if key in FREE_KEYS:
                 changes.append(change)
             else:
-                refused.append(change)
+                refused[key] = change
     if refused:
-        raise UserError(
-            f"{path}: made with another config: {'; '.join(refused)}; change it back, or name "
-            f"another run folder; only these keys may change: {', '.join(sorted(FREE_KEYS))}"
-        )
+        raise UserError(f"{path}: {_describe_refusal(refused, config['run'])}")
     return changes
+
+
+def _describe_refusal(refused: dict[str, str], run: str) -> str:
+    """What an error says of changed keys, and how to go on."""
+    differences = "; ".join(refused.values())
+    if refused.keys() <= DATA_KEYS:
+        return (
+            f"the data is no longer what this run began with: {differences}; put it back, or "
+            f"remove {run} to train anew; `touch {run}/test.txt` lets make keep the run as it is"
+        )
+    return (
+        f"made with another config: {differences}; change it back, or name another run folder; "
+        f"only these keys may change: {', '.join(sorted(FREE_KEYS))}"
+    )
 
 
 def _renamed(flat: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,225 @@
+"""One file of text or dialogues, looked through for `gptchat check`: counts, hashes, odd places.
+
+A file is read three times: its bytes for lone CRs, its text for characters and what looks private,
+its documents for the rest. Nothing is encoded, which would take most of the time: tokens are
+estimated from characters.
+
+Invariants:
+- Unlike the readers of training, a scan goes on behind what is wrong and counts it.
+- Memory is flat but for 8 bytes a document, its hash. It is Python's, which differs from process to
+  process; two of a billion documents are mixed up in one of 37 checks.
+"""
+
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gptchat.config import Config
+from gptchat.console import UserError
+from gptchat.data.dialogue import fit, is_jsonl, parse_dialogue
+from gptchat.data.encoding import BLOCK, read_documents
+from gptchat.data.reading import open_bytes, read_lines, read_text
+from gptchat.data.splits import HASHED, split_of, split_of_dialogue
+
+PLACES = 5  # that are kept of each finding
+LONE_CR = re.compile(rb"\r(?!\n)")
+EMAIL = re.compile(r"@[\w-]+\.\w")  # from the @ on, which is searched for fastest
+# Nine digits or more, in one piece or in groups of two to four: telephones, cards, accounts.
+NUMBER = re.compile(
+    r"[0-9](?:[0-9]{8}|[0-9]{0,3}\)?[ .-]{1,2}[0-9]{2,4}(?:[ .-][0-9]{2,4}){1,4}(?![0-9]))"
+)
+DATE_OR_YEARS = re.compile(r"[12][0-9]{3}(?:[ .-][01][0-9][ .-]|(?:[ .-]{1,2}[12][0-9]{3})+$)")
+
+
+@dataclass
+class Finding:
+    """What occurs `count` times; `places` are the first ones, as FILE:LINE or in words."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str, count: int = 1) -> None:
+        self.count += count
+        if len(self.places) < PLACES:
+            self.places.append(place)
+
+
+@dataclass
+class FileScan:
+    """What was found in one file. `split` is "" where each document has its own (held_out)."""
+
+    name: str
+    split: str
+    n_bytes: int = 0  # of text in the file, decompressed
+    n_characters: int = 0  # of documents or turns
+    n_documents: int = 0
+    long_rows: int = 0  # dialogues that do not fit into the context
+    cut_tokens: int = 0  # what is cut of them, estimated
+    warnings: dict[str, Finding] = field(default_factory=dict)
+    refusals: dict[str, Finding] = field(default_factory=dict)  # what training would not take
+    hashes: dict[str, array] = field(default_factory=dict)  # split -> of its documents, in order
+
+    def warn(self, kind: str, place: str, count: int = 1) -> None:
+        self.warnings.setdefault(kind, Finding()).add(place, count)
+
+    def refuse(self, kind: str, place: str) -> None:
+        self.refusals.setdefault(kind, Finding()).add(place)
+
+    def add_document(self, text_hash: int, split: str, n_characters: int) -> None:
+        self.n_documents += 1
+        self.n_characters += n_characters
+        hashes = self.hashes.setdefault(split, array("Q"))
+        hashes.append(text_hash & 0xFFFF_FFFF_FFFF_FFFF)
+
+    def note_invalid(self, byte: int, line: int) -> None:
+        self.refuse("invalid UTF-8", f"{self.name}:{line} (byte {byte})")
+
+
+def scan_file(
+    path: Path, split: str, config: Config, n_ctx: int, characters_per_token: float
+) -> FileScan:
+    """Look through a file of a split. With `n_ctx` 0 nothing counts as too long."""
+    scan = FileScan(str(path), split)
+    try:
+        _scan_bytes(path, scan)
+        _scan_characters(path, scan)
+        if config.task == "chatlm":
+            _scan_dialogues(path, scan, config.data.held_out, n_ctx, characters_per_token)
+        else:
+            _scan_documents(path, scan, config)
+    except UserError as error:  # it cannot be read, or has an endless line
+        scan.refuse(*_split_message(error, scan.name))
+    return scan
+
+
+def texts_of(path: Path, config: Config) -> Iterator[str]:
+    """The documents or turns of a file, without what cannot be read."""
+
+    def ignore(byte: int, line: int) -> None: ...
+
+    if config.task == "lm":
+        for text, _ in read_documents(path, config.data.document, BLOCK, ignore):
+            yield text
+        return
+    as_jsonl = is_jsonl(path)
+    for line in filter(None, read_lines(path, ignore)):
+        try:
+            turns = parse_dialogue(line, "", as_jsonl)
+        except UserError:
+            continue
+        for _, text in turns:
+            yield text
+
+
+def _scan_bytes(path: Path, scan: FileScan) -> None:
+    """Count bytes and lone CRs, old line ends that begin a new line wherever they stand."""
+    n_lines = 0
+    rest = b""  # a CR at the end of a block, which may be half of a CR LF
+    with open_bytes(path) as file:
+        while block := file.read(BLOCK):
+            scan.n_bytes += len(block)
+            block = rest + block
+            rest = b"\r" if block.endswith(b"\r") else b""
+            block = block.removesuffix(rest)
+            n_lone = block.count(b"\r") - block.count(b"\r\n")
+            if n_lone and "lone CR" not in scan.warnings:
+                match = LONE_CR.search(block)
+                assert match
+                line = 1 + n_lines + block.count(b"\n", 0, match.start())
+                scan.warn("lone CR", f"{path}:{line}", 0)
+            if n_lone:
+                scan.warnings["lone CR"].count += n_lone
+            n_lines += block.count(b"\n")
+    if rest:
+        scan.warn("lone CR", f"{path}:{n_lines + 1}")
+
+
+def _scan_characters(path: Path, scan: FileScan) -> None:
+    """Find NULs, and what looks like e-mail addresses and private numbers, by line."""
+    n_lines = 0
+    rest = ""  # an unfinished line
+    for text in read_text(path, BLOCK, scan.note_invalid):
+        head, line_end, tail = text.rpartition("\n")
+        if not line_end and len(rest) < BLOCK:
+            rest += text
+            continue
+        _scan_lines(rest + head, n_lines, scan)
+        n_lines += (rest + head + line_end).count("\n")
+        rest = tail
+    _scan_lines(rest, n_lines, scan)
+
+
+def _scan_lines(text: str, n_lines: int, scan: FileScan) -> None:
+    """Scan whole lines, before which the file has `n_lines`."""
+
+    def note(kind: str, position: int) -> None:
+        finding = scan.warnings.get(kind)
+        if finding and len(finding.places) == PLACES:  # the line need not be counted
+            finding.count += 1
+            return
+        scan.warn(kind, f"{scan.name}:{1 + n_lines + text.count(chr(10), 0, position)}")
+
+    position = text.find("\0")
+    while position >= 0:
+        note("NUL", position)
+        position = text.find("\0", position + 1)
+    for match in EMAIL.finditer(text):
+        if match.start() > 0 and text[match.start() - 1].isalnum():
+            note("e-mail address", match.start())
+    for match in NUMBER.finditer(text):
+        number = match.group()
+        if sum(map(str.isdigit, number)) >= 9 and not DATE_OR_YEARS.match(number):
+            note("number that looks private", match.start())
+
+
+def _scan_documents(path: Path, scan: FileScan, config: Config) -> None:
+    """Count and hash the documents of a text."""
+    text_hash = 0
+    n_characters = 0  # so far, of a document that comes in several pieces
+    beginning = ""  # of it, as much as its split depends on
+    held_out = config.data.held_out
+    # Invalid UTF-8 was noted before.
+    for text, ends in read_documents(path, config.data.document, BLOCK, lambda byte, line: None):
+        text_hash = hash((text_hash, text)) if n_characters else hash(text)
+        n_characters += len(text)
+        if held_out > 0 and len(beginning) < HASHED:
+            beginning += text
+        if ends:
+            split = scan.split or split_of(beginning[:HASHED], held_out)
+            scan.add_document(text_hash, split, n_characters)
+            n_characters = 0
+            beginning = ""
+
+
+def _scan_dialogues(
+    path: Path, scan: FileScan, held_out: float, n_ctx: int, characters_per_token: float
+) -> None:
+    """Count and hash dialogues, and those that do not fit; note lines that are none."""
+    as_jsonl = is_jsonl(path)
+    longest = n_ctx * characters_per_token  # characters, about
+    for number, line in enumerate(read_lines(path, lambda byte, line: None), 1):
+        if not line:
+            continue
+        try:
+            turns = parse_dialogue(line, f"{path}:{number}", as_jsonl)
+        except UserError as error:
+            scan.refuse(*_split_message(error, f"{path}:{number}"))
+            continue
+        texts = tuple([text for _, text in turns])
+        n_characters = sum(map(len, texts))
+        split = scan.split or split_of_dialogue(turns, held_out)
+        scan.add_document(hash(texts), split, n_characters)
+        if 0 < longest < n_characters:
+            lengths = [int(len(text) / characters_per_token) for text in texts]
+            total = sum(lengths) + len(lengths) - 1
+            scan.long_rows += total > n_ctx
+            scan.cut_tokens += max(0, total - fit(lengths, n_ctx).length)
+
+
+def _split_message(error: UserError, place: str) -> tuple[str, str]:
+    """(what was found, FILE:LINE or the whole error) of an error in a file."""
+    message = str(error).removeprefix(f"{place}: ")
+    found = re.sub(r"\d+", "N", message.partition("; wanted")[0])  # one kind for all columns
+    return found, f"{place}: {message}"

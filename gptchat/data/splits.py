@@ -1,0 +1,100 @@
+"""Which documents are for training, for validation (valid) and for the test.
+
+Files that the config names for a split hold it. With `[data] held_out` the files of `train` hold
+all three, and each document or dialogue is drawn by a hash of its text: a share of `held_out`
+becomes valid, as large a share test, the rest train.
+
+Invariants:
+- A document's split depends on its text and on `held_out` only: it stays where it is when other
+  documents are added, moved or removed. Equal documents are in the same split.
+- Hashed are a document's first HASHED characters (so one that grows at its end stays, too), or all
+  turns of a dialogue but the response (so all answers to one prompt stay together). TSV rows that
+  show one conversation at different turns are different dialogues.
+- The hash is BLAKE2b of the UTF-8 bytes, 8 bytes long. As a big-endian number divided by 2**64 it
+  is below `held_out` for valid, and below twice that for test.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+
+from gptchat.config import Config, DataConfig, load_config
+from gptchat.console import UserError
+from gptchat.data.dialogue import TextTurn
+
+SPLITS = ("train", "valid", "test")
+HASHED = 65_536  # characters
+Piece = tuple[str, bool]  # (text of a document, whether the document ends with it)
+
+
+def patterns_of(data: DataConfig, split: str) -> tuple[str, ...]:
+    """The patterns of the files that hold a split."""
+    return data.train if data.held_out > 0 else getattr(data, split)
+
+
+def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run. Raises UserError, too, where it names no files for training or valid."""
+    config = load_config(path, overrides)
+    for split in ("train", "valid"):
+        if not patterns_of(config.data, split):
+            remedy = ", or held_out above 0, to take it from train" if split == "valid" else ""
+            raise UserError(f"{path}: [data] {split}: found no files named; wanted some{remedy}")
+    return config
+
+
+def describe_empty(data: DataConfig, split: str) -> str:
+    """What an error says of a split without a document."""
+    patterns = ", ".join(patterns_of(data, split))
+    if data.held_out > 0:
+        return (
+            f"{patterns}: found no document for {split} with [data] held_out {data.held_out:g}; "
+            "wanted more documents, or a larger share"
+        )
+    return f"{patterns}: found no text; wanted some for [data] {split}"
+
+
+def hash_of(text: str) -> int:
+    """A number below 2**64 that stands for the text."""
+    return int.from_bytes(blake2b(text.encode(errors="replace"), digest_size=8).digest())
+
+
+def split_of(text: str, held_out: float) -> str:
+    """The split of a document or dialogue, given the part of its text that is hashed."""
+    place = hash_of(text) / 2**64
+    if place < held_out:
+        return "valid"
+    if place < 2 * held_out:
+        return "test"
+    return "train"
+
+
+def split_of_dialogue(turns: Sequence[TextTurn], held_out: float) -> str:
+    return split_of("\0".join(text for _, text in turns[:-1]), held_out)
+
+
+def dialogues_of(
+    split: str, dialogues: Iterable[list[TextTurn]], held_out: float
+) -> Iterator[list[TextTurn]]:
+    """The dialogues that are in the split; all of them if nothing is held out."""
+    for turns in dialogues:
+        if held_out == 0 or split_of_dialogue(turns, held_out) == split:
+            yield turns
+
+
+def pieces_of(split: str, pieces: Iterable[Piece], held_out: float) -> Iterator[Piece]:
+    """The pieces of the documents that are in the split; all of them if nothing is held out."""
+    if held_out == 0:
+        yield from pieces
+        return
+    waiting: list[Piece] = []  # pieces of a document whose split is not known yet
+    is_in_split: bool | None = None  # None: not known yet
+    for text, ends in pieces:
+        waiting.append((text, ends))
+        if is_in_split is None and (ends or sum(len(text) for text, _ in waiting) >= HASHED):
+            beginning = "".join(text for text, _ in waiting)[:HASHED]
+            is_in_split = split_of(beginning, held_out) == split
+        if is_in_split is not None:
+            if is_in_split:
+                yield from waiting
+            waiting = []
+        if ends:
+            is_in_split = None

@@ -1,0 +1,241 @@
+"""Configs for a person's own data: `gptchat new NAME --text FILES --chat FILES --minutes 15`.
+
+Writes configs/NAME/lm.toml for text and configs/NAME/chatlm.toml for dialogues, sized to the data,
+the machine and the minutes (sizing.py has the rules), and never over a file that is there. Without
+text the ChatLM starts from new weights and learns every turn; without dialogues there is the LM
+alone.
+
+What is not sized comes from the default configs, on a GPU from those of gpt2-small. A comment
+beside each number says where it is from.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tomli
+import torch
+
+from gptchat.config import Config, load_config
+from gptchat.console import CommandParser, UserError
+from gptchat.data.check import Report, verdict
+from gptchat.files import atomic_write
+from gptchat.new import sizing
+from gptchat.new.sizing import Plan, Speed
+
+DEFAULTS = Path(__file__).resolve().parents[2] / "configs"
+# Keys of the default configs that are chosen anew; all others are taken over.
+CHOSEN = {
+    "tokenizer": {"dir", "vocab_size", "files"},
+    "data": {"train", "valid", "test", "weights", "held_out", "shards", "document"},
+    "model": {"n_layer", "n_head", "n_embd", "n_ctx", "dropout"},
+    "train": {"num_steps", "num_epochs", "batch_size", "eval_interval", "patience"},
+}
+EVALUATIONS = 5  # in a run, where the text is not read so often that it should end early
+PATIENCE = 3
+Lines = list[str]
+
+
+def toml(values: dict[str, Any]) -> Lines:
+    """Lines of TOML for plain values, strings and lists of them."""
+    return [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+
+
+def taken_over(recipe_file: Path, section: str) -> Lines:
+    """The keys of a default config's section that are not chosen anew."""
+    table = tomli.loads(recipe_file.read_text(encoding="utf-8")).get(section, {})
+    return toml({key: value for key, value in table.items() if key not in CHOSEN[section]})
+
+
+def tokenizer_lines(name: str, files: Sequence[str], plan: Plan, recipe_file: Path) -> Lines:
+    return [
+        "",
+        "[tokenizer]",
+        f'dir = "out/{name}/tokenizer"',
+        f"vocab_size = {plan.vocab_size}  # an entry for each {sizing.BYTES_PER_ENTRY:,} bytes of "
+        "text, a power of two, the default's at most",
+        *toml({"files": list(files)}),
+        *taken_over(recipe_file, "tokenizer"),
+    ]
+
+
+def data_lines(
+    name: str, patterns: Sequence[str], document: str, report: Report, plan: Plan, recipe_file: Path
+) -> Lines:
+    n_documents = report.documents["train"]
+    lines = [
+        "",
+        "[data]",
+        f"# {report.total('n_bytes') / 1e6:.1f} MB, {n_documents:,} {report.unit}, about "
+        f"{report.n_tokens:,.0f} tokens",
+        *toml({"train": list(patterns)}),
+        f"held_out = {plan.held_out:g}  # for valid, and as much for test: about "
+        f"{plan.held_out * n_documents:,.0f} {report.unit}, drawn by a hash of each",
+    ]
+    if report.task == "lm":
+        reason = "blank lines divide documents"
+        if document == "line":
+            reason = "the text has hardly a blank line"
+        lines.append(f'document = "{document}"  # {reason}')
+    lines += toml({"shards": f"out/{name}/shards/{report.task}"})
+    return lines + taken_over(recipe_file, "data")
+
+
+def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool) -> Lines:
+    n_layer, n_embd = plan.size
+    lines = ["", "[model]"]
+    if has_sizes:
+        lines += [
+            "# The largest size that is trained on enough tokens for each parameter.",
+            f"n_layer = {n_layer}",
+            f"n_head = {max(1, n_embd // sizing.HEAD_WIDTH)}  # {sizing.HEAD_WIDTH} wide each",
+            f"n_embd = {n_embd}",
+            f"n_ctx = {plan.n_ctx}",
+        ]
+    if plan.epochs > sizing.FRESH_EPOCHS:
+        lines.append(f"dropout = 0.1  # the data is read {plan.epochs:.1f} times")
+    lines += taken_over(recipe_file, "model")
+    return lines if len(lines) > 2 else []
+
+
+def train_lines(plan: Plan, recipe_file: Path) -> Lines:
+    lines = [
+        "",
+        "[train]",
+        f"num_steps = {plan.num_steps}  # about {plan.seconds / 60:.1f} minutes, {plan.epochs:.1f} "
+        f"passes over the data ({sizing.MAX_EPOCHS} at most)",
+        f"batch_size = {plan.batch_size}  # rows of n_ctx tokens",
+    ]
+    if plan.epochs > sizing.FRESH_EPOCHS:
+        interval = max(1, plan.num_steps // (2 * EVALUATIONS))
+        lines.append(f"eval_interval = {interval}  # the best of {2 * EVALUATIONS} models is kept")
+        lines.append(f"patience = {PATIENCE}  # so often no better: it is learned by heart")
+    else:
+        interval = max(1, plan.num_steps // EVALUATIONS)
+        lines.append(f"eval_interval = {interval}  # the best of {EVALUATIONS} models is kept")
+    return lines + taken_over(recipe_file, "train")
+
+
+def head_lines(task: str, name: str, minutes: float, speed: Speed, start: str) -> Lines:
+    what = "An LM of own text" if task == "lm" else "A ChatLM of own dialogues"
+    lines = [
+        f"# {what}, made by `gptchat new {name}` for {minutes:g} minutes on a machine (device: "
+        f"{speed.device})",
+        f"# whose training steps made {speed.flops / 1e9:,.0f} GFLOP/s. File names are relative to "
+        "the folder that",
+        "# commands run in. configs/README.md explains every key.",
+        f'task = "{task}"',
+        f'run = "out/{name}/{task}"',
+    ]
+    return [*lines, f'init_from = "{start}"'] if start else lines
+
+
+def plan_configs(
+    name: str, text: Sequence[str], chat: Sequence[str], minutes: float
+) -> dict[str, str]:
+    """What to write: file name -> content. Raises UserError for data that is missing or too little.
+
+    A note on stderr tells what `gptchat check` would warn of.
+    """
+    folder = DEFAULTS / "gpt2-small" if torch.cuda.is_available() else DEFAULTS
+    recipe_files = {task: folder / f"{task}.toml" for task in ("lm", "chatlm")}
+    recipe = load_config(str(recipe_files["lm"]))
+    reports: dict[str, Report] = {}
+    document = "block"
+    if text:
+        reports["lm"], document = sizing.survey("lm", text, recipe.model.n_ctx)
+    if chat:
+        reports["chatlm"], _ = sizing.survey("chatlm", chat, recipe.model.n_ctx)
+    for report in reports.values():
+        if report.warnings:
+            print(verdict(report), file=sys.stderr)
+    speed = sizing.measure(recipe)
+    plans = make_plans(reports, minutes, speed, recipe, recipe_files)
+    contents: dict[str, str] = {}
+    files = [*text, *chat]
+    for task, plan in plans.items():
+        recipe_file = recipe_files[task]
+        is_first = task == "lm" or not text
+        lines = head_lines(task, name, minutes, speed, "" if is_first else f"out/{name}/lm/model")
+        if is_first:
+            lines += tokenizer_lines(name, files, plan, recipe_files["lm"])
+        patterns = text if task == "lm" else chat
+        data = data_lines(name, patterns, document, reports[task], plan, recipe_file)
+        if task == "chatlm" and is_first:
+            data = [line for line in data if not line.startswith("targets")]
+            data.append('targets = "all"  # without an LM before it, it learns from every turn')
+        lines += data + model_lines(plan, recipe_file, is_first) + train_lines(plan, recipe_file)
+        contents[f"{task}.toml"] = "\n".join(lines) + "\n"
+    return contents
+
+
+def make_plans(
+    reports: dict[str, Report],
+    minutes: float,
+    speed: Speed,
+    recipe: Config,
+    recipe_files: dict[str, Path],
+) -> dict[str, Plan]:
+    """The plan of each task: the LM's first, whose size the ChatLM has."""
+    n_bytes = sum(report.n_tokens for report in reports.values()) * sizing.BYTES_PER_TOKEN
+    vocab_size = sizing.choose_vocabulary(int(n_bytes), recipe)
+    n_ctx = recipe.model.n_ctx
+    if "chatlm" in reports:
+        n_ctx = sizing.choose_context(reports["chatlm"], recipe)
+    plans: dict[str, Plan] = {}
+    for task, report in reports.items():
+        share = 1.0
+        if len(reports) == 2:
+            share = sizing.LM_SHARE if task == "lm" else 1 - sizing.LM_SHARE
+        seconds = 60 * minutes * sizing.STEPS_SHARE * share
+        train = load_config(str(recipe_files[task])).train
+        size = plans["lm"].size if "lm" in plans else None
+        plans[task] = sizing.make_plan(
+            report, seconds, speed, replace(recipe, train=train), vocab_size, n_ctx, size
+        )
+    return plans
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        "new",
+        "Write configs for your own text and dialogues into configs/NAME, sized to the data, this\n"
+        "machine and the minutes that training may take.",
+        "gptchat new bard --text 'mine/*.txt' --chat 'talks/*.tsv' --minutes 15",
+    )
+    add = parser.add_argument
+    add("name", metavar="NAME", help="of the folder in configs/, and in out/")
+    add("--text", nargs="+", default=[], metavar="FILES", help="text, globs too, .gz too")
+    add("--chat", nargs="+", default=[], metavar="FILES", help="dialogues, TSV or JSONL")
+    add("--minutes", type=positive, default=15, help="for all training (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name) or args.name == "serve":
+        raise UserError(f"NAME: found {args.name!r}; wanted letters, digits, _ and -")
+    if not (args.text or args.chat):
+        raise UserError("wanted --text FILES, --chat FILES or both")
+    folder = Path("configs", args.name)
+    existing = [path for path in (folder / "lm.toml", folder / "chatlm.toml") if path.exists()]
+    if existing:
+        raise UserError(f"{existing[0]}: is there already; wanted another NAME, or it removed")
+    contents = plan_configs(args.name, args.text, args.chat, args.minutes)
+    for file_name, content in contents.items():
+        with atomic_write(folder / file_name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+        load_config(str(folder / file_name))
+        print(f"wrote {folder / file_name}")
+    targets = " ".join(Path(file_name).stem for file_name in contents)
+    print("next:")
+    for file_name in contents:
+        print(f"  gptchat check --config {folder / file_name}")
+    print(f"  make tokenizer {targets} CONFIGS={folder}")

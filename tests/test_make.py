@@ -1,0 +1,396 @@
+"""`make` in a person's own folder: it does what the configs say, once, and spares own files."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptchat import paths
+
+ROOT = Path(__file__).resolve().parent.parent
+# Commands that make runs are noted. Those that take long are replaced by what they leave behind.
+PYTHON = """#!/bin/sh
+[ "$1 $2" = "-m gptchat" ] && [ "$3" != paths ] && echo "$*" >> commands.log
+case "$3" in
+{stubs}
+esac
+exec env PYTHONPATH={root} {python} "$@"
+"""
+STUBS = """
+train) run=$(sed -n 's/^run = "\\(.*\\)"/\\1/p' "$5"); mkdir -p "$run"; touch "$run/model"; exit 0;;
+shards) exit 0;;
+evaluate) echo "figures of $5"; exit 0;;
+chat) for last; do :; done; printf 'Hi\\tHello\\n' > "$last"; exit 0;;
+corpora) mkdir -p data/lm data/chatlm
+  for name in {corpora}; do echo text > $name; done; exit 0;;
+"""
+# Stands for `python3.11 -m venv FOLDER`: pip does nothing.
+MAKE_VENV = """#!/bin/sh
+mkdir -p "$3/bin"
+cat > "$3/bin/python" <<'END'
+{python}END
+printf '#!/bin/sh\\n' > "$3/bin/pip"
+chmod +x "$3/bin/python" "$3/bin/pip"
+"""
+LM = """
+run = "out/bard"
+[tokenizer]
+dir = "out/bard-tokenizer"
+vocab_size = 300
+files = ["mine/*.txt"]
+[data]
+train = ["mine/*.txt"]
+valid = ["held/valid.txt"]
+test = ["held/test.txt"]
+shards = "out/bard-shards/lm"
+[model]
+n_layer = 1
+n_head = 1
+n_embd = 16
+n_ctx = 32
+[train]
+num_steps = 2
+batch_size = 2
+"""
+CHATLM = """
+task = "chatlm"
+run = "out/bard-chat"
+init_from = "out/bard/model"
+[data]
+train = ["talks/*.tsv"]
+valid = ["held/valid.tsv"]
+test = ["held/test.tsv"]
+shards = "out/bard-shards/chatlm"
+[train]
+num_steps = 2
+batch_size = 2
+"""
+
+
+class Project:
+    """A folder with a set-up of its own, in which `make` runs."""
+
+    def __init__(self, folder: Path, stubs: str = STUBS):
+        self.folder = folder
+        self.log = folder / "commands.log"
+        self.write("pyproject.toml", "")
+        stubs = stubs.replace("{corpora}", " ".join(paths.CORPORA))
+        self.write("venv/bin/python", PYTHON.format(root=ROOT, python=sys.executable, stubs=stubs))
+        (folder / "venv/bin/python").chmod(0o755)
+        self.write("venv/.base", "")
+
+    def write(self, name: str, text: str) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def make(self, *arguments: str, status: int = 0) -> str:
+        """Run make and return what it prints. Its exit status must be `status`."""
+        self.log.write_text("")
+        command = ["make", "-f", str(ROOT / "Makefile"), "VENV=venv", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+            environment.pop(name, None)  # of a make that runs the tests
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that the last make ran, each with its config."""
+        lines = self.log.read_text().splitlines()
+        return [line.removeprefix("-m gptchat ").replace("--config ", "") for line in lines]
+
+    def age(self, name: str) -> None:
+        """Let a file be a minute older than all others."""
+        past = time.time() - 60
+        os.utime(self.folder / name, (past, past))
+
+    def exists(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project with own text and dialogues, in configs/bard."""
+    project = Project(tmp_path)
+    write_own_files(project)
+    return project
+
+
+def write_own_files(project: Project) -> None:
+    for name in ("mine/a.txt", "mine/b.txt", "held/valid.txt", "held/test.txt"):
+        text = "To be, or not to be, that is the question.\n\nWho is there? Nay, answer me.\n\n" * 9
+        project.write(name, text + name)
+    for name in ("talks/a.tsv", "held/valid.tsv", "held/test.tsv"):
+        project.write(name, f"Who is there?\tNay, answer me: {name}.\n" * 9)
+    project.write("configs/bard/lm.toml", LM)
+    project.write("configs/bard/chatlm.toml", CHATLM)
+
+
+BARD = "CONFIGS=configs/bard"
+TRAINING = [
+    "tokenizer configs/bard/lm.toml",
+    "shards configs/bard/lm.toml",
+    "train configs/bard/lm.toml",
+    "evaluate configs/bard/lm.toml",
+]
+
+
+def test_make_follows_the_configs_folders_and_files(project: Project) -> None:
+    project.make("tokenizer", "lm", "chatlm", BARD)
+    assert project.commands[:4] == TRAINING
+    assert project.commands[4:6] == [
+        "shards configs/bard/chatlm.toml",
+        "train configs/bard/chatlm.toml",
+    ]
+    assert project.exists("out/bard/test.txt") and project.exists("out/bard-chat/test.txt")
+    assert project.exists("out/bard-tokenizer/tokenizer.json")
+    assert not project.exists("out/lm") and not project.exists("data")
+
+
+def test_lm_and_chatlm_can_be_named_one_by_one(project: Project) -> None:
+    project.make("lm", "LM=configs/bard/lm.toml")
+    assert project.commands == TRAINING
+    project.make("chatlm", "LM=configs/bard/lm.toml", "CHATLM=configs/bard/chatlm.toml")
+    assert project.commands[:1] == ["shards configs/bard/chatlm.toml"]
+
+
+def test_a_second_make_does_nothing(project: Project) -> None:
+    project.make("tokenizer", "lm", "chatlm", BARD)
+    output = project.make("tokenizer", "lm", "chatlm", BARD)
+    assert project.commands == [] and output.count("Nothing to be done") == 3
+
+
+def test_own_files_that_grew_are_noticed(project: Project) -> None:
+    project.make("lm", BARD)
+    project.write("mine/a.txt", "Something is rotten.\n\n" * 9)
+    project.make("lm", BARD)
+    assert project.commands == TRAINING
+    project.write("mine/new.txt", "Alas, poor Yorick!\n")
+    project.make("lm", BARD)
+    assert project.commands == TRAINING
+
+
+def test_a_vocabulary_stays_once_a_run_has_begun_with_it(project: Project) -> None:
+    project.make("lm", BARD)
+    project.write("out/bard/checkpoint.safetensors", "")
+    before = (project.folder / "out/bard-tokenizer/tokenizer.json").read_bytes()
+    project.write("mine/a.txt", "Something is rotten.\n\n" * 9)
+    output = project.make("lm", BARD)
+    assert project.commands == TRAINING[1:]
+    assert "kept, although mine/a.txt has changed: out/bard was trained with it" in output
+    assert (project.folder / "out/bard-tokenizer/tokenizer.json").read_bytes() == before
+
+
+def test_a_vocabulary_from_elsewhere_is_never_trained_over(project: Project) -> None:
+    project.make("tokenizer", BARD)
+    (project.folder / "out/bard-tokenizer/trained.json").unlink()  # so it was not trained here
+    project.write("mine/a.txt", "Something is rotten.\n\n" * 9)
+    for _ in range(2):
+        output = project.make("tokenizer", BARD)
+        assert project.commands == []
+        assert "out/bard-tokenizer: kept as it is; it was not trained here\n" in output
+
+
+def test_gpt2s_pair_of_files_is_a_vocabulary_from_elsewhere(project: Project) -> None:
+    project.write("out/bard-tokenizer/merges.txt", "#version: 0.2\n")
+    project.write("out/bard-tokenizer/vocab.json", "{}")
+    project.make("lm", BARD)
+    assert project.commands == TRAINING[1:]
+
+
+def test_a_vocabulary_that_another_config_trained_stays(project: Project) -> None:
+    project.make("tokenizer", BARD)
+    project.write("configs/other/lm.toml", LM.replace("vocab_size = 300", "vocab_size = 310"))
+    output = project.make("tokenizer", "CONFIGS=configs/other")
+    assert project.commands == []
+    assert "kept as it is; configs/bard/lm.toml trained it, and vocab_size was 300" in output
+    project.write("configs/other/lm.toml", LM)
+    assert "kept" not in project.make("tokenizer", "CONFIGS=configs/other")
+
+
+def test_a_changed_size_trains_the_vocabulary_anew(project: Project) -> None:
+    project.make("tokenizer", BARD)
+    project.write("configs/bard/lm.toml", LM.replace("vocab_size = 300", "vocab_size = 310"))
+    project.make("tokenizer", BARD)
+    assert project.commands == TRAINING[:1]
+
+
+def test_default_corpora_are_made_only_when_a_config_names_them(project: Project) -> None:
+    project.make("lm", BARD)
+    assert not project.exists("data")
+    own = LM.replace('["held/test.txt"]', '["data/lm/*test.txt"]')
+    project.write("configs/bard/lm.toml", own)
+    project.make("lm", BARD)
+    assert project.commands[0] == "corpora" and project.exists("data/lm/test.txt")
+    project.make("lm", BARD)
+    assert project.commands == []
+
+
+def test_the_default_configs_make_the_default_corpora_first(project: Project) -> None:
+    for name in ("lm", "chatlm"):
+        shutil.copy(ROOT / "configs" / f"{name}.toml", project.folder / "configs")
+    project.make("tokenizer", "lm", "chatlm")
+    commands = [command.split()[0] for command in project.commands]
+    assert commands[:5] == ["corpora", "tokenizer", "shards", "train", "evaluate"]
+    assert project.exists("out/lm/test.txt") and project.exists("out/chatlm/test.txt")
+    project.make("tokenizer", "lm", "chatlm")
+    assert project.commands == []
+
+
+def test_the_names_of_the_default_corpora_are_those_that_are_written(small: Path) -> None:
+    written = [path for path in (small / "whole").rglob("*") if path.is_file()]
+    names = {f"data/{path.relative_to(small / 'whole')}" for path in written}
+    assert names == set(paths.CORPORA)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (('valid = ["held/valid.txt"]', ""), "[data] valid: found no files named; wanted some"),
+        (("held/test.txt", "held/typo.txt"), "held/typo.txt: no such file, named by [data] of "),
+        (("out/bard", "my bard"), "run: found 'my bard'; wanted a folder for make"),
+        (("out/bard", "held"), "run: found 'held', where make would write held/test.txt"),
+        (("n_layer = 1", "n_layers = 1"), "[model] n_layers: unknown key"),
+    ],
+)
+def test_a_mistake_in_a_config_stops_before_any_work(
+    project: Project, change: tuple[str, str], message: str
+) -> None:
+    project.write("configs/bard/lm.toml", LM.replace(*change))
+    output = project.make("tokenizer", "lm", "chatlm", BARD, status=2)
+    assert message in output and "error: " in output and "nothing was done" in output
+    assert project.commands == [] and not project.exists("out")
+
+
+def test_a_missing_config_is_one_error_and_no_work(project: Project) -> None:
+    output = project.make("lm", "CONFIGS=configs/typo", status=2)
+    assert "error: configs/typo/lm.toml: cannot be read: No such file" in output
+
+
+def test_a_file_whose_name_make_cannot_handle_is_told_and_used_all_the_same(
+    project: Project,
+) -> None:
+    (project.folder / "mine/b.txt").rename(project.folder / "mine/two words.txt")
+    output = project.make("lm", BARD)
+    assert "'mine/two words.txt': make cannot handle a name with other characters" in output
+    assert project.commands == TRAINING
+    record = json.loads((project.folder / "out/bard-tokenizer/trained.json").read_text())
+    assert list(record["sources"]) == ["mine/a.txt", "mine/two words.txt"]
+
+
+def test_a_chatlm_without_an_lm_trains_its_own_vocabulary(project: Project) -> None:
+    (project.folder / "configs/bard/lm.toml").unlink()
+    alone = LM.replace("out/bard", "out/chat").replace("mine/*.txt", "talks/*.tsv")
+    alone = alone.replace("valid.txt", "valid.tsv").replace("test.txt", "test.tsv")
+    project.write("configs/bard/chatlm.toml", 'task = "chatlm"\n' + alone)
+    project.make("tokenizer", "lm", "chatlm", BARD)
+    assert project.commands[:3] == [
+        "tokenizer configs/bard/chatlm.toml",
+        "shards configs/bard/chatlm.toml",
+        "train configs/bard/chatlm.toml",
+    ]
+
+
+def test_without_test_files_a_run_ends_well(project: Project) -> None:
+    project.write("configs/bard/lm.toml", LM.replace('test = ["held/test.txt"]', ""))
+    project.make("lm", BARD)
+    assert project.commands == TRAINING[:3]
+    assert (project.folder / "out/bard/test.txt").read_text() == "no test data\n"
+
+
+def test_the_set_up_comes_first_where_there_is_none(project: Project) -> None:
+    python = project.folder / "venv/bin/python"
+    content = python.read_text()
+    shutil.rmtree(project.folder / "venv")
+    project.write("python", MAKE_VENV.replace("{python}", content))
+    (project.folder / "python").chmod(0o755)
+    output = project.make("tokenizer", "lm", "PYTHON=./python", BARD)
+    assert project.commands == TRAINING
+    assert output.index("pip install") < output.index("gptchat tokenizer")
+
+
+def test_clean_removes_what_was_made_and_nothing_else(project: Project) -> None:
+    project.make("tokenizer", BARD)
+    project.write("out/bard/config.json", '{"task": 0, "run": 0, "train": 0, "text": 0}')
+    for name in ("log.jsonl", "checkpoint.safetensors", "model/model.safetensors", "notes.txt"):
+        project.write(f"out/bard/{name}", "")
+    project.write("out/bard-shards/lm/meta.json", '{"format": 2, "splits": {}}')
+    project.write("out/bard-shards/lm/train-00000.bin", "")
+    project.write("out/my-plan.txt", "")
+    project.write("out/elsewhere/config.json", "{}")
+    output = project.make("clean", BARD)
+    left = {str(path.relative_to(project.folder)) for path in project.folder.glob("out/**/*")}
+    assert left == {
+        "out/bard",
+        "out/bard/notes.txt",
+        "out/my-plan.txt",
+        "out/elsewhere",
+        "out/elsewhere/config.json",
+    }
+    assert "out/bard: kept notes.txt, which gptchat did not write" in output
+    assert project.exists("mine/a.txt")
+
+
+def test_clean_spares_vocabularies_of_others_and_folders_that_are_no_run(project: Project) -> None:
+    project.make("tokenizer", BARD)
+    (project.folder / "out/bard-tokenizer/trained.json").unlink()
+    project.write("out/bard/config.json", '{"my": "own"}')
+    project.write("out/bard/test.txt", "mine")
+    project.make("clean", BARD)
+    for name in ("out/bard-tokenizer/tokenizer.json", "out/bard/config.json", "out/bard/test.txt"):
+        assert project.exists(name)
+
+
+@pytest.mark.slow
+def test_clean_data_removes_the_default_corpora_that_nobody_changed(
+    project: Project, small: Path
+) -> None:
+    shutil.copytree(small / "whole", project.folder / "data")
+    project.write("data/lm/mine.txt", "own text")
+    project.write("data/chatlm/train.tsv", "own\tdialogues\n")
+    output = project.make("clean-data")
+    left = {str(path.relative_to(project.folder)) for path in project.folder.glob("data/**/*.t*")}
+    assert left == {"data/lm/mine.txt", "data/chatlm/train.tsv"}
+    assert "data/chatlm/train.tsv: kept" in output
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[Project]:
+    """A project in which every command is the real one."""
+    project = Project(tmp_path, stubs="")
+    write_own_files(project)
+    yield project
+
+
+@pytest.mark.slow
+def test_two_real_runs_from_own_files_and_what_happens_when_they_change(real: Project) -> None:
+    text = (real.folder / "mine/b.txt").read_bytes()
+    (real.folder / "mine/b.txt").unlink()
+    (real.folder / "mine/b.txt.gz").write_bytes(gzip.compress(text))
+    lm = LM.replace('"mine/*.txt"', '"mine/*.txt", "mine/*.gz"')
+    real.write("configs/bard/lm.toml", lm)
+    real.make("tokenizer", "lm", "chatlm", BARD)
+    assert "held/test.txt: loss" in (real.folder / "out/bard/test.txt").read_text()
+    assert "held/test.tsv: loss" in (real.folder / "out/bard-chat/test.txt").read_text()
+    assert not real.exists("data") and not real.exists("out/lm")
+    real.write("mine/a.txt", "Something is rotten.\n\n" * 9)
+    output = real.make("lm", BARD, status=2)
+    assert "the data is no longer what this run began with" in output
+    assert "remove out/bard to train anew" in output and "touch out/bard/test.txt" in output
+    assert real.exists("out/bard/test.txt")
