@@ -17,7 +17,9 @@ Bits per byte is the loss of all targets, [EOS] included, divided by the UTF-8 b
 what an ideal compressor would need. Unlike loss and perplexity it may be compared between models
 with different tokenizers.
 
-A ChatLM also answers up to 200 dialogues spread evenly over the file, the same way each time.
+A ChatLM also answers up to 200 dialogues spread evenly over the file, the same way each time. What
+its answers' diversity counts as words stands between white space; in scripts that are written
+without spaces (Chinese, Japanese, Thai and others: scripts.py) each character counts as a word.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from gptchat.config import Config, DataConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data import shards
 from gptchat.data.batches import Batch, Batches
+from gptchat.data.scripts import units
 from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import expand
@@ -101,7 +104,7 @@ def answer_figures(model: GPT2, split: shards.Shards, tokenizer: Tokenizer) -> F
     stride = math.ceil(split.documents / MAX_ANSWERS)
     contexts = [split.dialogue(number)[:-1] for number in range(0, split.documents, stride)]
     answers = TextGenerator(model, tokenizer, "chatlm").sample_answers(contexts)
-    words = [answer.split() for answer in answers]
+    words = [units(answer) for answer in answers]
     return {
         "distinct_1": distinct(words, 1),
         "distinct_2": distinct(words, 2),

@@ -8,8 +8,8 @@ shards.py writes them to disk.
 Invariants:
 - Memory is flat: a few blocks are under way at once, however large the files.
 - The ids are those that the tokenizer gives for each whole document or turn, whatever the block
-  size. (Exceptions, in a document longer than a block: a run of white space or a word longer than
-  a block may be cut, and a tokenizer whose pattern is not one of scripts.py may give other ids
+  size. (Exceptions, in a document longer than a block: a run of white space, or a word without
+  signs, longer than a block may be cut, and a tokenizer whose pattern is not one of scripts.py may give other ids
   around a cut.)
 - A document (lm) is the text between blank lines, a line, or a file, as the config's `document`
   says ("block", "line", "file"), and is followed by [EOS]. Separators between documents, blank
@@ -49,7 +49,10 @@ MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then
 UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
 SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
 BLANK_START = re.compile(r"\A(?:\s*\n|\s+\Z)")  # blank lines, or white space that is all there is
-UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")  # ends where the last white space begins
+# Ends where the last white space begins, or where the last sign stands behind a letter. No token of
+# our patterns spans either place (an apostrophe and what follows it can be one token).
+UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")
+UP_TO_LAST_SIGN = re.compile(r"(?s:.*)[^\W\d_](?=[!-&(-/:-@[-`{-~\u3001\u3002\uff01\uff0c\uff1f])")
 
 
 def in_order(
@@ -72,9 +75,9 @@ def read_documents(
 
     `on_invalid` is that of `read_text`.
 
-    A document longer than `size` comes in several pieces, cut where white space begins, which no
-    token of GPT-2's pattern spans; anywhere if it has no white space. Raises UserError with file
-    and byte for invalid UTF-8.
+    A document longer than `size` comes in several pieces, cut where white space begins, or else
+    before a sign behind a letter, which no token of our patterns spans; anywhere if there is none.
+    Raises UserError with file and byte for invalid UTF-8.
     """
     at_start = True  # whether the next piece begins a document
     separator = re.compile(SEPARATORS[document])
@@ -92,7 +95,7 @@ def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterato
     rest = ""  # what follows the last separator
     for text in texts:
         if len(rest) >= size:
-            match = UP_TO_LAST_WORD.match(rest)
+            match = UP_TO_LAST_WORD.match(rest) or UP_TO_LAST_SIGN.match(rest)
             end = match.end() if match else len(rest)
             yield rest[:end], False
             rest = rest[end:]
