@@ -167,6 +167,7 @@ def test_settings_not_given_are_those_of_the_terminal_chat_and_neutral_in_openai
 
     usual = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.15}
     neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    usual["whole_characters"] = neutral["whole_characters"] = 1
     assert {*usual, "max_new_tokens"} == {*neutral, "max_new_tokens"} == set(SETTINGS)
     for client in (chat, lm):
         assert (
@@ -401,8 +402,8 @@ def test_refusals_are_one_line(chat):
 def test_every_declared_sampling_setting_can_be_given_and_names_itself_when_out_of_range(chat):
     given = {}
     for name, declared in SETTINGS.items():
-        low = declared.metadata["low"]
-        given[name] = declared.type(low + 0.5 if declared.type is float else low + 3)
+        low, high = declared.metadata["low"], declared.metadata["high"]
+        given[name] = declared.type(low + 0.5 if declared.type is float else min(low + 3, high))
         status, answer = chat.ask({"context": "a", name: low - 1})
         assert (status, answer["error"]["param"]) == (400, name)
         assert answer["error"]["message"].startswith(f"{name} is {low - 1}, wanted a")

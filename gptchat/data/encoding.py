@@ -9,8 +9,8 @@ Invariants:
 - Memory is flat: a few blocks are under way at once, however large the files.
 - The ids are those that the tokenizer gives for each whole document or turn, whatever the block
   size. (Exceptions, in a document longer than a block: a run of white space, or a word without
-  signs, longer than a block may be cut, and a tokenizer whose pattern is not one of scripts.py may give other ids
-  around a cut.)
+  signs, longer than a block may be cut, and a tokenizer whose pattern is not one of scripts.py may
+  give other ids around a cut.)
 - A document (lm) is the text between blank lines, a line, or a file, as the config's `document`
   says ("block", "line", "file"), and is followed by [EOS]. Separators between documents, blank
   lines before a document and line ends at the end of a file are neither encoded nor counted in
@@ -28,14 +28,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from gptchat.config import Config
 from gptchat.data.dialogue import TextTurn, read_dialogues
-from gptchat.data.reading import read_text
+from gptchat.data.reading import Source, read_text
 from gptchat.data.scripts import WORDS
 from gptchat.data.splits import Piece, dialogues_of, pieces_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
@@ -69,7 +68,7 @@ def in_order(
 
 
 def read_documents(
-    path: Path, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
+    path: Source, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
 ) -> Iterator[Piece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
@@ -120,7 +119,7 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
         yield block
 
 
-def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[list[Any]]:
+def read_blocks(paths: Sequence[Source], config: Config, split: str) -> Iterator[list[Any]]:
     """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm)."""
     held_out = config.data.held_out
     if config.task == "chatlm":

@@ -1,4 +1,4 @@
-"""Text to token ids on disk: `gptchat shards [--verify] --config FILE [section.key=value ...]`.
+"""Text to token ids on disk: `gptchat shards [--part 3/16] --config FILE [section.key=value ...]`.
 
 The text of each split (train, valid, test) is encoded once, on all cores, and then opened
 memory-mapped. A folder of shards holds these files of each split, all numbers little-endian:
@@ -12,6 +12,11 @@ memory-mapped. A folder of shards holds these files of each split, all numbers l
 and `meta.json`: format version, task, the tokenizer's hash, dtype, counts; size and digest of each
 file; size, modification time and digest of each source file; and a digest of all this.
 
+With `--part 3/16` only that part of the text (parts.py) is encoded, into files of the same kind in
+the folder `part-00003-of-00016` within, by a process of its own, on any machine. When all parts
+stand there they are opened as one stream, with the ids that a single run writes. Its `meta.json`
+also has its number, and all text files with their sizes; it has digests only of those that it read.
+
 Invariants:
 - lm: each document is followed by [EOS]. Separators between documents (line ends, blank lines) are
   neither stored nor counted.
@@ -24,7 +29,9 @@ Invariants:
   files as they are now (see digests.py), with every file of the size that the counts give and,
   files of tokens excepted, of the digest that it was written with.
 - Files of tokens are too large to be read at every start; `--verify` compares their digests.
-- One process at a time writes a folder; it holds the folder's lock.
+- One process at a time writes a folder, or a part; it holds the lock of that folder.
+- A folder holds either whole shards or parts of one total number. Parts are opened only if all are
+  there and were made from the same files by the same settings.
 - Memory is flat: text is read, encoded and written in blocks.
 """
 
@@ -32,85 +39,25 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from gptchat.config import Config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
 from gptchat.data.check import check, verdict
-from gptchat.data.dialogue import Turn
-from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
-from gptchat.data.reading import text_size
+from gptchat.data.encoding import ParallelEncoder, read_blocks, token_dtype
+from gptchat.data.parts import Part, parse_part, sources_of
+from gptchat.data.reading import Source, Span, text_size
+from gptchat.data.shard_files import REMEDY, Folder, Shards
+from gptchat.data.shard_writer import Writer
 from gptchat.data.splits import SPLITS, describe_empty, load_run_config, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder, matching_files, split_repeats
 
 FORMAT = 2  # 1 had no digests
 SHARD_TOKENS = 1 << 28  # ids in a file
-REMEDY = "run `gptchat shards --config FILE` with this run's config"
-
-
-class Writer:
-    """Writes the files of one split under temporary names, and counts what it writes."""
-
-    def __init__(self, prefix: str, dtype: np.dtype):
-        self.prefix = prefix  # FOLDER/SPLIT-
-        self.itemsize = dtype.itemsize
-        self.files: dict[str, BinaryIO] = {}
-        self.digests: dict[str, Any] = {}
-        self.counts = {"tokens": 0, "documents": 0, "turns": 0, "bytes": 0}
-
-    def append(self, block: Encoded) -> None:
-        """Write what a block adds."""
-        counts = self.counts
-        if block.speakers:
-            self._write_ends("documents", block.documents + counts["turns"])
-            self._write_ends("turns", block.turns + counts["tokens"])
-            self._write("speakers", block.speakers)
-        else:
-            self._write_ends("documents", block.documents + counts["tokens"])
-        self._write_tokens(block.tokens)
-        counts["documents"] += len(block.documents)
-        counts["turns"] += len(block.turns)
-        counts["bytes"] += block.n_bytes
-
-    def _write_tokens(self, tokens: bytes) -> None:
-        """Write ids into the current file of tokens, and on into new ones when it is full."""
-        data = memoryview(tokens)
-        while data:
-            number, used = divmod(self.counts["tokens"], SHARD_TOKENS)
-            part = data[: (SHARD_TOKENS - used) * self.itemsize]
-            self._write(f"{number:05d}", part)
-            self.counts["tokens"] += len(part) // self.itemsize
-            data = data[len(part) :]
-
-    def _write_ends(self, name: str, ends: np.ndarray) -> None:
-        if name not in self.files:
-            self._write(name, bytes(8))  # the 0 in front
-        self._write(name, ends.astype("<i8").tobytes())
-
-    def _write(self, name: str, data: bytes | memoryview) -> None:
-        if name not in self.files:
-            self.files[name] = open(f"{self.prefix}{name}.bin.tmp", "wb")
-            self.digests[name] = digests.new_digest()
-        self.files[name].write(data)
-        self.digests[name].update(data)
-
-    def finish(self) -> dict[str, digests.FileState]:
-        """Sync and close the files; returns size and digest of each by its name."""
-        states: dict[str, digests.FileState] = {}
-        for name, file in self.files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            digest = self.digests[name].hexdigest()
-            file_name = Path(f"{self.prefix}{name}.bin").name
-            states[file_name] = {"bytes": file.tell(), "digest": digest}
-            file.close()
-        return states
 
 
 def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -125,25 +72,36 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write(config: Config, splits_wanted: Sequence[str] = SPLITS) -> dict[str, Any]:
+def write(
+    config: Config, splits_wanted: Sequence[str] = SPLITS, part: Part | None = None
+) -> dict[str, Any]:
     """Encode these of the config's splits into its folder of shards; returns `meta.json`'s content.
 
-    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a line
-    that is no dialogue, where the folder cannot be written, and while another process writes there.
-    The old shards then stay.
+    With `part` only that part of them is encoded, into its own folder. Raises UserError for files
+    that are missing, hold no text, are not UTF-8 or (chatlm) have a line that is no dialogue, where
+    the folder cannot be written or holds other parts, and while another process writes there. The
+    old shards then stay.
     """
-    folder = config.shards_dir
+    _check_kind(config.shards_dir, part)
+    folder = config.shards_dir / part.folder if part else config.shards_dir
     tokenizer = tokenizer_for(config)
-    sources: dict[str, list[Path]] = {}
+    paths: dict[str, list[Path]] = {}
     for split in splits_wanted:
         patterns = patterns_of(config.data, split)
         if patterns:
-            sources[split] = expand(patterns, f"[data] {split}")
+            paths[split] = expand(patterns, f"[data] {split}")
+    sources: dict[str, list[Source]] = {**paths}
+    meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS}
+    if part:
+        sources = {split: sources_of(paths[split], part, config) for split in paths}
+        sizes = {split: {str(path): text_size(path) for path in paths[split]} for split in paths}
+        meta |= {"part": list(part), "text": sizes}
     with lock_folder(folder, "another process is writing shards here"):
         _remove_leftovers(folder)  # of a run that was killed
         try:
-            splits = _encode(config, tokenizer, sources)
-            meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS, "splits": splits}
+            meta["splits"] = _encode(config, tokenizer, sources, folder)
+            if not part:
+                _check_filled(config, meta["splits"])
             _publish(folder, digests.seal(meta))
         except OSError as error:
             raise UserError(
@@ -154,28 +112,61 @@ def write(config: Config, splits_wanted: Sequence[str] = SPLITS) -> dict[str, An
     return meta
 
 
+def _check_kind(folder: Path, part: Part | None) -> None:
+    """Raise UserError if a folder holds whole shards where a part is to be, or the reverse."""
+    if part and (folder / "meta.json").exists():
+        found = "whole shards"
+    else:
+        others = [name for name in _part_folders(folder) if not part or not _is_of(name, part)]
+        if not others:
+            return
+        found = others[0]
+    wanted = f"parts of {part.total}" if part else "no parts"
+    raise UserError(
+        f"{folder}: found {found}; wanted {wanted} there: remove it, or name another data.shards"
+    )
+
+
+def _part_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("part-*-of-*"))
+
+
+def _is_of(name: str, part: Part) -> bool:
+    """Whether a part's folder is one of `part.total`."""
+    return name.endswith(part.folder.partition("-of-")[2])
+
+
+def _check_filled(config: Config, splits: dict[str, dict[str, Any]]) -> None:
+    for split, counts in splits.items():
+        if counts["documents"] == 0:
+            raise UserError(describe_empty(config.data, split))
+
+
 def _encode(
-    config: Config, tokenizer: Tokenizer, sources: dict[str, list[Path]]
+    config: Config, tokenizer: Tokenizer, sources: dict[str, list[Source]], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Write each split's files under temporary names; returns what `meta.json` says of each."""
-    total = sum(text_size(path) for paths in sources.values() for path in paths)
+    total = sum(_n_bytes(source) for listed in sources.values() for source in listed)
     n_read = 0  # bytes of the files that are done
     splits: dict[str, dict[str, Any]] = {}
     with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
-        for split, paths in sources.items():
-            states = {str(path): digests.source_state(path) for path in paths}
-            n_read += sum(map(text_size, paths))
-            writer = Writer(f"{config.shards_dir}/{split}-", token_dtype(tokenizer))
-            for block in encoder.encode(read_blocks(paths, config, split)):
+        for split, listed in sources.items():
+            states = {str(source): digests.source_state(Path(source)) for source in listed}
+            n_read += sum(map(_n_bytes, listed))
+            writer = Writer(f"{folder}/{split}-", token_dtype(tokenizer), SHARD_TOKENS)
+            for block in encoder.encode(read_blocks(listed, config, split)):
                 writer.append(block)
                 n_separators = max(len(block.documents), len(block.turns))  # a byte each
                 bar.update(block.n_bytes + n_separators)
             files = writer.finish()
             bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
-            if writer.counts["documents"] == 0:
-                raise UserError(describe_empty(config.data, split))
             splits[split] = writer.counts | {"files": files, "sources": states}
     return splits
+
+
+def _n_bytes(source: Source) -> int:
+    """Bytes of text that are read."""
+    return source.stop - source.start if isinstance(source, Span) else text_size(Path(source))
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -197,114 +188,51 @@ def _publish(folder: Path, meta: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(meta, indent=2) + "\n")
 
 
-class Shards:
-    """One split, memory-mapped.
+def read_folders(config: Config, tokenizer: Tokenizer) -> list[Folder]:
+    """The folder of shards, or those of all its parts, in their order.
 
-    `n_tokens` ids form one stream, in `documents` documents, made of `n_bytes` of text. Document i
-    goes from `starts[i]` to `starts[i + 1]`: in tokens (lm) or in turns (chatlm). Turn j goes from
-    token `turns[j]` to `turns[j + 1]`, and `speakers[j]` is its speaker (both empty for lm).
-    `digest` stands for all of this: shards of equal digests are equal.
-
-    Raises UserError, naming the file, for one that is missing, of another size, or (files of tokens
-    excepted) not what was written.
+    Raises UserError if one is missing or damaged, if task, tokenizer or format are others, or if
+    parts were made from different files.
     """
-
-    def __init__(self, folder: Path, split: str, meta: dict[str, Any]):
-        self.task = meta["task"]
-        self.shard_tokens = meta["shard_tokens"]
-        counts = meta["splits"][split]
-        self.n_tokens = counts["tokens"]
-        self.n_bytes = counts["bytes"]
-        self.documents = counts["documents"]
-        states = counts["files"]
-        self.digest = digests.seal(states)["digest"]
-        prefix = f"{folder}/{split}-"
-        self.files = []
-        for number, start in enumerate(range(0, self.n_tokens, self.shard_tokens)):
-            length = min(self.shard_tokens, self.n_tokens - start)
-            self.files.append(_open_array(f"{prefix}{number:05d}.bin", meta["dtype"], length))
-        self.turns = np.array([], np.int64)
-        self.speakers = np.array([], np.uint8)
-        n_units = self.n_tokens  # that the documents are counted in
-        if counts["turns"] > 0:
-            n_units = counts["turns"]
-            self.turns = _open_ends(f"{prefix}turns.bin", n_units, self.n_tokens, states)
-            self.speakers = _open_array(f"{prefix}speakers.bin", "u1", n_units)
-            _check_content(f"{prefix}speakers.bin", self.speakers, states)
-        self.starts = _open_ends(f"{prefix}documents.bin", self.documents, n_units, states)
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids start..stop-1 of the stream, (stop - start,)."""
-        first_file, offset = divmod(start, self.shard_tokens)
-        last_file = (stop - 1) // self.shard_tokens
-        if first_file == last_file:
-            ids = self.files[first_file]
-        else:
-            ids = np.concatenate(self.files[first_file : last_file + 1])
-        return ids[offset : offset + stop - start]
-
-    def dialogue(self, number: int) -> list[Turn]:
-        """The turns of a dialogue, oldest first."""
-        first, last = self.starts[number : number + 2].tolist()
-        bounds = self.turns[first : last + 1]
-        ids = self.tokens(int(bounds[0]), int(bounds[-1])).tolist()
-        offsets = (bounds - bounds[0]).tolist()  # of the turns in `ids`
-        speakers = self.speakers[first:last].tolist()
-        turns: list[Turn] = []
-        for speaker, (begin, end) in zip(speakers, pairwise(offsets), strict=True):
-            turns.append((speaker, ids[begin:end]))
-        return turns
+    folder = config.shards_dir
+    parts = _part_folders(folder)
+    if not parts or (folder / "meta.json").exists():
+        return [Folder(folder, _read_meta(folder, config, tokenizer, REMEDY))]
+    total = int(parts[0].rpartition("-")[2])
+    folders = []
+    for number in range(1, total + 1):
+        part = Part(number, total)
+        remedy = (
+            f"run `gptchat shards --part {number}/{total} --config FILE` with this run's config"
+        )
+        meta = _read_meta(folder / part.folder, config, tokenizer, remedy)
+        folders.append(Folder(folder / part.folder, meta))
+        same = [meta.get(key) for key in ("text", "shard_tokens")]
+        first = [folders[0].meta.get(key) for key in ("text", "shard_tokens")]
+        if meta.get("part") != list(part) or same != first:
+            raise UserError(
+                f"{folder / part.folder}: found a part of other files than {folders[0].path.name}; "
+                f"wanted part {number} of the same; {remedy}"
+            )
+    return folders
 
 
-def _open_array(path: str, dtype: str, length: int) -> np.ndarray:
-    """A file as a memory-mapped array. Raises UserError if it is missing or has another size."""
-    expected = length * np.dtype(dtype).itemsize
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size != expected:
-        raise UserError(f"{path}: found {size:,} bytes; wanted {expected:,}; {REMEDY}")
-    return np.asarray(np.memmap(path, dtype, "r"))
-
-
-def _open_ends(
-    path: str, length: int, total: int, states: dict[str, digests.FileState]
-) -> np.ndarray:
-    """A file of 0 and `length` ends, the last of which is `total`.
-
-    Raises UserError if it is missing, of another size or content, or not in order.
-    """
-    ends = _open_array(path, "<i8", length + 1)
-    _check_content(path, ends, states)
-    in_order = bool((ends[1:] >= ends[:-1]).all())
-    if not in_order or ends[0] != 0 or ends[-1] != total:
-        raise UserError(f"{path}: found ends that are not in order from 0 to {total:,}; {REMEDY}")
-    return ends
-
-
-def _check_content(path: str, array: np.ndarray, states: dict[str, digests.FileState]) -> None:
-    """Raise UserError if a file is not what was written (about 1 GB is compared in a second)."""
-    if digests.new_digest(array).hexdigest() != states[Path(path).name]["digest"]:
-        raise UserError(f"{path}: found other content than was written; {REMEDY}")
-
-
-def read_meta(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of `meta.json`.
-
-    Raises UserError if it is missing or damaged, or if task, tokenizer or format are others.
-    """
-    path = config.shards_dir / "meta.json"
+def _read_meta(folder: Path, config: Config, tokenizer: Tokenizer, remedy: str) -> dict[str, Any]:
+    """The content of a `meta.json`; `remedy` ends the line of the UserErrors of `read_folders`."""
+    path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
         older = {"held_out": 0.0}  # what shards say that were made before there was the key
         found = {key: meta.get(key, older.get(key)) for key in header(config, tokenizer)}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: found no readable meta.json ({error}); {REMEDY}") from None
+        raise UserError(f"{path}: found no readable meta.json ({error}); {remedy}") from None
     for key, expected in header(config, tokenizer).items():
         if found[key] != expected:
             raise UserError(
-                f"{path}: found shards of {key} {found[key]!r}; wanted {expected!r}; {REMEDY}"
+                f"{path}: found shards of {key} {found[key]!r}; wanted {expected!r}; {remedy}"
             )
     if not digests.is_sealed(meta):
-        raise UserError(f"{path}: found other content than was written; {REMEDY}")
+        raise UserError(f"{path}: found other content than was written; {remedy}")
     return meta
 
 
@@ -318,9 +246,9 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     patterns = patterns_of(config.data, split)
     if not patterns:
         raise UserError(f"[data] {split}: found no files named; wanted some")
-    meta = read_meta(config, tokenizer)
+    folders = read_folders(config, tokenizer)
     place = f"{config.shards_dir / 'meta.json'}: found shards of"
-    sources = meta["splits"].get(split, {}).get("sources")
+    sources = _sources(folders, split)
     matched = chain.from_iterable(matching_files(pattern) for pattern in patterns)
     distinct, _ = split_repeats(matched)
     present = {str(path) for path in distinct}
@@ -329,7 +257,23 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     for name in sorted(present):
         if not digests.is_unchanged(name, sources[name]):
             raise UserError(f"{place} {name} as it was before it changed; {REMEDY}")
-    return Shards(config.shards_dir, split, meta)
+    if not any(folder.meta["splits"][split]["documents"] for folder in folders):
+        raise UserError(describe_empty(config.data, split))
+    return Shards(folders, split)
+
+
+def _sources(folders: Sequence[Folder], split: str) -> dict[str, digests.FileState]:
+    """The state of each source file. Raises UserError where parts have read it in two states."""
+    sources: dict[str, digests.FileState] = {}
+    for folder in folders:
+        for name, state in folder.meta["splits"].get(split, {}).get("sources", {}).items():
+            known = sources.setdefault(name, state)
+            if known["digest"] != state["digest"]:
+                raise UserError(
+                    f"{folder.path}: found a part of {name} as it was before or after it changed; "
+                    "wanted all parts of one file as it was at one time"
+                )
+    return sources
 
 
 def verify(config: Config) -> dict[str, str]:
@@ -337,17 +281,18 @@ def verify(config: Config) -> dict[str, str]:
 
     Raises UserError if there is no `meta.json` that fits the config.
     """
-    meta = read_meta(config, tokenizer_for(config))
     wrong: dict[str, str] = {}
-    for split, content in meta["splits"].items():
+    folders = read_folders(config, tokenizer_for(config))
+    for split in folders[0].meta["splits"]:
         problems = {}
-        for name, state in content["files"].items():
-            path = str(config.shards_dir / name)
-            if not _has_digest(path, state):
-                problems[path] = "found other content than was written, or none"
+        for folder in folders:
+            for name, state in folder.meta["splits"][split]["files"].items():
+                if not _has_digest(str(folder.path / name), state):
+                    problem = "found other content than was written, or none"
+                    problems[str(folder.path / name)] = problem
         if not problems:
-            Shards(config.shards_dir, split, meta)
-        for name, state in content["sources"].items():
+            Shards(folders, split)
+        for name, state in _sources(folders, split).items():
             if os.path.isfile(name) and not _has_digest(name, state):
                 problems[name] = f"has changed since {split} was made from it"
         wrong |= problems
@@ -380,15 +325,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     verify_help = "write nothing; compare all files with the digests taken when they were written"
     parser.add_argument("--verify", action="store_true", help=verify_help)
+    part_help = "write one of several parts of the work, which are opened as one"
+    parser.add_argument("--part", metavar="3/16", help=part_help)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     config = load_run_config(arguments.config, arguments.overrides)
     if arguments.verify:
         _report_verification(config)
         return
-    for split, counts in write(config)["splits"].items():
+    part = parse_part(arguments.part) if arguments.part else None
+    written = write(config, part=part)
+    for split, counts in written["splits"].items():
         print(
             f"{config.shards_dir}: {split}: {counts['documents']:,} documents, "
             f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
         )
-    print(f"{config.shards_dir}: {verdict(check(config))}")
+    if part:
+        print(f"{config.shards_dir / part.folder}: written")
+    else:
+        print(f"{config.shards_dir}: {verdict(check(config))}")

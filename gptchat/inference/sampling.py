@@ -175,8 +175,8 @@ def keep_characters_whole(scores: Tensor, rows: Sequence[Row], characters: Chara
     states = [
         characters.state(row.ids) if row.sampling.whole_characters else BROKEN for row in rows
     ]
-    if len(set(states)) == 1:  # as a rule all are between characters
-        scores.masked_fill_(characters.forbidden[states[0]], -inf)
+    if not any(states):  # as a rule all are between characters: a tenth of the time
+        scores.index_fill_(1, characters.forbidden_between, -inf)
     else:
         scores.masked_fill_(characters.forbidden[states], -inf)
 

@@ -141,6 +141,7 @@ class CharacterFilter:
         forbidden[1:] |= np.array([not data for data in token_bytes])
         forbidden[BROKEN] = False
         self.forbidden: Tensor = torch.from_numpy(forbidden).to(device)
+        self.forbidden_between = self.forbidden[0].nonzero()[:, 0]  # the ids that state 0 forbids
 
     def state(self, ids: Sequence[int]) -> int:
         """The state after the text of `ids`, of which only the last three bytes are read."""
