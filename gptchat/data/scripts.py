@@ -58,8 +58,9 @@ SCRIPT_PATTERN = "|".join(
 WORDS = {
     "gpt2": re.compile(rf" ?[^{SPACE}]+|{WHITE_SPACE}"),
     "script": re.compile(
-        rf" ?(?:[{HAN}]+[{HIRAGANA}]*|[{HIRAGANA}]+|[{KATAKANA}]+|[{SOUTH_EAST_ASIAN}]+"
-        rf"|[^{SPACE}{UNSPACED}]+)|{WHITE_SPACE}"
+        rf" ?(?:[^{SPACE}{UNSPACED}]+"
+        rf"|[{HAN}]+[{HIRAGANA}]*|[{HIRAGANA}]+|[{KATAKANA}]+|[{SOUTH_EAST_ASIAN}]+)"
+        rf"|{WHITE_SPACE}"
     ),
 }
 

@@ -90,7 +90,7 @@ def write(
         patterns = patterns_of(config.data, split)
         if patterns:
             paths[split] = expand(patterns, f"[data] {split}")
-    sources: dict[str, list[Source]] = {**paths}
+    sources: dict[str, list[Source]] = {split: [*listed] for split, listed in paths.items()}
     meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS}
     if part:
         sources = {split: sources_of(paths[split], part, config) for split in paths}
