@@ -14,7 +14,7 @@ COMMANDS = {  # name: (module with `main(argv)`, summary)
     "new": ("gptchat.new", "write configs for your own data, sized to it and to this machine"),
     "tokenizer": ("gptchat.data.tokenizer", "train a tokenizer on a config's text"),
     "check": ("gptchat.data.check", "look through a config's data before training"),
-    "shards": ("gptchat.data.shards", "encode a config's data into token ids on disk"),
+    "shards": ("gptchat.data.shard_writer", "encode a config's data into token ids on disk"),
     "train": ("gptchat.train", "train an LM or a ChatLM, or resume a run that was stopped"),
     "evaluate": ("gptchat.evaluate", "measure loss, perplexity and bits per byte on held-out text"),
     "paths": ("gptchat.paths", "print what configs name as variables for make"),

@@ -64,7 +64,8 @@ class TokenizerConfig:
     )
     vocab_size: int = setting(8192, "entries; 256 are bytes, 6 are special tokens", min=262)
     files: tuple[str, ...] = setting(
-        ("data/lm/train.txt",), "text files that the tokenizer is trained on; globs are allowed"
+        ("data/lm/speeches-late.txt", "data/lm/conversations.txt"),
+        "text files that the tokenizer is trained on; globs are allowed",
     )
     sample_mb: float = setting(
         100.0, "MB of text that it is trained on, spread evenly over all files", above=0
@@ -76,6 +77,11 @@ class DataConfig:
     """`[data]`: the text or the dialogues, and how they become batches."""
 
     train: tuple[str, ...] = setting((), "files to train on; globs are allowed")
+    weights: tuple[float, ...] = setting(
+        (),
+        "for each entry of `train`, its share of the rows; none: all files are one text",
+        above=0,
+    )
     valid: tuple[str, ...] = setting((), "held-out files that choose the best model")
     test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`")
     held_out: float = setting(
@@ -93,8 +99,8 @@ class DataConfig:
     )
     targets: str = setting(
         "response",
-        "ChatLM: the tokens that the loss is taken over",
-        choices=("response", "all"),
+        "ChatLM: what is learned: the last turn, every turn of its speaker, or all turns",
+        choices=("response", "responder", "all"),
     )
     packed: bool = setting(
         True, "ChatLM: pack several dialogues into a row; false: one a row, padded"
@@ -131,6 +137,9 @@ class TrainConfig:
         choices=("adamw", "muon"),
     )
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", above=0)
+    embedding_learning_rate: float = setting(
+        0.0, "peak learning rate of the token embedding; 0: that of AdamW", min=0
+    )
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", above=0)
     weight_decay: float = setting(0.1, "of matrices; biases and LayerNorms have none", min=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", min=0, below=1)
@@ -289,6 +298,11 @@ def _check_combinations(config: Config, source: str) -> None:
             f"{source}: [data] wants either held_out above 0, by which valid and test are taken "
             "from train, or files for valid and test"
         )
+    if data.weights and len(data.weights) != len(data.train):
+        raise UserError(
+            f"{source}: [data] weights: found {len(data.weights)}; "
+            f"wanted {len(data.train)}, one for each entry of train"
+        )
     size = config.model
     if size.n_embd % max(1, size.n_head) != 0:
         raise UserError(
@@ -306,10 +320,11 @@ def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") 
     """An instance of the dataclass `cls` from a parsed table, with every key and value checked.
 
     A field that is itself a dataclass is a table in the table. Other fields are of type bool, int,
-    float (an int will do), str or tuple[str, ...] (one string will do), and are declared with
-    `setting`. Raises UserError for an unknown key, another type or a value that breaks one of the
-    field's `RULES`; its line begins with `source`, the file and overrides that the table comes
-    from, and `section`, the table's name.
+    float (an int will do) or str, or a tuple of any number of strings or floats (one alone will
+    do), and are declared with `setting`; a rule holds for every item of a tuple. Raises UserError
+    for an unknown key, another type or a value that breaks one of the field's `RULES`; its line
+    begins with `source`, the file and overrides that the table comes from, and `section`, the
+    table's name.
     """
     types = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -338,10 +353,12 @@ def _describe_unknown_key(key: str, known: Sequence[str]) -> str:
 def _convert(value: Any, wanted: Any, place: str) -> Any:
     """The value as a field of type `wanted` holds it."""
     if typing.get_origin(wanted) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{place}: found {value!r}; wanted a string or a list of strings")
-        return tuple(items)
+        items = value if isinstance(value, list) else [value]
+        item_type = typing.get_args(wanted)[0]
+        kind, types = ("string", (str,)) if item_type is str else ("number", (int, float))
+        if not all(type(item) in types for item in items):
+            raise UserError(f"{place}: found {value!r}; wanted a {kind} or a list of {kind}s")
+        return tuple(_convert(item, item_type, place) for item in items)
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:  # not isinstance, which takes True for an int
@@ -352,6 +369,7 @@ def _convert(value: Any, wanted: Any, place: str) -> Any:
 
 
 def _check_rules(value: Any, metadata: typing.Mapping[str, Any], place: str) -> None:
+    items = value if isinstance(value, tuple) else (value,)
     for rule, (obeys, description) in RULES.items():
-        if rule in metadata and not obeys(value, metadata[rule]):
+        if rule in metadata and not all(obeys(item, metadata[rule]) for item in items):
             raise UserError(f"{place}: found {value!r}; wanted {description} {metadata[rule]}")

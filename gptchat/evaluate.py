@@ -17,8 +17,9 @@ Bits per byte is the loss of all targets, [EOS] included, divided by the UTF-8 b
 what an ideal compressor would need. Unlike loss and perplexity it may be compared between models
 with different tokenizers.
 
-A ChatLM also answers up to 200 dialogues spread evenly over the file, the same way each time. What
-its answers' diversity counts as words stands between white space; in scripts that are written
+A ChatLM also answers up to 200 dialogues spread evenly over the file, the same way each time.
+`repeats_itself` and `repeats_context` are the shares of answers in which four words in a row stand
+twice, or stand in an earlier turn too. Words stand between white space; in scripts that are written
 without spaces (Chinese, Japanese, Thai and others: scripts.py) each character counts as a word.
 """
 
@@ -29,11 +30,12 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 from gptchat.config import Config, DataConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError, cli
-from gptchat.data import shards
+from gptchat.data import shard_writer, shards
 from gptchat.data.batches import Batch, Batches
 from gptchat.data.scripts import units
 from gptchat.data.splits import SPLITS, patterns_of
@@ -46,19 +48,33 @@ from gptchat.training.metrics import metrics, sum_losses
 
 MAX_ANSWERS = 200  # per file
 BATCH_SIZE = 8  # rows
+REPEATED = 4  # words in a row that count as a repetition
 Figures = dict[str, Any]  # by name, in the order in which they are printed: numbers
 
 
+def ngrams(text: Sequence, n: int) -> list[tuple]:
+    """All runs of `n` items of a text, which is a sequence of words or ids."""
+    return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
+
+
 def distinct(texts: Iterable[Sequence], n: int) -> float:
-    """Distinct n-grams over all n-grams of the texts, which are sequences of words or ids.
+    """Distinct n-grams over all n-grams of the texts.
 
     Known as distinct-1 and distinct-2 (Li et al. 2016); 0 if there are no n-grams.
     """
-    ngrams: list[tuple] = []
-    for text in texts:
-        starts = range(len(text) - n + 1)
-        ngrams += [tuple(text[start : start + n]) for start in starts]
-    return len(set(ngrams)) / max(1, len(ngrams))
+    found = list(chain.from_iterable(ngrams(text, n) for text in texts))
+    return len(set(found)) / max(1, len(found))
+
+
+def repeats_itself(text: Sequence) -> bool:
+    """Whether a run of REPEATED items stands in a text twice."""
+    found = ngrams(text, REPEATED)
+    return len(set(found)) < len(found)
+
+
+def repeats_context(text: Sequence, context: Sequence) -> bool:
+    """Whether a run of REPEATED items of a text stands in its context too."""
+    return not set(ngrams(context, REPEATED)).isdisjoint(ngrams(text, REPEATED))
 
 
 def evaluate_data(model: GPT2, config: Config, split: str, name: str) -> Figures:
@@ -69,8 +85,8 @@ def evaluate_data(model: GPT2, config: Config, split: str, name: str) -> Figures
     """
     tokenizer = tokenizer_for(config)
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, data=replace(config.data, shards=folder))
-        shards.write(config, [split])
+        config = replace(config, data=replace(config.data, weights=(), shards=folder))
+        shard_writer.write(config, only=split)
         opened = shards.open_shards(config, split, tokenizer)
         figures = loss_figures(model, config, opened, tokenizer, name)
         if config.task == "chatlm":
@@ -85,7 +101,7 @@ def loss_figures(
     n_ctx = model.config.n_positions
     if config.model.n_ctx:
         n_ctx = min(config.model.n_ctx, n_ctx)
-    batches = Batches(split, tokenizer, n_ctx, BATCH_SIZE, targets=config.data.targets)
+    batches = Batches([split], tokenizer, n_ctx, BATCH_SIZE, targets=config.data.targets)
     device = model.wte.weight.device
     loss_sum, n_targets = sum_losses(model, with_progress(batches, name), device)
     return asdict(metrics(loss_sum, n_targets, batches.n_bytes))
@@ -100,14 +116,21 @@ def with_progress(batches: Batches, name: str) -> Iterator[Batch]:
 
 
 def answer_figures(model: GPT2, split: shards.Shards, tokenizer: Tokenizer) -> Figures:
-    """Diversity and length of a ChatLM's answers to dialogues spread evenly over the split."""
+    """Diversity, length and repetition of a ChatLM's answers to dialogues spread over the split."""
     stride = math.ceil(split.documents / MAX_ANSWERS)
     contexts = [split.dialogue(number)[:-1] for number in range(0, split.documents, stride)]
     answers = TextGenerator(model, tokenizer, "chatlm").sample_answers(contexts)
     words = [units(answer) for answer in answers]
+    n_self = sum(map(repeats_itself, words))
+    n_context = 0
+    for answer, turns in zip(words, contexts, strict=True):
+        earlier = [units(tokenizer.decode(ids)) for _, ids in turns]
+        n_context += any(repeats_context(answer, turn) for turn in earlier)
     return {
         "distinct_1": distinct(words, 1),
         "distinct_2": distinct(words, 2),
+        "repeats_itself": n_self / len(answers),
+        "repeats_context": n_context / len(answers),
         "n_answers": len(answers),
         "words_per_answer": sum(map(len, words)) / len(answers),
     }
@@ -159,7 +182,7 @@ def named_data(args: argparse.Namespace, config: Config) -> dict[str, DataConfig
         paths = expand(patterns, key)
     data: dict[str, DataConfig] = {}
     for path in paths:
-        files: Any = {"train": (), "valid": (), "test": (), "held_out": 0.0}
+        files: Any = {"train": (), "valid": (), "test": (), "held_out": 0.0, "weights": ()}
         files[args.split] = (glob.escape(str(path)),)
         data[str(path)] = replace(config.data, **files)
     return data

@@ -37,7 +37,9 @@ from gptchat.data.splits import SPLITS, load_run_config, patterns_of
 from gptchat.files import expand
 
 CORPORA = (  # what `gptchat corpora` writes
-    "data/lm/train.txt",
+    "data/lm/speeches-early.txt",
+    "data/lm/speeches-late.txt",
+    "data/lm/conversations.txt",
     "data/lm/valid.txt",
     "data/lm/chat-valid.txt",
     "data/lm/test.txt",
@@ -45,6 +47,7 @@ CORPORA = (  # what `gptchat corpora` writes
     "data/chatlm/train.tsv",
     "data/chatlm/valid.tsv",
     "data/chatlm/test.tsv",
+    "data/chatlm/test-whole.tsv",
 )
 NAME_FOR_MAKE = re.compile(r"[\w./+@,-]+")
 

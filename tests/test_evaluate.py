@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 from gptchat import evaluate
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import cli
-from gptchat.data import shards, tokenizer
+from gptchat.data import shard_writer, shards, tokenizer
 from gptchat.data.batches import Batches
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
@@ -163,19 +163,20 @@ def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text)
     config = replace(
         config, data=replace(config.data, test=(str(text),), shards=str(tmp_path / "s"))
     )
-    shards.write(config)
+    shard_writer.write(config)
     split = shards.open_shards(config, "test", vocabulary)
     model = GPT2(
         GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)
     ).train()
     sums = [
-        sum_losses(model, Batches(split, vocabulary, 32, size).evaluation()) for size in (1, 2, 100)
+        sum_losses(model, Batches([split], vocabulary, 32, size).evaluation())
+        for size in (1, 2, 100)
     ]
     assert model.training
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-6) == pytest.approx(sums[2][0], rel=1e-6)
     assert {n for _, n in sums} == {split.n_tokens}
     assert sum_losses(model, []) == (0.0, 0) and math.isnan(metrics(0.0, 0).loss)
-    half = sum_losses(model, Batches(split, vocabulary, 32, 2).evaluation(), precision="bf16")[0]
+    half = sum_losses(model, Batches([split], vocabulary, 32, 2).evaluation(), precision="bf16")[0]
     assert half != sums[0][0] and half == pytest.approx(sums[0][0], rel=0.01)
 
 

@@ -10,7 +10,7 @@ from gptchat.console import UserError
 from gptchat.data import digests, reading
 from gptchat.data.dialogue import is_jsonl, read_dialogues
 from gptchat.data.reading import read_lines, read_text, sample, text_size
-from gptchat.data.shards import write
+from gptchat.data.shard_writer import write
 from gptchat.data.tokenizer import train
 
 TEXT = "".join(f"Line {i} of the text, naïve 日本語.\r\n" + "\n" * (i % 3) for i in range(5000))
@@ -51,7 +51,7 @@ def test_vocabulary_and_shards_are_those_of_the_plain_file(
     hashes, shards = set(), []
     for path in files:
         settings = TokenizerConfig(
-            dir=str(tmp_path / path.name), vocab_size=300, files=(str(path),)
+            dir=str(tmp_path / f"vocabulary-{path.name}"), vocab_size=300, files=(str(path),)
         )
         tokenizer = train(settings)
         tokenizer.save(settings.dir)
@@ -79,10 +79,9 @@ def test_dialogues_of_both_formats_may_be_compressed(tmp_path: Path) -> None:
 def test_a_damaged_file_is_told_in_one_line(files: tuple[Path, Path], damage: str) -> None:
     path = files[1]
     data = path.read_bytes()
-    middle = len(data) // 2
     damaged = {
         "cut": data[:-20],
-        "flipped": data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :],
+        "flipped": data[:-5] + bytes([data[-5] ^ 255]) + data[-4:],  # in the check sum
         "plain": b"no gzip at all",
         "behind": data + b"more",
     }

@@ -15,7 +15,8 @@ from gptchat.data import parts
 from gptchat.data.encoding import read_documents
 from gptchat.data.parts import Part, parse_part, sources_of
 from gptchat.data.reading import Span
-from gptchat.data.shards import open_shards, verify, write
+from gptchat.data.shard_writer import write
+from gptchat.data.shards import open_shards, verify
 
 PROSE = "First lines\r\nof a document.\r\n\r\nSecond,\n  in é日\n \n\nThird\n\n\n\nlast one\n" * 5
 ROWS = "Hi!\tHello, you.\nHow are you?\tFine.\tGood to hear\\nthat.\r\n\nä\tb\n" * 9

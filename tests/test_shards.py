@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError, cli
-from gptchat.data import digests, encoding, shards
+from gptchat.data import digests, encoding, shard_writer
 from gptchat.data.encoding import Encoder, read_documents
 from gptchat.data.scripts import WORDS, pre_tokenizer
-from gptchat.data.shards import open_shards, write
+from gptchat.data.shard_writer import write
+from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import Tokenizer, train
 from gptchat.files import lock_folder
 
@@ -276,7 +277,7 @@ def test_a_long_document_without_white_space_has_the_same_tokens(
 def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
     write(lm)
     whole = opened(lm).tokens(0, opened(lm).n_tokens)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 100)
     write(lm)
     found = opened(lm)
     assert all(len(part) == 100 for part in found.files[:-1])
@@ -289,7 +290,7 @@ def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
         (found.n_tokens - 1, found.n_tokens),
     ):
         assert found.tokens(start, stop).tolist() == whole[start:stop].tolist()
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 1 << 20)
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 1 << 20)
     write(lm)
     assert len(list(lm.shards_dir.glob("train-0*"))) == 1  # the other files are gone
 
@@ -475,7 +476,7 @@ def test_text_edited_while_it_is_encoded_is_refused_when_the_shards_are_opened(
         os.utime(tmp_path / "own.txt", ns=(2, 2))
         return encoding.read_blocks(paths, config, split)
 
-    monkeypatch.setattr(shards, "read_blocks", edit_then_read)
+    monkeypatch.setattr(shard_writer, "read_blocks", edit_then_read)
     write(config)
     refused(config, "own.txt")
 
@@ -497,7 +498,7 @@ def run_shards(config, tmp_path, capsys, *options):
     path = write_config(config, tmp_path)
     status = 0
     try:
-        cli(lambda: shards.main([*options, "--config", str(path)]))
+        cli(lambda: shard_writer.main([*options, "--config", str(path)]))
     except SystemExit as stopped:
         status = stopped.code
     return status, *capsys.readouterr()
@@ -664,6 +665,6 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(lm, tmp_path):
 
 def test_help_says_what_the_command_does_with_an_example(capsys):
     with pytest.raises(SystemExit):
-        shards.main(["--help"])
+        shard_writer.main(["--help"])
     shown = capsys.readouterr().out
     assert "token ids on disk" in shown and "example:\n  gptchat shards --config" in shown

@@ -12,7 +12,8 @@ from gptchat.config import Config, DataConfig, TokenizerConfig, load_config
 from gptchat.console import UserError
 from gptchat.data import encoding, splits
 from gptchat.data.encoding import read_blocks
-from gptchat.data.shards import open_shards, write
+from gptchat.data.shard_writer import write
+from gptchat.data.shards import open_shards
 from gptchat.data.splits import SPLITS, split_of, split_of_dialogue
 from gptchat.data.tokenizer import Tokenizer, train
 

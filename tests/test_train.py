@@ -33,7 +33,12 @@ from gptchat.training import checkpoint
 from gptchat.training.checkpoint import TrainState
 from gptchat.training.distributed import World
 from gptchat.training.monitor import step_flops
-from gptchat.training.optim import lr_scale, make_optimizers, optimizer_state
+from gptchat.training.optim import (
+    lr_scale,
+    make_optimizers,
+    optimizer_state,
+    set_learning_rate,
+)
 from gptchat.training.saved_config import resolve_config
 
 TASKS = ("lm", "chatlm")
@@ -107,24 +112,30 @@ def assert_close(
 # --- the loss
 
 
-def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(small: Path) -> None:
+@pytest.mark.parametrize(
+    ("split", "targets"), [("valid", "response"), ("train", "responder"), ("valid", "all")]
+)
+def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(
+    small: Path, split: str, targets: str
+) -> None:
     config = load_config(str(small / "chatlm.toml"))
     tokenizer = tokenizer_for(config)
-    shards = open_shards(config, "train", tokenizer)
-    model = small_model(tokenizer.vocab_size)
+    shards = open_shards(config, split, tokenizer)
+    n_ctx = 1024
+    model = small_model(tokenizer.vocab_size, n_positions=n_ctx)
     packed, single = (
-        Batches(shards, tokenizer, 256, size, packed=packed)
-        for size, packed in ((4, True), (1, False))
+        Batches([shards], tokenizer, n_ctx, size, packed=packed, targets=targets)
+        for size, packed in ((3, True), (1, False))
     )
-    dialogues = {i for row in range(4) for i in packed._dialogues_of_row(0, row)}
+    excerpts = sorted({excerpt for row in range(3) for excerpt in packed.orders[0].row(row)})
     loss = model(**packed.micro_batch(0).inputs("cpu"))
     loss.backward()
     whole, total = gradients(model), 0.0
-    for i in sorted(dialogues):
-        one = model(**single._dialogue_batch([[i]]).inputs("cpu"))
+    for excerpt in excerpts:
+        one = model(**single._dialogue_batch([(shards, [excerpt])]).inputs("cpu"))
         one.backward()
         total += float(one.detach())
-    assert len(dialogues) > 4
+    assert len(excerpts) > 4
     assert float(loss.detach()) == pytest.approx(total, rel=1e-12)
     assert_close(gradients(model), whole, 1e-9)
 
@@ -589,17 +600,30 @@ def test_decay_is_on_matrices_only_and_muon_takes_those_of_the_blocks(small: Pat
     for kind in ("adamw", "muon"):
         config = load_config(str(small / "lm.toml"), [f"train.optimizer={kind}"]).train
         optimizers = make_optimizers(model, config)
-        decayed, plain = optimizers[0].param_groups
-        assert all(p.dim() >= 2 for p in decayed["params"]) and all(
-            p.dim() == 1 for p in plain["params"]
-        )
-        assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+        decayed, plain, embeddings = optimizers[0].param_groups
+        assert embeddings["params"] == [model.wte.weight]
+        assert all(p.dim() >= 2 for p in decayed["params"])
+        assert all(p.dim() == 1 for p in plain["params"])
+        decays = [group["weight_decay"] for group in (embeddings, decayed, plain)]
+        assert decays == [0.1, 0.1, 0.0]
         count = sum(
             len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups
         )
         assert count == len(list(model.parameters()))
         if kind == "muon":
-            assert len(optimizers[1].param_groups[0]["params"]) == 8
+            fused, others = optimizers[1].param_groups
+            assert fused["parts"] == 3 and {p.shape for p in fused["params"]} == {(96, 32)}
+            assert (len(fused["params"]), len(others["params"])) == (2, 6)
+
+
+def test_the_token_embedding_may_have_a_learning_rate_of_its_own(small: Path) -> None:
+    for override, expected in (("0.0", 3e-3), ("1e-2", 1e-2)):
+        overrides = ["train.optimizer=muon", f"train.embedding_learning_rate={override}"]
+        config = load_config(str(small / "lm.toml"), overrides).train
+        optimizers = make_optimizers(small_model(), config)
+        set_learning_rate(optimizers, 0.5)
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        assert rates == pytest.approx([1.5e-3, 1.5e-3, expected / 2, 0.01, 0.01])
 
 
 def test_the_learning_rate_warms_up_and_follows_its_schedule(small: Path) -> None:

@@ -172,11 +172,12 @@ def _compare_documents(report: Report) -> None:
 
 def _judge(report: Report, config: Config) -> None:
     """Add what follows from the figures to the report's warnings and refusals."""
-    for split, count in report.documents.items():
-        if patterns_of(config.data, split) and count == 0:
-            report.refusals.append(describe_empty(config.data, split))
     for kind, finding in report.findings("refusals").items():
         report.refusals.append(f"{finding.places[0]}" + _and_more(finding.count - 1, kind))
+    for split, count in report.documents.items():
+        if patterns_of(config.data, split) and count == 0:
+            patterns = patterns_of(config.data, split)
+            report.refusals.append(describe_empty(patterns, split, config.data.held_out))
     if report.duplicates > MANY * report.documents["train"]:
         report.warnings.append(f"{report.duplicates:,} duplicates in train")
     for split, count in report.overlap.items():

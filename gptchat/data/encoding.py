@@ -120,8 +120,12 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
 
 
 def read_blocks(paths: Sequence[Source], config: Config, split: str) -> Iterator[list[Any]]:
-    """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm)."""
+    """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm).
+
+    `split` may also be train-0 and so on, an entry of train.
+    """
     held_out = config.data.held_out
+    split = split.partition("-")[0]
     if config.task == "chatlm":
         all_dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
         dialogues = dialogues_of(split, all_dialogues, held_out)

@@ -1,22 +1,51 @@
-"""Writes the files of one split of a folder of shards; shards.py says what they hold."""
+"""Text to token ids on disk: `gptchat shards [--part 3/16] --config FILE [section.key=value ...]`.
 
+The text of each split is encoded once, on all cores, into the files that shards.py describes. With
+`--part 3/16` only that part of the text (parts.py) is, into a folder of its own within, on any
+machine; a part that was killed is done again alone.
+
+Invariants:
+- Writing is all or nothing: files are written under temporary names; then `meta.json` is removed
+  first and comes back last. What stands beside a `meta.json` belongs to it.
+- One process at a time writes a folder, or a part; it holds the lock of that folder.
+- Memory is flat: text is read, encoded and written in blocks.
+"""
+
+import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from gptchat.config import Config
+from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
-from gptchat.data.encoding import Encoded
+from gptchat.data.check import check, verdict
+from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
+from gptchat.data.parts import Part, parse_part, sources_of
+from gptchat.data.reading import Source, Span, text_size
+from gptchat.data.shards import (
+    REMEDY,
+    SHARD_TOKENS,
+    header,
+    part_folders,
+    split_patterns,
+    verify,
+)
+from gptchat.data.splits import SPLITS, describe_empty, load_run_config
+from gptchat.data.tokenizer import Tokenizer, tokenizer_for
+from gptchat.files import atomic_write, expand, lock_folder
 
 
 class Writer:
     """Writes the files of one split under temporary names, and counts what it writes."""
 
-    def __init__(self, prefix: str, dtype: np.dtype, shard_tokens: int):
+    def __init__(self, prefix: str, dtype: np.dtype):
         self.prefix = prefix  # FOLDER/SPLIT-
         self.itemsize = dtype.itemsize
-        self.shard_tokens = shard_tokens  # ids in a file
         self.files: dict[str, BinaryIO] = {}
         self.digests: dict[str, Any] = {}
         self.counts = {"tokens": 0, "documents": 0, "turns": 0, "bytes": 0}
@@ -39,8 +68,8 @@ class Writer:
         """Write ids into the current file of tokens, and on into new ones when it is full."""
         data = memoryview(tokens)
         while data:
-            number, used = divmod(self.counts["tokens"], self.shard_tokens)
-            part = data[: (self.shard_tokens - used) * self.itemsize]
+            number, used = divmod(self.counts["tokens"], SHARD_TOKENS)
+            part = data[: (SHARD_TOKENS - used) * self.itemsize]
             self._write(f"{number:05d}", part)
             self.counts["tokens"] += len(part) // self.itemsize
             data = data[len(part) :]
@@ -68,3 +97,152 @@ class Writer:
             states[file_name] = {"bytes": file.tell(), "digest": digest}
             file.close()
         return states
+
+
+def write(config: Config, only: str = "", part: Part | None = None) -> dict[str, Any]:
+    """Encode the config's splits into its folder of shards; returns the content of `meta.json`.
+
+    `only` names the one split that is wanted, "" all of them. With `part` only that part of them is
+    encoded, into its own folder. Raises UserError for files that are missing, hold no text, are not
+    UTF-8 or (chatlm) have a line that is no dialogue, where the folder cannot be written or holds
+    other parts, and while another process writes there. The old shards then stay.
+    """
+    _check_kind(config.shards_dir, part)
+    folder = config.shards_dir / part.folder if part else config.shards_dir
+    tokenizer = tokenizer_for(config)
+    paths: dict[str, list[Path]] = {}
+    for split, patterns in split_patterns(config).items():
+        if only in ("", split):
+            paths[split] = expand(patterns, f"[data] {split}")
+    sources: dict[str, list[Source]] = {split: [*listed] for split, listed in paths.items()}
+    meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS}
+    if part:
+        sources = {split: sources_of(paths[split], part, config) for split in paths}
+        sizes = {split: {str(path): text_size(path) for path in paths[split]} for split in paths}
+        meta |= {"part": list(part), "text": sizes}
+    with lock_folder(folder, "another process is writing shards here"):
+        _remove_leftovers(folder)  # of a run that was killed
+        try:
+            meta["splits"] = _encode(config, tokenizer, sources, folder)
+            if not part:
+                _check_filled(config, meta["splits"])
+            _publish(folder, digests.seal(meta))
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or folder}: {error.strerror}; the shards were not written"
+            ) from None
+        finally:
+            _remove_leftovers(folder)
+    return meta
+
+
+def _check_kind(folder: Path, part: Part | None) -> None:
+    """Raise UserError if a folder holds whole shards where a part is to be, or the reverse."""
+    if part and (folder / "meta.json").exists():
+        found = "whole shards"
+    else:
+        others = [name for name in part_folders(folder) if not part or not _is_of(name, part)]
+        if not others:
+            return
+        found = others[0]
+    wanted = f"parts of {part.total}" if part else "no parts"
+    raise UserError(
+        f"{folder}: found {found}; wanted {wanted} there: remove it, or name another data.shards"
+    )
+
+
+def _is_of(name: str, part: Part) -> bool:
+    """Whether a part's folder is one of `part.total`."""
+    return name.endswith(part.folder.partition("-of-")[2])
+
+
+def _check_filled(config: Config, splits: dict[str, dict[str, Any]]) -> None:
+    for split, counts in splits.items():
+        if counts["documents"] == 0:
+            raise UserError(
+                describe_empty(split_patterns(config)[split], split, config.data.held_out)
+            )
+
+
+def _encode(
+    config: Config, tokenizer: Tokenizer, sources: dict[str, list[Source]], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Write each split's files under temporary names; returns what `meta.json` says of each."""
+    total = sum(_n_bytes(source) for listed in sources.values() for source in listed)
+    n_read = 0  # bytes of the files that are done
+    splits: dict[str, dict[str, Any]] = {}
+    with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
+        for split, listed in sources.items():
+            states = {str(source): digests.source_state(Path(source)) for source in listed}
+            n_read += sum(map(_n_bytes, listed))
+            writer = Writer(f"{folder}/{split}-", token_dtype(tokenizer))
+            for block in encoder.encode(read_blocks(listed, config, split)):
+                writer.append(block)
+                n_separators = max(len(block.documents), len(block.turns))  # a byte each
+                bar.update(block.n_bytes + n_separators)
+            files = writer.finish()
+            bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
+            splits[split] = writer.counts | {"files": files, "sources": states}
+    return splits
+
+
+def _n_bytes(source: Source) -> int:
+    """Bytes of text that are read."""
+    return source.stop - source.start if isinstance(source, Span) else text_size(Path(source))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files; only the process that holds the folder's lock may do so."""
+    for pattern in ("*.bin.tmp", ".meta.json.*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _publish(folder: Path, meta: dict[str, Any]) -> None:
+    """Replace the old files by the new ones: `meta.json` is removed first and comes back last."""
+    (folder / "meta.json").unlink(missing_ok=True)
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-*.bin"):
+            path.unlink()
+    for path in folder.glob("*.bin.tmp"):
+        path.replace(path.with_suffix(""))
+    with atomic_write(folder / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _report_verification(config: Config) -> None:
+    """Print a line for each file that is not as it should be; UserError if there is one."""
+    wrong = verify(config)
+    for name, problem in wrong.items():
+        print(f"{name}: {problem}", file=sys.stderr)
+    if wrong:
+        raise UserError(f"{config.shards_dir}: damaged or out of date; {REMEDY}")
+    print(f"{config.shards_dir}: OK")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(
+        "shards",
+        "Encode the files of a config's [data] section into token ids on disk.",
+        "gptchat shards --config configs/lm.toml data.shards=out/shards/try",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
+    verify_help = "write nothing; compare all files with the digests taken when they were written"
+    parser.add_argument("--verify", action="store_true", help=verify_help)
+    part_help = "write one of several parts of the work, which are opened as one"
+    parser.add_argument("--part", metavar="3/16", help=part_help)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_run_config(arguments.config, arguments.overrides)
+    if arguments.verify:
+        _report_verification(config)
+        return
+    part = parse_part(arguments.part) if arguments.part else None
+    folder = config.shards_dir / part.folder if part else config.shards_dir
+    for split, counts in write(config, part=part)["splits"].items():
+        print(
+            f"{folder}: {split}: {counts['documents']:,} documents, "
+            f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
+        )
+    if not part:
+        print(f"{config.shards_dir}: {verdict(check(config))}")

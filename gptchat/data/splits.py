@@ -41,15 +41,15 @@ def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def describe_empty(data: DataConfig, split: str) -> str:
+def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
     """What an error says of a split without a document."""
-    patterns = ", ".join(patterns_of(data, split))
-    if data.held_out > 0:
+    names = ", ".join(patterns)
+    if held_out > 0:
         return (
-            f"{patterns}: found no document for {split} with [data] held_out {data.held_out:g}; "
+            f"{names}: found no document for {split} with [data] held_out {held_out:g}; "
             "wanted more documents, or a larger share"
         )
-    return f"{patterns}: found no text; wanted some for [data] {split}"
+    return f"{names}: found no text; wanted some for [data] {split}"
 
 
 def hash_of(text: str) -> int:

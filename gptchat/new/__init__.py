@@ -20,11 +20,11 @@ from typing import Any
 import tomli
 import torch
 
+import gptchat.new.sizing as sizing
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
 from gptchat.files import atomic_write
-from gptchat.new import sizing
 from gptchat.new.sizing import Plan, Speed
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "configs"
@@ -71,7 +71,7 @@ def data_lines(
         "",
         "[data]",
         f"# {report.total('n_bytes') / 1e6:.1f} MB, {n_documents:,} {report.unit}, about "
-        f"{report.n_tokens:,.0f} tokens",
+        f"{sizing.count_tokens(report, plan.vocab_size):,.0f} tokens",
         *toml({"train": list(patterns)}),
         f"held_out = {plan.held_out:g}  # for valid, and as much for test: about "
         f"{plan.held_out * n_documents:,.0f} {report.unit}, drawn by a hash of each",
@@ -123,11 +123,11 @@ def train_lines(plan: Plan, recipe_file: Path) -> Lines:
 def head_lines(task: str, name: str, minutes: float, speed: Speed, start: str) -> Lines:
     what = "An LM of own text" if task == "lm" else "A ChatLM of own dialogues"
     lines = [
-        f"# {what}, made by `gptchat new {name}` for {minutes:g} minutes on a machine (device: "
-        f"{speed.device})",
-        f"# whose training steps made {speed.flops / 1e9:,.0f} GFLOP/s. File names are relative to "
-        "the folder that",
-        "# commands run in. configs/README.md explains every key.",
+        f"# {what}, made by `gptchat new {name} --minutes {minutes:g}`, when training steps on the "
+        f"{speed.device.replace('cuda', 'GPU').replace('cpu', 'CPU')}",
+        f"# made {speed.flops / 1e9:,.1f} GFLOP/s. File names are relative to the working "
+        "directory. configs/README.md",
+        "# explains every key, gptchat/new/sizing.py the choices.",
         f'task = "{task}"',
         f'run = "out/{name}/{task}"',
     ]
@@ -181,8 +181,8 @@ def make_plans(
     recipe_files: dict[str, Path],
 ) -> dict[str, Plan]:
     """The plan of each task: the LM's first, whose size the ChatLM has."""
-    n_bytes = sum(report.n_tokens for report in reports.values()) * sizing.BYTES_PER_TOKEN
-    vocab_size = sizing.choose_vocabulary(int(n_bytes), recipe)
+    n_bytes = sum(map(sizing.text_bytes, reports.values()))
+    vocab_size = sizing.choose_vocabulary(n_bytes, recipe)
     n_ctx = recipe.model.n_ctx
     if "chatlm" in reports:
         n_ctx = sizing.choose_context(reports["chatlm"], recipe)

@@ -16,7 +16,6 @@ The rules, in this order:
 """
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ import torch
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError
-from gptchat.data.check import Report, check
+from gptchat.data.check import BYTES_PER_TOKEN, Report, check
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
 from gptchat.training.metrics import autocast
@@ -38,13 +37,13 @@ HEAD_WIDTH = 64
 STEPS_SHARE = 0.8
 LM_SHARE = 0.55
 MEASURED_STEPS = 3
+MEASURED_SECONDS = 4  # on a slow machine it takes fewer steps
 MAX_EPOCHS = 10
 FRESH_EPOCHS = 4  # up to these, repeated text teaches nearly as much as new (Muennighoff 2023)
-BYTES_PER_ENTRY = 1000
-MIN_ENTRIES = 512
+BYTES_PER_ENTRY = 500
+MIN_ENTRIES = 1024
 HELD_OUT_BYTES = 500_000
 HELD_OUT_DOCUMENTS = 20
-BYTES_PER_TOKEN = 4
 
 
 class Speed(NamedTuple):
@@ -112,8 +111,10 @@ def measure(recipe: Config) -> Speed:
         model.ln_f.weight[0].item()  # waits for a GPU
         return time.perf_counter() - start
 
-    step()  # allocates
-    seconds = statistics.median(step() for _ in range(MEASURED_STEPS))
+    times = [step()]
+    while len(times) <= MEASURED_STEPS and sum(times) < MEASURED_SECONDS:
+        times.append(step())
+    seconds = min(times)  # the first allocates, others may be disturbed
     n_tokens = shape[0] * (shape[1] - 1)
     return Speed(device, step_flops(model.config, n_tokens, n_tokens, shape[1] - 1) / seconds)
 
@@ -139,7 +140,18 @@ def tokens_per_step(recipe: Config) -> int:
     return train.batch_size * train.gradient_accumulation_steps * recipe.model.n_ctx
 
 
-def choose_vocabulary(n_bytes: int, recipe: Config) -> int:
+def text_bytes(report: Report) -> float:
+    """UTF-8 bytes of documents or turns; the report, made without a tokenizer, counts tokens so."""
+    return report.n_tokens * BYTES_PER_TOKEN
+
+
+def count_tokens(report: Report, vocab_size: int) -> float:
+    """Tokens of the data: English has 2.1 bytes a token with 512 entries, 4.1 with 8,192."""
+    bytes_per_token = min(4.4, 2.1 + 0.5 * math.log2(vocab_size / 512))
+    return text_bytes(report) / bytes_per_token
+
+
+def choose_vocabulary(n_bytes: float, recipe: Config) -> int:
     entries = 2 ** int(math.log2(max(1, n_bytes / BYTES_PER_ENTRY)))
     return min(max(entries, MIN_ENTRIES), recipe.tokenizer.vocab_size)
 
@@ -153,8 +165,7 @@ def choose_context(report: Report, recipe: Config) -> int:
 
 
 def choose_held_out(report: Report) -> float:
-    n_bytes = report.n_tokens * BYTES_PER_TOKEN
-    share = max(HELD_OUT_BYTES / n_bytes, HELD_OUT_DOCUMENTS / report.documents["train"])
+    share = max(HELD_OUT_BYTES / text_bytes(report), HELD_OUT_DOCUMENTS / report.documents["train"])
     return float(f"{min(0.1, share):.2g}")
 
 
@@ -195,7 +206,7 @@ def make_plan(
 ) -> Plan:
     """The numbers for this data in this time; `size` is that of the LM to start from."""
     held_out = choose_held_out(report)
-    n_tokens = report.n_tokens * (1 - 2 * held_out)
+    n_tokens = count_tokens(report, vocab_size) * (1 - 2 * held_out)
     if size is None:
         size = choose_size(n_tokens, vocab_size, n_ctx, seconds, speed, recipe)
     seen = tokens_in_time(size, vocab_size, n_ctx, seconds, speed, recipe)

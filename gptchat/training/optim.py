@@ -1,15 +1,15 @@
 """Optimizers, the learning-rate schedule, and optimizer state under the names of its parameters.
 
 AdamW (Loshchilov & Hutter 2019, fused) updates every parameter, with weight decay on matrices only.
-With `optimizer = "muon"` the matrices of the transformer blocks go to Muon instead (Jordan et al.
-2024, torch.optim.Muon), which orthogonalises their momentum before each step. The learning rate is
-a pure function of the step number.
+With `optimizer = "muon"` the matrices of the transformer blocks go to Muon instead (muon.py), which
+orthogonalises their momentum before each step, the queries', keys' and values' matrices apart. The
+learning rate is a pure function of the step number.
 
-torch's Muon orthogonalises in bfloat16, whatever the precision of the run, and so makes rounding
-larger: two processes sum gradients in another order than one, and after six steps their weights
-differ by 2e-3 (2 % of a matrix) with Muon, by 6e-6 with AdamW. With the same iteration in float32
-they differ by 7e-6. It stays bfloat16, which is faster and no option of torch's. A resumed run with
-the same number of processes is exact all the same.
+Muon orthogonalises in bfloat16, whatever the precision of the run, and so makes rounding larger:
+two processes sum gradients in another order than one, and after six steps their weights differ by
+2e-3 (2 % of a matrix) with Muon, by 6e-6 with AdamW. With the same iteration in float32 they differ
+by 7e-6. It stays bfloat16, which is faster. A resumed run with the same number of processes is
+exact all the same.
 
 To add a schedule, add it to `SCHEDULES` and to the choices of `schedule` in config.py; a test
 compares the two.
@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from gptchat.config import TrainConfig
 from gptchat.model.gpt2 import GPT2
+from gptchat.training.muon import Muon
 
 # Schedule: (progress after the warm-up, 0 to 1; the config, for parameters of its own) -> where the
 # rate stands between its minimum (0) and its peak (1).
@@ -39,31 +40,38 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
 
     Each group keeps its peak rate as `peak_lr`; `set_learning_rate` scales it.
     """
-    muon_matrices: list[Tensor] = []  # of the blocks; none without Muon
-    matrices: list[Tensor] = []  # all others, embeddings among them
+    fused_matrices: list[Tensor] = []  # of queries, keys and values, for Muon
+    muon_matrices: list[Tensor] = []  # the blocks' others, for Muon
+    embeddings: list[Tensor] = []  # of tokens; the output head shares it
+    matrices: list[Tensor] = []  # all others
     vectors: list[Tensor] = []  # biases and LayerNorms
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.dim() < 2:
             vectors.append(parameter)
-        elif config.optimizer == "muon" and parameter.dim() == 2 and name.startswith("h."):
+        elif config.optimizer == "muon" and name.endswith("attn.c_attn.weight"):
+            fused_matrices.append(parameter)
+        elif config.optimizer == "muon" and name.startswith("h."):
             muon_matrices.append(parameter)
+        elif name == "wte.weight":
+            embeddings.append(parameter)
         else:
             matrices.append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
+        {
+            "params": embeddings,
+            "weight_decay": config.weight_decay,
+            "lr": config.embedding_learning_rate or config.learning_rate,
+        },
     ]
     betas = (config.beta1, config.beta2)
     optimizers: list[Optimizer] = [AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
     if muon_matrices:
-        muon = Muon(
-            muon_matrices,
-            lr=config.muon_learning_rate,
-            weight_decay=config.weight_decay,
-            momentum=0.95,
-        )
+        muon_groups = [{"params": fused_matrices, "parts": 3}, {"params": muon_matrices}]
+        muon = Muon(muon_groups, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
         optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -22,6 +22,7 @@ FREE_KEYS = {
     "train.learning_rate",
     "train.muon_learning_rate",
     "train.max_grad_norm",
+    "train.embedding_learning_rate",
     "train.eval_interval",
     "train.log_interval",
     "train.patience",

@@ -1,0 +1,231 @@
+"""The order of a split's rows: number in the endless sequence -> what the row holds, without state.
+
+A source is one split's shards. Its rows come epoch after epoch, an epoch holding all of them once,
+each epoch in an order of its own.
+
+WindowOrder (lm): a row is a window of `n_ctx` tokens, which may span documents. Each epoch treats
+the stream as a circle, cuts it into windows from an offset of its own, and shuffles them. No token
+is left out; the last window repeats up to n_ctx - 1 tokens of the first.
+
+DialogueOrder (chatlm): dialogues are dealt at random into pools of POOL dialogues, the same in all
+epochs. The excerpts of a pool's dialogues (see `dialogue.excerpts`; one a dialogue unless it is
+longer than a row) are packed whole into rows of `n_ctx` tokens, longest first, by best fit (99 %
+full with the default corpora). Each epoch shuffles the pools and the rows of a pool; from epoch to
+epoch the packing differs only in which of several equally long excerpts takes a place. With
+`packed = False` each excerpt is a row.
+
+Mixture: several sources give fixed shares of the rows, spread evenly, each in its own order.
+
+Invariants:
+- The same seed and row number give the same row, in any process, in any order of calls.
+- Permutations are computed from a key. All that is kept and grows with the data is three integers
+  for each pool.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from gptchat.data.dialogue import excerpts, fit
+from gptchat.data.keyed_draw import draw_key, permute
+from gptchat.data.shards import Shards
+
+POOL = 1024  # dialogues packed together
+MIXTURE_ROWS = 1000  # rows of a block in which each source has exactly its share
+
+
+class Excerpt(NamedTuple):
+    """Turns first..last-1 of a dialogue; all of them, unless it is longer than a row."""
+
+    dialogue: int
+    first: int
+    last: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in rows of at most `capacity`: best fit, longest first.
+
+    No length may exceed `capacity`. The number of rows depends on the lengths only, not on their
+    order.
+    """
+    rows: list[list[int]] = []
+    # Number of free positions -> indices into `rows`.
+    rows_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0  # bit s is set if some row has s free positions
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for i in longest_first:
+        length = lengths[i]
+        leftovers = spaces >> length  # bit s is set if some row would keep s free positions
+        if leftovers:
+            tightest = (leftovers & -leftovers).bit_length() - 1  # the lowest bit that is set
+            space = length + tightest
+            index = rows_with_space[space].pop()
+            if not rows_with_space[space]:
+                spaces ^= 1 << space
+        else:
+            space = capacity
+            index = len(rows)
+            rows.append([])
+        rows[index].append(i)
+        rows_with_space[space - length].append(index)
+        spaces |= 1 << (space - length)
+    return rows
+
+
+class WindowOrder:
+    """The windows of a stream of tokens (lm)."""
+
+    def __init__(self, shards: Shards, n_ctx: int, seed: int):
+        self.n_ctx = n_ctx
+        self.seed = seed
+        self.rows_per_epoch = ceil_div(shards.n_tokens, n_ctx)
+
+    def row(self, number: int) -> int:
+        """The position in the stream of the first target of a row."""
+        epoch, row = divmod(number, self.rows_per_epoch)
+        key = draw_key(self.seed, epoch)
+        window = int(permute(np.array([row]), self.rows_per_epoch, key)[0])
+        offset = draw_key(self.seed, epoch, "offset") % self.n_ctx
+        return window * self.n_ctx + offset
+
+
+class EpochOrder(NamedTuple):
+    """The pools of dialogues in the order of one epoch."""
+
+    epoch: int
+    pools: np.ndarray  # the numbers of the pools
+    first_rows: np.ndarray  # the number of the first row of each, counted in the epoch
+
+
+class PackedPool(NamedTuple):
+    """The rows of one pool in the order of one epoch."""
+
+    epoch: int
+    pool: int
+    rows: list[list[Excerpt]]
+
+
+class DialogueOrder:
+    """The rows of a split of dialogues (chatlm): in each one excerpt or, packed, several."""
+
+    def __init__(self, shards: Shards, n_ctx: int, seed: int, targets: str, packed: bool):
+        self.shards = shards
+        self.n_ctx = n_ctx
+        self.seed = seed
+        self.targets = targets
+        self.packed = packed
+        # Rows are asked for in ascending order, so the last epoch and the last pool are kept.
+        self._last_order: EpochOrder | None = None
+        self._last_pool: PackedPool | None = None
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        return int(self._rows_per_pool.sum())
+
+    def row(self, number: int) -> list[Excerpt]:
+        """The excerpts of a row."""
+        epoch, row = divmod(number, self.rows_per_epoch)
+        order = self._order(epoch)
+        place = int(np.searchsorted(order.first_rows, row, side="right")) - 1
+        rows = self._pool_rows(epoch, int(order.pools[place]))
+        return rows[row - int(order.first_rows[place])]
+
+    def pools_in_order(self) -> Iterator[list[list[Excerpt]]]:
+        """All dialogues in the order of the file, POOL by POOL packed into rows."""
+        for first in range(0, self.shards.documents, POOL):
+            yield self._pack(np.arange(first, min(first + POOL, self.shards.documents)))
+
+    def _order(self, epoch: int) -> EpochOrder:
+        order = self._last_order
+        if order is None or order.epoch != epoch:
+            n_pools = len(self._rows_per_pool)
+            pools = permute(np.arange(n_pools), n_pools, draw_key(self.seed, epoch))
+            n_rows = self._rows_per_pool[pools]
+            order = EpochOrder(epoch, pools, np.cumsum(n_rows) - n_rows)
+            self._last_order = order
+        return order
+
+    def _pool_rows(self, epoch: int, pool: int) -> list[list[Excerpt]]:
+        """A pool's rows in the epoch's order."""
+        last = self._last_pool
+        if last is None or (last.epoch, last.pool) != (epoch, pool):
+            key = draw_key(self.seed, epoch, pool)
+            dialogues = self._dialogues_of_pool(pool)
+            dialogues = dialogues[permute(np.arange(len(dialogues)), len(dialogues), key)]
+            rows = self._pack(dialogues)
+            rows = [rows[i] for i in permute(np.arange(len(rows)), len(rows), key)]
+            last = PackedPool(epoch, pool, rows)
+            self._last_pool = last
+        return last.rows
+
+    @cached_property
+    def _rows_per_pool(self) -> np.ndarray:
+        n_pools = ceil_div(self.shards.documents, POOL)
+        return np.array([len(self._pack(self._dialogues_of_pool(pool))) for pool in range(n_pools)])
+
+    def _dialogues_of_pool(self, number: int) -> np.ndarray:
+        """The dialogues of a pool."""
+        n = self.shards.documents
+        places = np.arange(number * POOL, min((number + 1) * POOL, n))
+        return permute(places, n, draw_key(self.seed, "pools"))
+
+    def _pack(self, dialogues: np.ndarray) -> list[list[Excerpt]]:
+        """Rows of these dialogues."""
+        parts, lengths = self._excerpts(dialogues)
+        if not self.packed:
+            return [[part] for part in parts]
+        rows = pack(lengths, self.n_ctx)
+        return [[parts[i] for i in row] for row in rows]
+
+    def _excerpts(self, dialogues: np.ndarray) -> tuple[list[Excerpt], list[int]]:
+        """The excerpts of these dialogues, and how many input tokens each takes, n_ctx at most."""
+        starts, turns = self.shards.starts, self.shards.turns
+        first, last = starts[dialogues], starts[dialogues + 1]
+        n_separators = last - first - 1
+        whole_lengths = turns[last] - turns[first] + n_separators
+        parts: list[Excerpt] = []
+        lengths: list[int] = []
+        for i, length in enumerate(whole_lengths.tolist()):
+            number, n_turns = int(dialogues[i]), int(last[i] - first[i])
+            if length <= self.n_ctx:
+                parts.append(Excerpt(number, 0, n_turns))
+                lengths.append(length)
+                continue
+            turn_lengths = np.diff(turns[first[i] : last[i] + 1]).tolist()
+            speakers = self.shards.speakers[first[i] : last[i]].tolist()
+            for begin, end in excerpts(turn_lengths, speakers, self.n_ctx, self.targets):
+                parts.append(Excerpt(number, begin, end))
+                lengths.append(fit(turn_lengths[begin:end], self.n_ctx).length)
+        return parts, lengths
+
+
+class Mixture:
+    """Which source a row comes from, where several sources have fixed shares of the rows.
+
+    Every block of MIXTURE_ROWS rows holds each source's share exactly, rounded to whole rows (at
+    least one), and spreads it evenly over the block.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        """`weights` are above 0; a source's share is its weight divided by their sum."""
+        shares = np.array(weights, np.float64) / sum(weights)
+        ends = np.rint(np.cumsum(shares) * MIXTURE_ROWS).astype(int)
+        self.counts = np.maximum(1, np.diff(ends, prepend=0)).tolist()  # rows of a block, by source
+        # Row j of a source's n stands at (j + 1/2) / n of the block.
+        moments = []
+        for source, n in enumerate(self.counts):
+            moments += [((j + 0.5) / n, source, j) for j in range(n)]
+        self.block = [(source, j) for _, source, j in sorted(moments)]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(source, number of the row in that source's own sequence) of a row."""
+        block, i = divmod(row, len(self.block))
+        source, j = self.block[i]
+        return source, block * self.counts[source] + j

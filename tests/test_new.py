@@ -1,0 +1,174 @@
+"""`gptchat new`: configs for own data that load, are sized by stated rules, overwrite nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptchat import new
+from gptchat.config import load_config
+from gptchat.console import UserError
+from gptchat.data.check import check
+from gptchat.data.splits import load_run_config
+from gptchat.new import sizing
+from gptchat.new.sizing import Speed
+
+SPEED = 3e11  # FLOP/s, about that of two cores
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with text and dialogues, on a machine of known speed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sizing, "measure", lambda recipe: Speed("cpu", SPEED))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "talks").mkdir()
+    text = [f"Paragraph {i} of a text of my own." * 5 for i in range(6000)]
+    (tmp_path / "mine/a.txt").write_text("\n\n".join(text))
+    rows = [f"Question {i}?\tThe answer is {i}.\n" for i in range(5000)]
+    (tmp_path / "talks/a.tsv").write_text("".join(rows))
+    return tmp_path
+
+
+def run(*arguments: str) -> None:
+    new.main(["bard", *arguments])
+
+
+BOTH = ("--text", "mine/*.txt", "--chat", "talks/*.tsv")
+
+
+def test_both_configs_load_and_name_the_files(folder: Path, capsys: Any) -> None:
+    run(*BOTH)
+    lm, chatlm = (load_run_config(f"configs/bard/{task}.toml") for task in ("lm", "chatlm"))
+    assert lm.data.train == ("mine/*.txt",) and chatlm.data.train == ("talks/*.tsv",)
+    assert lm.tokenizer.files == ("mine/*.txt", "talks/*.tsv")
+    assert chatlm.init_from == f"{lm.run}/model" and lm.run == "out/bard/lm"
+    assert lm.data.held_out > 0 and chatlm.data.held_out > 0
+    assert capsys.readouterr().out.splitlines() == [
+        "wrote configs/bard/lm.toml",
+        "wrote configs/bard/chatlm.toml",
+        "next:",
+        "  gptchat check --config configs/bard/lm.toml",
+        "  gptchat check --config configs/bard/chatlm.toml",
+        "  make tokenizer lm chatlm CONFIGS=configs/bard",
+    ]
+
+
+def test_the_recipe_is_that_of_the_default_configs(folder: Path) -> None:
+    run(*BOTH)
+    for task in ("lm", "chatlm"):
+        default = load_config(str(new.DEFAULTS / f"{task}.toml")).train
+        own = load_config(f"configs/bard/{task}.toml").train
+        for key in ("optimizer", "learning_rate", "muon_learning_rate", "schedule", "precision"):
+            assert getattr(own, key) == getattr(default, key)
+
+
+def test_every_number_has_its_reason_beside_it(folder: Path) -> None:
+    run(*BOTH)
+    text = Path("configs/bard/lm.toml").read_text()
+    for key in ("vocab_size", "held_out", "document", "num_steps", "batch_size", "eval_interval"):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{key} = ")]
+        assert "  # " in line
+
+
+def test_text_alone_gives_an_lm_alone(folder: Path, capsys: Any) -> None:
+    run("--text", "mine/*.txt")
+    assert [path.name for path in Path("configs/bard").iterdir()] == ["lm.toml"]
+    assert "make tokenizer lm CONFIGS=configs/bard" in capsys.readouterr().out
+
+
+def test_dialogues_alone_give_a_chatlm_from_new_weights(folder: Path) -> None:
+    run("--chat", "talks/*.tsv")
+    assert [path.name for path in Path("configs/bard").iterdir()] == ["chatlm.toml"]
+    config = load_run_config("configs/bard/chatlm.toml")
+    assert config.init_from == "" and config.data.targets == "all" and config.model.n_embd > 0
+    assert config.tokenizer.files == ("talks/*.tsv",)
+
+
+def test_what_is_there_is_never_overwritten(folder: Path) -> None:
+    Path("configs/bard").mkdir(parents=True)
+    Path("configs/bard/chatlm.toml").write_text("mine")
+    with pytest.raises(UserError, match="configs/bard/chatlm.toml: is there already"):
+        run("--text", "mine/*.txt")
+    assert [path.name for path in Path("configs/bard").iterdir()] == ["chatlm.toml"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bard"], "wanted --text FILES, --chat FILES or both"),
+        (["../x", *BOTH], "NAME: found '../x'; wanted letters"),
+        (["bard", "--text", "none/*.txt"], "none/.*: no such file"),
+        (["bard", "--text", "small.txt"], "small.txt: found 3 documents; wanted 40 or more"),
+        (["bard", "--chat", "mine/a.txt"], "mine/a.txt:1: found one column"),
+        (["bard", *BOTH, "--minutes", "0"], "invalid positive value: '0'"),
+    ],
+)
+def test_wrong_use_is_one_line(folder: Path, arguments: list[str], message: str) -> None:
+    Path("small.txt").write_text("One\ntwo\nthree.\n")
+    with pytest.raises(UserError, match=message):
+        new.main(arguments)
+    assert not Path("configs").exists()
+
+
+def plan(minutes: float, n_copies: int = 1) -> Any:
+    text = Path("mine/a.txt").read_text()
+    Path("mine/b.txt").write_text("\n\n".join([text] * n_copies))
+    contents = new.plan_configs("x", ["mine/b.txt"], [], minutes)
+    Path("x.toml").write_text(contents["lm.toml"])
+    return load_config("x.toml")
+
+
+def test_more_time_gives_more_steps_or_a_larger_model(folder: Path) -> None:
+    small, large = plan(1, 4), plan(60, 4)
+    assert small.model.n_embd < large.model.n_embd
+    assert small.train.num_steps * small.model.n_embd < large.train.num_steps * large.model.n_embd
+
+
+def test_little_data_is_read_ten_times_at_most_with_dropout_and_patience(folder: Path) -> None:
+    config = plan(600)
+    n_tokens = sizing.count_tokens(check(config), config.tokenizer.vocab_size)
+    n_tokens *= 1 - 2 * config.data.held_out
+    seen = config.train.num_steps * config.train.batch_size * config.model.n_ctx
+    assert 0.9 * sizing.MAX_EPOCHS < seen / n_tokens <= sizing.MAX_EPOCHS
+    assert config.model.dropout == 0.1 and config.train.patience == 3
+
+
+def test_the_default_run_gets_the_default_size(folder: Path) -> None:
+    default = load_config(str(new.DEFAULTS / "lm.toml"))
+    size = (default.model.n_layer, default.model.n_embd)
+    tokens = default.train.num_steps * sizing.tokens_per_step(default)
+    config = sizing.model_config(size, default)
+    speed = Speed("cpu", sizing.step_flops(config, 1, 1, default.model.n_ctx) * tokens)
+    found = sizing.choose_size(1e9, 8192, default.model.n_ctx, 1.01, speed, default)
+    assert found == size
+
+
+def test_text_without_blank_lines_is_cut_into_lines(folder: Path) -> None:
+    Path("lines.txt").write_text("".join(f"Line {i} stands alone here.\n" for i in range(500)))
+    contents = new.plan_configs("x", ["lines.txt"], [], 1)
+    assert 'document = "line"' in contents["lm.toml"]
+
+
+def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> None:
+    lines = []
+    for i in range(200):
+        messages = [{"role": "user", "content": f"{i} " + "long " * 400}]
+        messages += [{"role": "assistant", "content": "Yes."}]
+        lines.append(json.dumps({"messages": messages}))
+    Path("long.jsonl").write_text("\n".join(lines))
+    run("--text", "mine/*.txt", "--chat", "long.jsonl")
+    default = load_config(str(new.DEFAULTS / "lm.toml"))
+    config = load_config("configs/bard/lm.toml")
+    assert config.model.n_ctx == 4 * default.model.n_ctx
+    assert config.train.batch_size == default.train.batch_size // 4
+
+
+def test_the_speed_that_is_measured_is_that_of_the_default_model() -> None:
+    recipe = load_config(
+        str(new.DEFAULTS / "lm.toml"),
+        ["model.n_layer=1", "model.n_embd=64", "train.batch_size=1", "tokenizer.vocab_size=300"],
+    )
+    speed = sizing.measure(recipe)
+    assert 1e6 < speed.flops < 1e15 and speed.device in ("cpu", "cuda")
