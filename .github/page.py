@@ -12,6 +12,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 MESSAGES = ("Hi! How are you?", "What do you like to do on weekends?", "Do you like music?")
+WIDTH, HEIGHT = 1040, 600
 ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",
@@ -20,7 +21,8 @@ ARGUMENTS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--window-size=760,560",
+    f"--window-size={WIDTH},{HEIGHT}",
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2",  # as with a mouse
 )
 
 
@@ -32,7 +34,7 @@ def main(url: str) -> None:
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     browser = webdriver.Chrome(options=options, service=service)
     try:
-        size = {"width": 760, "height": 560, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.get(url)
         for message in MESSAGES:

@@ -4,16 +4,18 @@
     gptchat chat --model DIR --prompt TEXT
     gptchat chat --model DIR --input prompts.tsv --output answers.tsv
 
-In the terminal the answer streams. A ChatLM keeps the turns of the conversation, and drops the
-oldest ones when the context is full; an LM continues each line by itself. Ctrl-C ends an answer,
-and what was said by then is kept as the turn. The lines typed are saved in `chat_history` beside
-the model directory.
+In the terminal the answer streams, except with `--pick median`, which has to wait for all
+candidates. A ChatLM keeps the turns of the conversation, and drops the oldest ones when the context
+is full; an LM continues each line by itself. Ctrl-C ends an answer, and what was said by then is
+kept as the turn. The lines typed are saved in `chat_history` beside the model directory. If stdin
+is no terminal, its lines are answered the same way, without prompts and history.
 
 A line of --input, TSV or JSONL (`data/dialogue.py`), is a dialogue whose last turn is to be
 answered; --output, in the same format, repeats it with the answer behind it, which is the format of
-training data. It is written whole or not at all. A file whose name ends in `.gz` is compressed. A
-dialogue longer than the context is cut at its front, as in training and evaluation, and a warning
-on stderr says how many are. A line may have 1,000,000 characters.
+training data. It is written whole or not at all. A file whose name ends in `.gz` is compressed.
+Turns are dropped as in the terminal; a last turn (of an LM: a text) that is too long by itself
+loses its front, and a warning on stderr says in how many lines. A line may have 1,000,000
+characters.
 
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other

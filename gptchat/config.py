@@ -99,8 +99,8 @@ class DataConfig:
     )
     targets: str = setting(
         "response",
-        "ChatLM: what is learned: the last turn, every turn of its speaker, or all turns",
-        choices=("response", "responder", "all"),
+        "ChatLM: what is learned: the last turn, its speaker's turns, all turns, or all tokens",
+        choices=("response", "responder", "turns", "all"),
     )
     packed: bool = setting(
         True, "ChatLM: pack several dialogues into a row; false: one a row, padded"

@@ -1,10 +1,11 @@
-"""How large answers may become, decided before any of them is generated.
+"""How large answers may become: `check_answer` refuses a job before any of it is generated.
 
 Whoever does not read an answer makes Java hold all of it in direct memory until the connection
 ends, and a Java without memory drops its worker. Hence three limits of ServerSettings: one answer's
 size (`max_answer_mb`), the sum over live requests (`max_answers_mb`), and Java's resident memory
-(`max_java_mb`), which also counts answers that are finished but unread. Small answers are exempt
-from the last two, so that they go on while others wait; `max_requests` bounds them.
+(`max_java_mb`), which also counts answers that are finished but unread. Beyond the first a job gets
+status 400, beyond the others 503: it may come again later. Answers of at most SMALL_ANSWER bytes
+are exempt from the last two, so that they go on while others wait; `max_requests` bounds them.
 
 Sizes are estimates in bytes of JSON, above the real ones for all but unusually long tokens.
 """

@@ -16,6 +16,8 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 from gptchat.config import build_server_settings
 from gptchat.runtime import dump_threads_on_signal
+from handlers.openapi import describe
+from handlers.page import render_page
 from handlers.served_model import load_served_model
 from handlers.service import Arrival, Chunk, Service
 
@@ -31,10 +33,11 @@ class GptchatHandler:
         folder = Path(context.system_properties["model_dir"])
         settings = build_server_settings(context.model_yaml_config, "model-config.yaml")
         model = load_served_model(folder / "model", context.model_name, settings)
+        chat_models = os.environ.get("GPTCHAT_CHAT_MODELS", model.name).split(",")
         self.metrics = context.metrics
         self.service = Service(
             model,
-            page=(folder / "handlers" / "page.html").read_text(encoding="utf-8"),
+            page=render_page(model.name, chat_models, describe(model)),
             draining=Path(os.environ.get("GPTCHAT_RUN", folder)) / "draining",
             record=self.record,
             host=os.environ.get("GPTCHAT_HOST", "localhost"),

@@ -314,7 +314,19 @@ def test_answers_end_in_cls_and_nothing_else_is_a_target(shards):
     assert 0 < n_cut < 40  # answers too long for a row even without history
 
 
-def test_of_two_columns_the_responder_gives_the_response(shards, tmp_path):
+def test_with_turns_both_speakers_are_targets_and_each_turn_ends_in_cls(shards):
+    tokenizer = shards[2]
+    options = {"cls_id": tokenizer.cls_id, "sep_id": tokenizer.sep_id, "n_ctx": 100}
+    turns = [(0, [10, 11]), (1, [12]), (0, [13, 14]), (1, [15])]
+    cls_id = tokenizer.cls_id
+    both = encode_example(turns, **options, targets="turns").targets.tolist()
+    assert both == [-100, -100, 12, cls_id, 13, 14, cls_id, 15, cls_id]
+    responder = encode_example(turns, **options, targets="responder").targets.tolist()
+    assert responder == [-100, -100, 12, cls_id, -100, -100, -100, 15, cls_id]
+
+
+@pytest.mark.parametrize("targets", ["responder", "turns"])
+def test_of_two_columns_the_responder_gives_the_response(shards, tmp_path, targets):
     rows = ["a cat\tthe dog sat", "the " * 40 + "\tfast", "home\t" + "a " * 40]
     (tmp_path / "two.tsv").write_text("\n".join(rows))
     data = DataConfig(train=(str(tmp_path / "two.tsv"),), shards=str(tmp_path / "shards"))
@@ -324,7 +336,7 @@ def test_of_two_columns_the_responder_gives_the_response(shards, tmp_path):
     write(config)
     two = open_shards(config, "train", shards[2])
     response = Batches([two], shards[2], N_CTX, 3)
-    responder = Batches([two], shards[2], N_CTX, 3, targets="responder")
+    responder = Batches([two], shards[2], N_CTX, 3, targets=targets)
     assert equal(response.micro_batch(0), responder.micro_batch(0))
 
 

@@ -51,7 +51,9 @@ def test_the_peer_has_our_weights():
 
 
 def test_decode_tells_rates_ratios_and_quality(monkeypatch, capsys):
-    monkeypatch.setattr(decode, "start_model", lambda directory: (GPT2(SMALL).eval(), None, "lm"))
+    monkeypatch.setattr(
+        decode, "benchmark_model", lambda directory: (GPT2(SMALL).eval(), None, "lm")
+    )
     asked = "bench decode --batches 1 2 --rounds 1 --new 4 --prompt 5 --first 9 --json"
     monkeypatch.setattr(sys, "argv", asked.split())
     bench.main()

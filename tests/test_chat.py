@@ -90,16 +90,16 @@ class Terminal:
         self.expect(LABEL.strip())
         return self.expect(PROMPT.strip()).strip()
 
-    def interrupt(self, told: str | type[pexpect.EOF]) -> None:
-        """Ctrl-C, and once more if nothing comes of it.
+    def interrupt(self, expected: str | type[pexpect.EOF]) -> None:
+        """Ctrl-C, which `expected` is to follow, and once more if nothing comes of it.
 
         CPython forgets a signal that comes just before readline waits for keys, until the next one.
         """
         for _ in range(4):
             self.child.sendintr()
-            if self.child.expect_exact([told, pexpect.TIMEOUT], timeout=10) == 0:
+            if self.child.expect_exact([expected, pexpect.TIMEOUT], timeout=10) == 0:
                 return
-        raise AssertionError(f"four times Ctrl-C, and never {told}")
+        raise AssertionError(f"four times Ctrl-C, and never {expected}")
 
     def leave(self) -> int | None:
         self.child.expect(pexpect.EOF)
@@ -120,7 +120,7 @@ def test_a_conversation_in_a_terminal(bot):
     # Up, up: the line before /reset; and it is a new conversation.
     assert terminal.ask("\x1b[A\x1b[A") == first
 
-    for line, told in (
+    for line, expected in (
         ("/help", "/set NAME VALUE"),
         ("/set", "max_new_tokens 30"),
         ("/nonsense", "no such command"),
@@ -130,7 +130,7 @@ def test_a_conversation_in_a_terminal(bot):
         ("x" * 1100, "the last turn takes"),
     ):
         terminal.child.send(line + "\r")
-        terminal.expect(told)
+        terminal.expect(expected)
         terminal.expect(PROMPT.strip())
 
     terminal.child.send("/set max-new-tokens 900\r")
@@ -380,7 +380,7 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, reason",
     [
         ([], "required: --model"),
         (["--model", "nowhere"], "no such directory"),
@@ -413,7 +413,7 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
         (["--model", "BOT", "--input", "LONG_JSONL", "--output", "OUT"], "both or neither"),
     ],
 )
-def test_wrong_use_is_one_line(bot, tmp_path, monkeypatch, capsys, arguments, told):
+def test_wrong_use_is_one_line(bot, tmp_path, monkeypatch, capsys, arguments, reason):
     (tmp_path / "long.tsv").write_text(f"hello\n{'x' * 1_000_001}\n")
     (tmp_path / "blank.tsv").write_text("hello\n  \n")
     message = {"role": "user", "content": "x" * 1_000_000}
@@ -430,5 +430,5 @@ def test_wrong_use_is_one_line(bot, tmp_path, monkeypatch, capsys, arguments, to
     with pytest.raises(SystemExit) as stopped:
         cli(chat.main)
     (line,) = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and told in line
+    assert stopped.value.code == 2 and reason in line
     assert not list(tmp_path.glob("out.*"))

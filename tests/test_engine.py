@@ -503,8 +503,8 @@ def spellings(text):
     id_of = {part: i for i, part in enumerate(tokenizer.token_bytes)}
     ways = []
     for cuts in itertools.product([False, True], repeat=len(data) - 1):
-        at = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(data)]
-        ways.append([id_of[data[i:j]] for i, j in itertools.pairwise(at)])
+        bounds = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(data)]
+        ways.append([id_of[data[i:j]] for i, j in itertools.pairwise(bounds)])
     return tokenizer, ways
 
 

@@ -221,7 +221,7 @@ def test_printed_figures_have_four_decimals_unless_they_are_whole():
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, reason",
     [
         ([], "--config FILE"),
         (["--model", "MODEL"], "--text FILE"),
@@ -234,7 +234,7 @@ def test_printed_figures_have_four_decimals_unless_they_are_whole():
         ),
     ],
 )
-def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, text, arguments, told):
+def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, text, arguments, reason):
     places = {
         "MODEL": tmp_path / "model",
         "BARE": tmp_path / "bare",
@@ -255,4 +255,4 @@ def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, text, arguments, t
     lines = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")
     ]  # beside progress
-    assert stopped.value.code == 2 and len(lines) == 1 and told in lines[0]
+    assert stopped.value.code == 2 and len(lines) == 1 and reason in lines[0]

@@ -1,6 +1,9 @@
 """TorchServe's face of the server: the contract of continuous batching, settings, metrics."""
 
 import json
+import re
+from base64 import b64encode
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,9 @@ from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS
 from handlers import gptchat_handler
 from handlers.gptchat_handler import GptchatHandler
+from handlers.openapi import describe
+from handlers.page import FOLDER as PAGE_FOLDER
+from handlers.page import render_page
 from handlers.service import Chunk
 
 torch.set_num_threads(1)
@@ -40,8 +46,6 @@ class HandlerClient(ServiceClient):
     """TorchServe's half of continuous batching: bodies come in the first call only."""
 
     def start(self, folder, task, settings):
-        (folder / "handlers").mkdir()
-        (folder / "handlers" / "page.html").write_text("<p>page")
         config = CONFIG | {"gptchat": CONFIG["gptchat"] | settings}
         self.context = Context(
             task, str(folder), None, 64, None, "0.12", metrics=Metrics(), model_yaml_config=config
@@ -76,7 +80,8 @@ def chat(tmp_path_factory):
 
 def test_answer_in_the_first_call_is_no_stream(chat):
     chat.ends.clear()
-    assert chat.ask(bytearray()) == (200, "<p>page")
+    page = render_page("chatlm", ["chatlm"], describe(chat.handler.service.model))
+    assert chat.ask(bytearray()) == (200, page) and page.startswith("<!doctype html>")
     assert chat.ask({"context": 3})[0] == 400
     assert chat.ask(bytearray(b"{bad"))[0] == 400
     assert chat.ends == [None] * 3
@@ -107,6 +112,23 @@ def test_figures_reach_torchserves_metrics(chat):
     assert seen["counter", "gptchat_requests"] == ["chatlm", "original", "200"]
     declared = yaml.safe_load((ROOT / "configs/serve/metrics.yaml").read_text())["model_metrics"]
     assert set(seen) == {(kind, entry["name"]) for kind in declared for entry in declared[kind]}
+
+
+def test_page_admits_its_own_styles_and_scripts_only_and_knows_every_setting(chat):
+    names = ["chatlm", "</script><b>"]
+    page = render_page("chatlm", names, describe(chat.handler.service.model))
+    contents = re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", page, re.S)
+    assert len(contents) == 1 + len(list(PAGE_FOLDER.glob("*.js")))
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', page)
+    assert "unsafe" not in policy and "default-src 'none'" in policy
+    admitted = re.findall(r"'sha256-(.*?)'", policy)
+    assert admitted == [b64encode(sha256(text.encode()).digest()).decode() for text in contents]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page)
+    assert not re.search(r"<[^>]* (?:style|on\w+)=", page)
+    (data,) = re.findall(r'<script type="application/json" id="server">(.*?)</script>', page)
+    server = json.loads(data)
+    assert server["models"] == names
+    assert server["settings"].keys() >= {*SETTINGS, "n", "seed", "stop", "bad_words"}
 
 
 def test_handler_file_holds_exactly_one_class():

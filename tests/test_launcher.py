@@ -164,6 +164,13 @@ def test_sigterm_before_the_server_runs_ends_the_launcher(model, tmp_path):
     assert process.wait(20) == 130
 
 
+def test_page_offers_the_models_that_chat(model, tmp_path):
+    chat_model = tiny_model(tmp_path / "chatlm", "chatlm")
+    models = {"lm": model, "a": chat_model, "none": tmp_path, "b": chat_model}
+    server = TorchServe(options(tmp_path / "run", models=models))
+    assert server._environment()["GPTCHAT_CHAT_MODELS"] == "a,b"
+
+
 def test_half_written_keys_are_as_if_not_written_yet(tmp_path):
     server = TorchServe(options(tmp_path / "run", auth=True))
     for content in ('{"inference": {"k', "{}", "[]"):

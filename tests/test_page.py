@@ -3,13 +3,22 @@
 Skipped where there is none.
 """
 
+import json
 import os
+import re
 import shutil
+import threading
 import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from serving import Server, tiny_model
+
+from gptchat.data.dialogue import read_dialogues
+from gptchat.inference.generate import CHAT_SAMPLING
+from gptchat.inference.sampling import SETTINGS
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
@@ -24,12 +33,78 @@ SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
+    large = {"n_embd": 256, "n_layer": 6, "n_positions": 256}
     server = Server(
         folder / "run",
-        {"chatlm": tiny_model(folder / "chatlm", "chatlm", n_embd=256, n_layer=6, n_positions=256)},
+        {
+            "chatlm": tiny_model(folder / "chatlm", "chatlm", **large),
+            "second": tiny_model(folder / "second", "chatlm"),
+        },
     )
     yield server.wait_until_ready()
     server.stop()
+
+
+class Proxy(ThreadingHTTPServer):
+    """Stands before the server, as nginx does: asks for a key, refuses, breaks off."""
+
+    daemon_threads = True
+
+    def __init__(self, server):
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.upstream = server
+        self.port = self.server_address[1]
+        self.key = ""  # that a POST must bring
+        self.refusal = None  # (status, headers) of the next POST
+        self.breaks_off = False  # the next POST's answer
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        self.pass_on(None)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        proxy = self.server
+        if proxy.key and self.headers["authorization"] != f"Bearer {proxy.key}":
+            return self.refuse(401, {})
+        if proxy.refusal:
+            self.refuse(*proxy.refusal)
+            proxy.refusal = None
+            return None
+        return self.pass_on(body)
+
+    def refuse(self, status, headers):
+        self.send_response(status)
+        for name, value in {"content-length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def pass_on(self, body):
+        proxy = self.server
+        path = self.path.removeprefix("/predictions/")
+        connection, response = proxy.upstream.open(path, body, method=self.command)
+        self.send_response(response.status)
+        self.send_header("content-type", response.headers["content-type"])
+        self.end_headers()
+        with suppress(ConnectionError):  # the browser has left
+            while chunk := response.read1(65536):
+                self.wfile.write(chunk)
+                if body and proxy.breaks_off:
+                    proxy.breaks_off = False
+                    break
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def proxy(server):
+    proxy = Proxy(server)
+    yield proxy
+    proxy.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +138,7 @@ def eventually(condition, seconds=60):
 
 
 def show(browser, server, size="desktop", dark=False):
+    """The page as a newcomer sees it."""
     width, height = SIZES[size]
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
@@ -72,18 +148,66 @@ def show(browser, server, size="desktop", dark=False):
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"},
     )
-    browser.get(f"http://127.0.0.1:{server.port}/predictions/chatlm")
+    url = f"http://127.0.0.1:{server.port}"
+    browser.get(f"{url}/predictions/chatlm")
+    browser.execute_script("localStorage.clear(); sessionStorage.clear()")
+    browser.get(f"{url}/predictions/chatlm")
+
+
+def wait_for_the_answer(browser):
+    eventually(
+        lambda: (
+            find(browser, "#send").text == "Send"
+            and not browser.find_elements("css selector", ".live")
+        )
+    )
 
 
 def say(browser, words, wait=True):
     find(browser, "#text").send_keys(words + "\n")
     if wait:
-        eventually(
-            lambda: (
-                find(browser, "#send").text == "Send"
-                and not browser.find_elements("css selector", ".live")
-            )
-        )
+        wait_for_the_answer(browser)
+
+
+def press(browser, name):
+    """Click the last visible button of this name."""
+    buttons = browser.find_elements("css selector", "button")
+    [button for button in buttons if button.text == name][-1].click()
+
+
+def problem(browser):
+    """What is told of a failure, "" if nothing is."""
+    return "".join(note.text for note in browser.find_elements("css selector", ".note.bad"))
+
+
+def messages(browser):
+    """(role, content) of each message that the page holds."""
+    pairs = browser.execute_script("return chat.messages.map(m => [m.role, m.content])")
+    return [tuple(pair) for pair in pairs]
+
+
+def kept_chats(browser):
+    return browser.execute_script("return readChats().map(kept => kept.messages.length)")
+
+
+def choose(browser, **settings):
+    """Type values into the settings, which are closed before and after."""
+    find(browser, "#tune").click()
+    for name, value in settings.items():
+        field = find(browser, f"#setting-{name}")
+        field.clear()
+        field.send_keys(str(value))
+    find(browser, "#settings .close").click()
+
+
+def last_body(browser):
+    """The JSON of the last request for an answer."""
+    bodies = []
+    for entry in browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            bodies.append(message["params"]["request"].get("postData"))
+    return json.loads([body for body in bodies if body][-1])
 
 
 def picture(browser, name):
@@ -111,7 +235,7 @@ def test_several_turns_by_keyboard(browser, server, size, dark):
         and len(said) == 4
     )
     assert not browser.find_elements("css selector", ".turn b")
-    assert len(browser.execute_script("return turns")) == 4
+    assert [role for role, _ in messages(browser)] == ["user", "assistant"] * 2
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, color[4:-1].split(","))) < 64) == dark
@@ -121,11 +245,7 @@ def test_several_turns_by_keyboard(browser, server, size, dark):
 
 def test_answer_streams_and_can_be_stopped_and_tried_again(browser, server):
     show(browser, server)
-    find(browser, "#tune").click()
-    browser.execute_script(
-        "const values = [['length', 200], ['temperature', 2]];"
-        "for (const [id, value] of values) { $(id).value = value; $(id).oninput() }"
-    )
+    choose(browser, max_new_tokens=200, temperature=2, n=2)
     say(browser, "hello", wait=False)
     lengths = set()
     eventually(
@@ -140,11 +260,12 @@ def test_answer_streams_and_can_be_stopped_and_tried_again(browser, server):
     eventually(lambda: "Stopped." in find(browser, ".note").text)
     first = turns(browser)[1]
     assert 0 < len(first) and find(browser, "#send").text == "Send"
-    find(browser, ".note button").click()
+    assert messages(browser)[1] == ("assistant", first)
+    press(browser, "Regenerate")
     eventually(lambda: find(browser, "#send").text == "Stop")
     browser.switch_to.active_element.send_keys("\ue00c")  # Escape
     eventually(lambda: "Stopped." in find(browser, ".note").text)
-    assert len(turns(browser)) <= 2 and len(browser.execute_script("return turns")) <= 2
+    assert len(messages(browser)) == 2
     find(browser, "#fresh").click()
     assert turns(browser) == [] and find(browser, "#empty").is_displayed()
 
@@ -172,8 +293,9 @@ def test_errors_are_told_to_a_person(browser, server):
         "Network.emulateNetworkConditions",
         {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
     )
-    find(browser, ".note button").click()
-    eventually(lambda: len(turns(browser)) == 2 and find(browser, "#send").text == "Send")
+    press(browser, "Try again")
+    wait_for_the_answer(browser)
+    assert len(turns(browser)) == 2
 
 
 def test_message_too_large_comes_back_into_the_box_and_the_chat_goes_on(browser, server):
@@ -209,5 +331,254 @@ def test_page_asks_nothing_of_other_hosts_and_has_names_for_everything(browser, 
         and "INTERNET_DISCONNECTED" not in entry["message"]
     ]
     find(browser, "#tune").click()
-    for control in browser.find_elements("css selector", "button, input, textarea"):
-        assert control.accessible_name
+    for control in browser.find_elements("css selector", "button, input, select, textarea"):
+        assert control.accessible_name or not control.is_displayed()
+
+
+def test_reload_keeps_the_conversation_and_the_settings(browser, server):
+    show(browser, server)
+    choose(browser, temperature=1.3, stop="xyz\n\\n")
+    say(browser, "hello")
+    said = turns(browser)
+    browser.refresh()
+    assert turns(browser) == said and kept_chats(browser) == [2]
+    browser.get_log("performance")
+    say(browser, "and now?")
+    assert turns(browser)[:3] == [*said, "and now?"]
+    body = last_body(browser)
+    assert body["temperature"] == 1.3 and body["stop"] == ["xyz", "\n"]
+    sent = [(message["role"], message["content"]) for message in body["messages"]]
+    assert sent == messages(browser)[:3]
+    find(browser, "#tune").click()
+    press(browser, "Back to the defaults")
+    browser.refresh()
+    assert find(browser, "#setting-temperature").get_attribute("value") == ""
+
+
+def test_message_whose_answer_the_reload_cut_off_can_be_answered(browser, server):
+    show(browser, server)
+    choose(browser, max_new_tokens=60, temperature=2)
+    say(browser, "hello", wait=False)
+    eventually(lambda: find(browser, "#send").text == "Stop")
+    browser.refresh()
+    assert turns(browser) == ["hello"] and "No answer yet" in find(browser, ".note").text
+    press(browser, "Try again")
+    wait_for_the_answer(browser)
+    assert len(turns(browser)) == 2
+
+
+def test_conversations_are_listed_opened_deleted_and_restored(browser, server):
+    show(browser, server)
+    for words in ("first", "second"):
+        find(browser, "#fresh").click()
+        say(browser, words)
+    listed = [row.text for row in browser.find_elements("css selector", "#list .open")]
+    assert listed == ["second", "first"]
+    press(browser, "first")
+    assert turns(browser)[0] == "first"
+    browser.back()
+    eventually(lambda: turns(browser)[0] == "second")
+    find(browser, "#list li:last-child .delete").click()
+    assert len(kept_chats(browser)) == 1 and turns(browser)[0] == "second"
+    find(browser, "#list li .delete").click()
+    assert kept_chats(browser) == [] and turns(browser) == []
+    press(browser, "Undo")
+    press(browser, "second")
+    assert len(turns(browser)) == 2
+
+
+def test_export_is_read_by_training(browser, server, tmp_path):
+    show(browser, server)
+    choose(browser, temperature=2, repetition_penalty=2)
+    conversations = [
+        ["Good morning", "a\u0000b\tc \ud83d\ude00 \u2028 x"],
+        ["おはよう"],
+        ["no answer"],
+    ]
+    for mine in conversations:
+        find(browser, "#fresh").click()
+        for words in mine:
+            browser.execute_script("text.value = arguments[0]; submit()", words)
+            wait_for_the_answer(browser)
+    browser.execute_script("chat.messages.pop(); keep(chat)")
+    half = "chat.messages[1].content += '\\ud83d\\0'; writeChat(chat)"
+    browser.execute_script(f"go(readChats()[1].id); {half}")
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    press(browser, "Export as JSONL")
+    path = tmp_path / "chatlm.jsonl"
+    eventually(path.exists)
+    dialogues = list(read_dialogues(path))
+    assert [len(turns) for turns in dialogues] == [4, 2]
+    assert [speaker for speaker, _ in dialogues[0]] == [0, 1, 0, 1]
+    assert dialogues[0][2][1] == "ab\tc 😀 \u2028 x" and dialogues[1][0][1] == "おはよう"
+    assert dialogues[1][1][1].endswith("\ufffd")
+
+
+def test_regenerate_shows_candidates_of_which_one_is_gone_on_with(browser, server):
+    show(browser, server)
+    choose(browser, temperature=2, max_new_tokens=12, n=3)
+    say(browser, "hello")
+    first = messages(browser)[1][1]
+    press(browser, "Regenerate")
+    wait_for_the_answer(browser)
+    shown = [row.text for row in browser.find_elements("css selector", ".candidate")]
+    assert len(shown) == 4 and messages(browser)[1][1] != first
+    find(browser, ".candidate:last-child input").click()
+    assert messages(browser)[1][1] == first
+    browser.switch_to.active_element.send_keys("\ue013")  # the arrow up: the one before it
+    browser.refresh()
+    assert [row.text for row in browser.find_elements("css selector", ".candidate")] == shown
+    third = messages(browser)[1][1]
+    assert (
+        third not in (first, "")
+        and find(browser, ".candidate:nth-last-child(2) input").is_selected()
+    )
+    browser.get_log("performance")
+    say(browser, "go on")
+    assert last_body(browser)["messages"][1]["content"] == third
+    assert browser.find_elements("css selector", ".candidate") == [] and len(turns(browser)) == 4
+
+
+def test_edited_message_replaces_what_followed(browser, server):
+    show(browser, server)
+    for words in ("one", "two"):
+        say(browser, words)
+    before = turns(browser)
+    edit = "talk.querySelectorAll('.from-me')[0].querySelectorAll('button')[1].click()"
+    browser.execute_script(edit)
+    browser.switch_to.active_element.send_keys(" more\ue00c")  # Escape
+    assert turns(browser) == before
+    browser.execute_script(edit)
+    browser.switch_to.active_element.send_keys(" more\n")
+    wait_for_the_answer(browser)
+    assert turns(browser)[0] == "one more" and len(messages(browser)) == 2
+    browser.execute_script("edit(0); editing.draft = 'x '.repeat(400); sendEdited()")
+    wait_for_the_answer(browser)
+    assert "too long" in find(browser, ".note.bad").text and len(messages(browser)) == 2
+    assert len(find(browser, ".editor textarea").get_attribute("value")) == 799
+
+
+def test_settings_are_those_of_the_server_and_are_checked(browser, server):
+    show(browser, server)
+    find(browser, "#tune").click()
+    fields = browser.find_elements("css selector", "#fields [id^=setting-]:is(input, textarea)")
+    names = {field.get_attribute("id").removeprefix("setting-") for field in fields}
+    assert names >= {*SETTINGS, "n", "seed", "stop", "bad_words"}
+    for name, wrong in {"top_p": "2", "top_k": "1.5", "seed": "x"}.items():
+        find(browser, f"#setting-{name}").send_keys(wrong)
+        assert "wanted" in find(browser, f"#setting-{name}-help").text
+    field = find(browser, "#setting-temperature")
+    field.send_keys("\ue013\ue013")  # the arrow up
+    assert field.get_attribute("value") == "0.7"
+    browser.get_log("performance")
+    say(browser, "hello")
+    body = last_body(browser)
+    sent = {name: body[name] for name in SETTINGS}
+    defaults = {name: getattr(CHAT_SAMPLING, name) for name in SETTINGS}
+    assert sent == defaults | {"temperature": 0.7, "max_new_tokens": 64} and "seed" not in body
+
+
+def test_tokens_a_second_are_told_and_an_answer_can_be_copied(browser, server):
+    show(browser, server)
+    choose(browser, max_new_tokens=8, temperature=2)
+    browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+    say(browser, "hello")
+    assert re.fullmatch(r"\d+ tokens · [\d.]+ a second.*", find(browser, ".note").text)
+    press(browser, "Copy")
+    press_copied = "navigator.clipboard.readText().then(arguments[0], error => arguments[0](null))"
+    eventually(lambda: browser.execute_async_script(press_copied) == messages(browser)[1][1])
+
+
+def test_other_models_of_the_server_can_be_chosen_with_the_same_conversation(browser, server):
+    show(browser, server)
+    say(browser, "hello")
+    said = turns(browser)
+    assert [option.text for option in browser.find_elements("css selector", "#model option")] == [
+        "chatlm",
+        "second",
+    ]
+    find(browser, "#model option:last-child").click()
+    eventually(lambda: browser.title == "second")
+    assert turns(browser) == said
+    browser.get_log("performance")
+    say(browser, "and you?")
+    assert last_body(browser)["model"] == "second" and len(turns(browser)) == 4
+
+
+def test_key_is_asked_for_and_kept_for_the_tab_unless_ticked(browser, proxy):
+    show(browser, proxy)
+    proxy.key = "secret"
+    say(browser, "hello")
+    assert "asks for a key" in find(browser, ".note.bad").text
+    press(browser, "Enter the key")
+    browser.switch_to.active_element.send_keys("wrong")
+    press(browser, "Try again")
+    eventually(lambda: "does not take this key" in problem(browser))
+    find(browser, "#key").clear()
+    find(browser, "#key").send_keys("secret")
+    press(browser, "Try again")
+    wait_for_the_answer(browser)
+    assert len(turns(browser)) == 2
+    in_local_storage = "return JSON.stringify({...localStorage}).includes('secret')"
+    assert not browser.execute_script(in_local_storage)
+    find(browser, "#keep-key").click()
+    assert browser.execute_script(in_local_storage)
+    browser.refresh()
+    say(browser, "again")
+    assert len(turns(browser)) == 4
+    proxy.key = ""
+
+
+def test_busy_server_and_lost_connection_can_be_tried_again(browser, proxy):
+    show(browser, proxy)
+    choose(browser, temperature=2, max_new_tokens=100)
+    proxy.refusal = (503, {"retry-after": "7"})
+    say(browser, "hello")
+    assert "busy" in problem(browser) and "in 7 seconds" in problem(browser)
+    proxy.breaks_off = True
+    press(browser, "Try again")
+    eventually(lambda: "lost in the middle" in problem(browser))
+    press(browser, "Try again")
+    wait_for_the_answer(browser)
+    assert len(messages(browser)) == 2 and not browser.find_elements("css selector", ".note.bad")
+    proxy.refusal = (413, {})
+    say(browser, "large")
+    assert "too long" in problem(browser)
+    assert find(browser, "#text").get_attribute("value") == "large"
+
+
+def test_enter_that_ends_a_composition_does_not_send(browser, server):
+    show(browser, server)
+    find(browser, "#text").click()
+    compose = {"text": "おはよう", "selectionStart": 4, "selectionEnd": 4}
+    browser.execute_cdp_cmd("Input.imeSetComposition", compose)
+    enter = {"type": "keyDown", "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+    browser.execute_cdp_cmd("Input.dispatchKeyEvent", enter)
+    browser.execute_cdp_cmd("Input.insertText", {"text": "おはよう"})
+    assert turns(browser) == [] and "おはよう" in find(browser, "#text").get_attribute("value")
+    say(browser, "")
+    assert turns(browser)[0] == "おはよう"
+
+
+def test_text_from_right_to_left_stands_on_the_right(browser, server):
+    show(browser, server)
+    for words in ("שלום, מה שלומך?", "hello"):
+        say(browser, words)
+    mine = "[...talk.querySelectorAll('.mine')].map(turn => getComputedStyle(turn).direction)"
+    assert browser.execute_script(f"return {mine}") == ["rtl", "ltr"]
+
+
+def test_full_storage_is_told_and_the_conversation_goes_on(browser, server):
+    show(browser, server)
+    browser.execute_script(
+        "for (let size = 1 << 22; size; size >>= 1) {"
+        "  try { localStorage.setItem('x' + size, 'x'.repeat(size)) } catch {}"
+        "}"
+    )
+    say(browser, "hello")
+    assert find(browser, "#full").is_displayed() and len(turns(browser)) == 2
+    browser.execute_script("localStorage.clear()")
+    say(browser, "more")
+    assert not find(browser, "#full").is_displayed() and kept_chats(browser) == [4]

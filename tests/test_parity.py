@@ -65,8 +65,9 @@ def as_rows(types: Tensor | None) -> Tensor | None:
 
 def our_loss(model: GPT2, ids: Tensor, types: Tensor | None, labels: Tensor) -> Tensor:
     targets = torch.cat([labels[:, 1:], torch.full((len(ids), 1), -100)], 1).flatten()
-    where = (targets != -100).nonzero().squeeze(1)
-    return model(ids, types, target_positions=where, targets=targets[where]) / len(where)
+    positions = (targets != -100).nonzero().squeeze(1)
+    loss_sum = model(ids, types, target_positions=positions, targets=targets[positions])
+    return loss_sum / len(positions)
 
 
 def their_loss(pair: Pair, ids: Tensor, types: Tensor | None, labels: Tensor) -> Tensor:
@@ -168,18 +169,18 @@ def test_logits_with_a_cache_in_any_split_equal_those_without(
     chunks = [*chunks, 40]
     with torch.no_grad():
         wanted = exact.ours.logits(exact.ours(ids, types if typed else None))
-        found, at, cache = [], 0, dirty_cache(exact, slots=4)
+        found, start, cache = [], 0, dirty_cache(exact, slots=4)
         for chunk in chunks:
-            new = slice(at, min(at + chunk, 40))
+            new = slice(start, min(start + chunk, 40))
             n = new.stop - new.start
             if n:
-                view = cache.view(1, torch.full((2,), at), n, at + n)
+                view = cache.view(1, torch.full((2,), start), n, new.stop)
                 found.append(
                     exact.ours.logits(
                         exact.ours(ids[:, new], types[:, new] if typed else None, cache=view)
                     )
                 )
-            at = new.stop
+            start = new.stop
     assert close(torch.cat(found, 1), wanted, 1e-9)
 
 

@@ -338,9 +338,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("break_it, told", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize("break_it, reasons", REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_represented_is_refused_in_one_line(
-    tmp_path: Path, break_it: Callable[[Path], object], told: list[str]
+    tmp_path: Path, break_it: Callable[[Path], object], reasons: list[str]
 ) -> None:
     write(random_gpt2(), tmp_path / "model")
     load_model(tmp_path / "model")
@@ -350,7 +350,7 @@ def test_what_cannot_be_represented_is_refused_in_one_line(
     message = str(raised.value)
     assert not (tmp_path / "model" / "ran").exists()
     assert "\n" not in message and all(
-        part in message for part in [str(tmp_path / "model"), *told]
+        part in message for part in [str(tmp_path / "model"), *reasons]
     ), message
 
 

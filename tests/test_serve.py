@@ -476,7 +476,7 @@ def test_sole_client_that_left_costs_no_more_steps_and_delays_no_stop(tmp_path):
     server.stop(signal.SIGTERM, 15)
     found = re.search(
         r"lm original left: \d+ \+ (\d+) tokens", server.log.read_text()
-    )  # told before the stop
+    )  # it was logged before the stop
     assert found and int(found[1]) < 500, server.log.read_text()
 
 

@@ -113,7 +113,8 @@ def assert_close(
 
 
 @pytest.mark.parametrize(
-    ("split", "targets"), [("valid", "response"), ("train", "responder"), ("valid", "all")]
+    ("split", "targets"),
+    [("valid", "response"), ("train", "responder"), ("train", "turns"), ("valid", "all")],
 )
 def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(
     small: Path, split: str, targets: str
@@ -403,7 +404,7 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_says_what_to
     finish(start(small, "lm", tmp_path, *settings))
     rewrite_checkpoint(tmp_path / "checkpoint.safetensors", {"format": number})
     refused = finish(start(small, "lm", tmp_path, *settings), 2)
-    assert f"found checkpoint format {shown}; wanted {checkpoint.FORMAT}" in refused
+    assert f"found checkpoint format {shown}; wanted {checkpoint.CHECKPOINT_FORMAT}" in refused
     assert "remove the file to start anew" in refused
     assert refused.count("\n") == 1
 

@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def start_model(directory: str | None) -> tuple[GPT2, Tokenizer | None, str]:
+def benchmark_model(directory: str | None) -> tuple[GPT2, Tokenizer | None, str]:
     """The model, tokenizer and task of a directory; without one, GPT-2 124M with seeded weights."""
     torch.manual_seed(0)
     if directory:
@@ -125,9 +125,9 @@ def full_steps(engine: Engine, requests: list[Request]) -> list[float]:
     for request in requests:
         engine.submit(request)
     while not engine.idle:
-        full = len(engine.running) == len(requests)
+        all_running = len(engine.running) == len(requests)
         step_seconds = timed(engine.step)
-        if full:
+        if all_running:
             seconds += step_seconds
     return seconds
 
@@ -142,7 +142,7 @@ class DecodeBenchmark:
             raise UserError(
                 "--text: found no --model; wanted one, whose tokenizer encodes the text"
             )
-        self.model, self.tokenizer, _ = start_model(args.model)
+        self.model, self.tokenizer, _ = benchmark_model(args.model)
         self.config = self.model.config
         check_context(args.prompt + args.new, "--prompt and --new", self.config.n_positions)
         self.rows = self.rows_to_predict()

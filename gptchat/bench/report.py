@@ -1,8 +1,13 @@
 """A race between contestants that take turns, and the report of its results.
 
-`Report.race` runs every contestant once per round, so that a change in the machine's load meets
-all of them. The first round warms up and is not counted. `Report.show` prints a line per contestant
-with its median, its quartiles, and how many times faster it is than the first one of its race.
+A contestant is a function that does its work once and returns the seconds that it measured, one
+number for each thing done (`timed` measures a function that does one). `Report.race` calls every
+contestant once per round, so that a change in the machine's load meets all of them. The first round
+warms up and is not counted. `Report.show` prints what the machine is, which takes a second, and a
+line per contestant with its median, its quartiles, and how many times faster it is than the first
+one of its race. All three are figures that were measured, not interpolated.
+
+`positive` and `check_context` check the options that all benchmarks have.
 """
 
 import json
@@ -35,9 +40,9 @@ class Report:
     ) -> dict[str, float]:
         """Run the contestants in turn and add a line for each. Returns their medians in seconds.
 
-        A contestant returns the seconds of each thing that it did, such as a decoding step. The
-        lines show milliseconds if `unit` is "ms", else `amount` / seconds (`amount` is what one of
-        these things handles, such as the tokens of a step).
+        The lines show the seconds of each thing done, such as a decoding step, as milliseconds if
+        `unit` is "ms", else as `amount` / seconds (`amount` is what one of these things handles,
+        such as the tokens of a step).
         """
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for round_number in range(rounds + 1):
@@ -48,22 +53,10 @@ class Report:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         first_median = next(iter(medians.values()))
         for name, values in seconds.items():
-            if unit == "ms":
-                figures = sorted(value * 1e3 for value in values)
-            else:
-                figures = sorted(amount / value for value in values)
-            self.lines.append(
-                {
-                    "what": what,
-                    "who": name,
-                    "median": quantile(figures, 0.5),
-                    "low": quantile(figures, 0.25),
-                    "high": quantile(figures, 0.75),
-                    "unit": unit,
-                    "ratio": first_median / medians[name],
-                    "notes": {},
-                }
-            )
+            line: dict[str, Any] = {"what": what, "who": name}
+            line |= quartiles(values, unit, amount)
+            line |= {"unit": unit, "ratio": first_median / medians[name], "notes": {}}
+            self.lines.append(line)
         return medians
 
     def note(self, who: str, **notes: Any) -> None:
@@ -92,6 +85,19 @@ def check_context(n_tokens: int, options: str, n_positions: int) -> None:
     if n_tokens > n_positions:
         message = f"{n_tokens} tokens ({options}) do not fit into the model's context"
         raise UserError(f"{message} of {n_positions}")
+
+
+def quartiles(seconds: Sequence[float], unit: str, amount: float) -> dict[str, float]:
+    """Median and quartiles of what a line shows: milliseconds, or `amount` a second."""
+    if unit == "ms":
+        figures = sorted(value * 1e3 for value in seconds)
+    else:
+        figures = sorted(amount / value for value in seconds)
+    return {
+        "median": quantile(figures, 0.5),
+        "low": quantile(figures, 0.25),
+        "high": quantile(figures, 0.75),
+    }
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

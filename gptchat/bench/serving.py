@@ -21,7 +21,7 @@ from urllib.error import HTTPError
 
 import torch
 
-from gptchat.bench.decode import Transformers, differences, start_model
+from gptchat.bench.decode import Transformers, benchmark_model, differences
 from gptchat.bench.report import Report, check_context, positive
 from gptchat.console import UserError
 from gptchat.inference.engine import Engine, Request, generate
@@ -87,7 +87,7 @@ class ServingBenchmark:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        model, tokenizer, task = start_model(args.model)
+        model, tokenizer, task = benchmark_model(args.model)
         assert tokenizer is not None  # --model is required
         check_context(args.prompt + args.new, "--prompt and --new", model.config.n_positions)
         self.peer = Transformers(model)

@@ -10,7 +10,6 @@ Invariant: all contestants start from the same weights and train on the same ids
 import argparse
 import multiprocessing
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,11 +24,11 @@ from gptchat.console import UserError
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
 from gptchat.training.distributed import World, wrap_model
+from gptchat.training.metrics import PRECISIONS, autocast
 from gptchat.training.monitor import matmul_peak, peak_memory, step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
 
 CONTESTANTS = ("transformers as found", "transformers", "gptchat eager", "gptchat compiled")
-DTYPE_OF_PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +55,6 @@ def train_config(args: argparse.Namespace) -> GPT2Config:
     )
 
 
-def autocast(precision: str) -> AbstractContextManager[object]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 def training_step(contestant: str, args: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one optimizer step of AdamW on random ids."""
     torch.manual_seed(0)
@@ -80,7 +73,7 @@ def training_step(contestant: str, args: argparse.Namespace) -> Callable[[], Non
     optimizer = make_optimizers(trained, settings)[0]  # type: ignore[arg-type]
 
     def step() -> None:
-        with autocast(args.precision):
+        with autocast("cpu", args.precision):
             output = trained(input_ids=inputs, **labels)
         if ours:
             loss = output / targets.numel()  # ours is a sum over targets
@@ -134,7 +127,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
         args.rounds,
         n_tokens,
     )
-    peak_flops = matmul_peak(torch.device("cpu"), DTYPE_OF_PRECISION[args.precision])
+    peak_flops = matmul_peak(torch.device("cpu"), PRECISIONS[args.precision])
     flops = step_flops(train_config(args), n_tokens, n_tokens, args.row)
     for contestant, pipe in pipes.items():
         peak_bytes = exchange(contestant, pipe, False)

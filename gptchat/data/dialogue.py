@@ -14,16 +14,18 @@ to continue a response, with the first tokens of that response.
 Targets. With targets = "response" they are the response and `[CLS]`, which marks that the response
 is complete and is never an input. With "responder" so is every earlier turn of speaker 1, except a
 first turn, which answers nothing: after its last token the target is `[CLS]` although the next
-input is `[SEP]`. With "all" every token after the first is a target, and `[CLS]` at the end.
+input is `[SEP]`. With "turns" so are the turns of both speakers. With "all" every token after the
+first is a target, `[SEP]`s included, and `[CLS]` at the end only.
 
 Truncation of a training example to `n_ctx` input tokens, in this order:
 1. History turns are dropped whole, oldest first, until the rest fits.
 2. The front of the context is cut, down to `n_ctx // 2` tokens.
 3. The end of the response is cut. Then `[CLS]` is no target: the response did not end there.
-With targets = "responder" a dialogue that is too long is first cut into examples, so that each of
-the responder's turns but a first one is a target in exactly one of them. An example takes as many
-turns as fit and ends with one of the responder's; the next begins with that turn, as history. Only
-if a response and the turn before it are too long by themselves is something truncated.
+With targets = "responder" or "turns" a dialogue that is too long is first cut into examples, so
+that each of the responder's turns but a first one is a target in exactly one of them. An example
+takes as many turns as fit and ends with one of the responder's; the next begins with that turn, as
+history. Only if a response and the turn before it are too long by themselves is something
+truncated.
 A prompt is truncated by dropping whole turns, oldest first; its last turn is never cut.
 
 Speakers. OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0.
@@ -154,9 +156,10 @@ def excerpts(
     """Which turns, first..last-1, of a dialogue longer than `n_ctx` stand in each training example.
 
     `lengths` are the turns' tokens, `speakers` their speakers. It is one example of all turns,
-    which `fit` truncates, but with targets = "responder" as many as the module's docstring says.
+    which `fit` truncates, but with targets = "responder" or "turns" as many as the module's
+    docstring says.
     """
-    if targets != "responder":
+    if targets not in ("responder", "turns"):
         return [(0, len(lengths))]
     answers = [i for i, speaker in enumerate(speakers) if speaker == 1 and i > 0]
     parts: list[tuple[int, int]] = []
@@ -195,9 +198,12 @@ def encode_example(
         end = 0
         for i, (speaker, turn) in enumerate(kept):
             start, end = end, end + 1 + len(turn)  # of the turn behind its [SEP]
-            is_response = i == len(kept) - 1
-            is_earlier_answer = targets == "responder" and speaker == 1 and i > 0
-            if is_response or is_earlier_answer:
+            is_target = i == len(kept) - 1
+            if i > 0 and targets == "responder":
+                is_target = is_target or speaker == 1
+            elif i > 0 and targets == "turns":
+                is_target = True
+            if is_target:
                 following[start:end] = [*turn, cls_id]
     start = 1 + skipped  # the first turn has no [SEP] before it
     stop = start + length

@@ -42,7 +42,9 @@ _fallback_reported = False
 
 
 def cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.detach().to(dtype)
+    if bias is None:
+        return None
+    return bias.detach().to(dtype)
 
 
 class PlainLinear(nn.Module):
@@ -61,7 +63,9 @@ class PlainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x.to(self.dtype), self.weight, self.bias)
-        return gelu_tanh(y) if self.gelu else y.float()
+        if self.gelu:
+            return gelu_tanh(y)
+        return y.float()
 
 
 class PackedLinear(PlainLinear):
@@ -201,7 +205,9 @@ def _best_dtype(on_cpu: bool) -> str:
     except AttributeError as error:
         _report_fallback("_is_avx512_bf16_supported", "float32", error)
         native = False
-    return "bfloat16" if native else "float32"
+    if native:
+        return "bfloat16"
+    return "float32"
 
 
 def pack_layers(model: GPT2, dtype: str) -> None:
@@ -243,8 +249,12 @@ def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
         raise UserError("dtype is 'int8', which needs an x86 CPU; wanted float32 or bfloat16")
     if on_cpu:
         pack_layers(model, dtype)
-    activations = torch.float32 if on_cpu or dtype == "float32" else torch.bfloat16
-    embedding = torch.float32 if dtype == "float32" else torch.bfloat16
+    embedding = torch.bfloat16
+    if dtype == "float32":
+        embedding = torch.float32
+    activations = embedding
+    if on_cpu:
+        activations = torch.float32
     _cast_parameters(model, embedding, activations)
     return activations
 

@@ -147,12 +147,13 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
     logprobs = logits.float().log_softmax(-1)  # (N, V)
     top_logprobs, top_ids = logprobs.topk(min(k, logits.shape[1]))  # (N, k)
     of_ids = logprobs.gather(1, ids[:, None])[:, 0]  # (N,)
-    pairs = zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)
-    tops = [list(zip(*pair, strict=True)) for pair in pairs]
-    return [
-        Scored(token, logprob, top)
-        for token, logprob, top in zip(ids.tolist(), of_ids.tolist(), tops, strict=True)
-    ]
+    tokens = zip(ids.tolist(), of_ids.tolist(), strict=True)
+    tops = zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)
+    scored = []
+    for (token, logprob), (best_ids, best_logprobs) in zip(tokens, tops, strict=True):
+        top = list(zip(best_ids, best_logprobs, strict=True))
+        scored.append(Scored(token, logprob, top))
+    return scored
 
 
 def penalize_and_ban(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> None:
@@ -204,7 +205,9 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def select_rows(scores: Tensor, indices: list[int]) -> Tensor:
     """The rows (R, V) at ascending indices: a copy, unless they are all rows."""
-    return scores if len(indices) == len(scores) else scores[indices]
+    if len(indices) == len(scores):
+        return scores
+    return scores[indices]
 
 
 def sample(scores: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
@@ -212,12 +215,14 @@ def sample(scores: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
     if top_k:
         scores, ids = scores.topk(min(top_k, scores.shape[1]))  # (R, K)
     cumulative = filtered_weights(scores, [row.sampling for row in rows]).cumsum(-1)  # (R, K)
-    noise = [uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows]
-    total = cumulative[:, -1:]
-    aim = (column(noise, scores, torch.float64) * total).long()  # less than the total, rounded too
+    draws = [uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows]
+    noise = column(draws, scores, torch.float64)  # (R, 1)
+    aim = (noise * cumulative[:, -1:]).long()  # less than the total, rounded too
     place = torch.searchsorted(cumulative, aim, right=True)  # (R, 1)
     place.clamp_max_(scores.shape[1] - 1)  # beyond the end where all is NaN
-    return ids.gather(1, place) if top_k else place
+    if top_k:
+        return ids.gather(1, place)
+    return place
 
 
 def uniform(seed: int, candidate: int, position: int) -> float:
@@ -240,15 +245,27 @@ def filtered_weights(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """
     temperature = column([max(s.temperature, 1e-30) for s in settings], scores)
     scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature)  # the best is 0
-    mass = integer_weights(scores)
+    weights = integer_weights(scores)
+    bound = lower_bound(scores, settings)
+    if bound is not None:
+        weights.mul_(scores >= bound)
+    return weights
+
+
+def lower_bound(scores: Tensor, settings: Sequence[Sampling]) -> Tensor | None:
+    """The lowest score (R, 1) that top-p and min-p allow, None where no row has either.
+
+    The best of `scores` (R, K) is 0, so min-p's bound is its logarithm.
+    """
     with_top_p = [i for i, s in enumerate(settings) if s.top_p < 1]
     if not with_top_p and not any(s.min_p for s in settings):
-        return mass
-    bound = column([log(s.min_p) if s.min_p else -inf for s in settings], scores)  # (R, 1)
+        return None
+    bound = column([log(s.min_p) if s.min_p else -inf for s in settings], scores)
     if with_top_p:
         top_p = column([settings[i].top_p for i in with_top_p], scores, torch.float64)
-        bound[with_top_p] = nucleus(scores[with_top_p], top_p).maximum(bound[with_top_p])
-    return mass.mul_(scores >= bound)
+        in_nucleus = nucleus(scores[with_top_p], top_p)
+        bound[with_top_p] = in_nucleus.maximum(bound[with_top_p])
+    return bound
 
 
 def integer_weights(scores: Tensor) -> Tensor:

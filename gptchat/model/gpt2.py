@@ -245,12 +245,15 @@ class GPT2(nn.Module):
         if cache is not None:
             position_ids = cache.position_ids
         elif position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device)
+            position_ids = torch.arange(length, device=input_ids.device)  # (T,)
         x = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
         if token_type_ids is not None:
             x = x + self.wte(self.type_rows[token_type_ids])
         x = self.dropout(x)
-        mask = self.mask(length, segments, x) if cache is None else cache.mask
+        if cache is not None:
+            mask = cache.mask
+        else:
+            mask = self.mask(length, segments, x)
         for block in self.h:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, mask, cache, use_reentrant=False)

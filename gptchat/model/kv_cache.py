@@ -68,5 +68,6 @@ class CacheView:
         if len(self.slots) == 1:  # a slice takes half the time of an index
             kv[:, :, :, self.length - self.n_new : self.length] = new
         else:
+            # Indexed by two tensors that are not side by side, it has the shape (n, T, 2, H, D).
             kv[:, self.slots, :, self.position_ids] = new.permute(1, 3, 0, 2, 4)
         return kv[:, :, :, : self.length].unbind()

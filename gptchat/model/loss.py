@@ -43,10 +43,10 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """(loss, logits), of which the logits are the gradient by then, and nobody's business.
+    """Returns the loss, and the logits, which hold their gradient by then and may not be used.
 
-    They are returned because autograd wants so of an input that is changed: a use of the logits
-    afterwards becomes a use of this output, whose gradient `backward` refuses.
+    Autograd requires that an input which is changed in place is also an output. A use of the logits
+    afterwards becomes a use of that output, whose gradient `backward` refuses.
 
     The gradient is made some rows at a time: F.cross_entropy takes twice the time, and holds three
     more tensors of the logits' size, 0.45 GB for 1,024 targets and 50,257 vocabulary entries.
@@ -56,7 +56,9 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         dtype = at_least_float32(logits.dtype)
         total = torch.zeros((), dtype=dtype, device=logits.device)
-        n_rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
+        n_rows = GPU_ROWS
+        if logits.device.type == "cpu":
+            n_rows = CPU_ROWS
         chunks = zip(logits.split(n_rows), targets[:, None].split(n_rows), strict=True)
         for chunk, ids in chunks:  # (rows, V), (rows, 1)
             ignored = ids == IGNORED

@@ -11,7 +11,11 @@ the group: nothing outlives it. If the launcher itself is killed, a watcher proc
 Only the API may leave loopback.
 
 Exit status: 0 after a stop that was asked for; 2 with one line if something is wrong, or TorchServe
-ended by itself; 130 if it was stopped before TorchServe was started.
+ended by itself; 130 if it was stopped before TorchServe was started, or a second time, which ends
+the draining at once.
+
+`options` is the command line, `archive` makes the archives, `torchserve` is the child process,
+`signals` how a stop is asked for.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,16 @@
-"""Model directories -> TorchServe's archives, with this package and the handlers inside."""
+"""Model directories -> TorchServe's archives, with this package and the handlers inside.
 
+`check_settings` refuses a wrong model-config.yaml before the first archive is made. `archive` links
+its parts into RUN/staging, from where TorchServe's own archiver puts them into RUN/store: as a .mar
+file or, where the weights are large, as a folder. An archive of the same name is replaced.
+"""
+
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import util
 from pathlib import Path
 
@@ -64,6 +71,23 @@ def archive(name: str, model: Path, options: Options) -> str:
     run_archiver(name, model, options, unpacked)
     shutil.rmtree(staging)
     return name if unpacked else f"{name}.mar"
+
+
+def chat_models(models: Mapping[str, Path]) -> list[str]:
+    """The names of the ChatLMs among model directories, which have a chat page.
+
+    This looks where `pretrained.save_static` writes a model's task, since the launcher does without
+    torch. A config that cannot be read counts as no ChatLM's: the worker will say what is wrong.
+    """
+    names = []
+    for name, directory in models.items():
+        try:
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            if config["gptchat"]["task"] == "chatlm":
+                names.append(name)
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return names
 
 
 def run_archiver(name: str, model: Path, options: Options, unpacked: bool) -> None:

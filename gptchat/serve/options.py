@@ -1,4 +1,9 @@
-"""The command line of `gptchat serve`, checked before anything is written or started."""
+"""The command line of `gptchat serve`, parsed into `Options`.
+
+What is checked here: the form of NAME=DIR, that the API's port and the four after it are free
+(unless only archives are wanted), and that the folder RUN, which is made, can be made. Nothing else
+is written or started. Whether the model directories hold models is seen by `archive`.
+"""
 
 import re
 import socket

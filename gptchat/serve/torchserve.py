@@ -1,4 +1,10 @@
-"""TorchServe as a child process: started, watched, asked, drained, stopped."""
+"""TorchServe as a child process: `start`, `wait_until_ready`, `wait`, `drain`, `stop`.
+
+Java is the leader of a process group of its own, in which its workers are, too. Invariants: after
+`stop`, no process of the group, no key and no socket is left. If this process ends without `stop`,
+a watcher, a shell outside the group, does the same. Java's output is passed on line by line, and
+its last LINES_KEPT lines are kept, so that an error can name the reason of an unexpected end.
+"""
 
 import contextlib
 import http.client
@@ -18,7 +24,7 @@ from importlib import util
 from pathlib import Path
 
 from gptchat.console import UserError
-from gptchat.serve.archive import find_package
+from gptchat.serve.archive import chat_models, find_package
 from gptchat.serve.options import (
     EVERYWHERE,
     GRPC_INFERENCE_PORT,
@@ -135,6 +141,7 @@ class TorchServe:
         return environment | {
             "GPTCHAT_RUN": str(self.options.run),
             "GPTCHAT_HOST": self.options.host,
+            "GPTCHAT_CHAT_MODELS": ",".join(chat_models(self.options.models)),
             "TMPDIR": str(self.temporary),
         }
 

@@ -38,7 +38,7 @@ from gptchat.training.saved_config import compare_configs
 
 # 1, which had no number: optimizer state by the parameters' numbers. 2: by their names. 3: with a
 # digest.
-FORMAT = "3"
+CHECKPOINT_FORMAT = "3"
 
 
 @dataclass
@@ -70,7 +70,7 @@ def save_checkpoint(
         for name, value in run_tensors(model, optimizers).items()
     }
     metadata = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "state": json.dumps(asdict(state)),
         "config": json.dumps(config),
     }
@@ -171,10 +171,11 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _refuse_other_format(path: Path, found: str | None) -> None:
-    if found != FORMAT:
+    if found != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path}: found checkpoint format {found or 'unknown'}; wanted {FORMAT}; finish "
-            "the run with the version of gptchat that began it, or remove the file to start anew"
+            f"{path}: found checkpoint format {found or 'unknown'}; wanted {CHECKPOINT_FORMAT}; "
+            "finish the run with the version of gptchat that began it, "
+            "or remove the file to start anew"
         )
 
 

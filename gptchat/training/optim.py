@@ -151,11 +151,7 @@ def load_optimizer_state(
         return
     for optimizer in optimizers:
         prefix = f"optimizer.{_kind(optimizer)}."
-        states: dict[str, dict[str, Tensor]] = {}  # parameter name -> its state by key
-        for full_name, value in tensors.items():
-            if full_name.startswith(prefix):
-                name, _, key = full_name.removeprefix(prefix).rpartition(".")
-                states.setdefault(name, {})[key] = value
+        states = _states_by_parameter(tensors, prefix)
         if not states:
             raise ValueError(f"no {prefix}*")
         keys: set[str] = set().union(*states.values())
@@ -171,6 +167,16 @@ def load_optimizer_state(
             numbered[number] = state
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _states_by_parameter(tensors: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors named `prefix` + parameter name + "." + state key: name -> key -> tensor."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        if full_name.startswith(prefix):
+            name, _, key = full_name.removeprefix(prefix).rpartition(".")
+            states.setdefault(name, {})[key] = value
+    return states
 
 
 def _kind(optimizer: Optimizer) -> str:

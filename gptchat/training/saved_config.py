@@ -1,5 +1,9 @@
 """The config of a run as its checkpoint keeps it, and whether another start of the run may go on.
 
+It is kept as JSON, with a section `text` beside the config's own: digests of the tokenizer and of
+the data, and a fingerprint of the start model. `resolve_config` makes it, `compare_configs`
+compares that of a checkpoint with that of a new start.
+
 A resumed run must compute what the run computed before, so keys other than `FREE_KEYS` must have
 the values that they had. Keys come and go between versions of gptchat: one that the checkpoint
 lacks had its default, which means what was done before there was such a key; a renamed one counts
@@ -49,7 +53,8 @@ def resolve_config(config: Config, text: dict[str, Any]) -> dict[str, Any]:
 def compare_configs(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What changed between the config in the checkpoint `path` and that of this start, in words.
 
-    The start model's fingerprint (`text.init`), where it is None, is taken over from the saved one.
+    The start model's fingerprint (`text.init`), where it is None in `config` because the model is
+    gone, is filled in there from the saved one.
     Raises UserError where other keys than `FREE_KEYS` differ.
     """
     if config["text"]["init"] is None:

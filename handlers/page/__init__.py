@@ -1,0 +1,66 @@
+"""The chat page: page.html with its style and scripts put in, and what it must know of the server.
+
+The sources are several files because one of 1,300 lines would be hard to read. They go out as one
+file because TorchServe serves no files of its own, and because a page that needs no second request
+is whole even where a key or a proxy stands before the server. Nothing is built: what a browser gets
+is these files as they are.
+
+The page's Content-Security-Policy admits these styles and scripts by their SHA-256, and no other.
+"""
+
+import json
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from handlers.jobs import MOST_TURNS
+
+FOLDER = Path(__file__).parent
+STYLE = re.compile(r'<link rel="stylesheet" href="([\w.]+)">')
+SCRIPT = re.compile(r'<script src="([\w.]+)"></script>')
+NOT_SETTINGS = {"context", "response", "stream"}  # keys of the original's API that the page fills
+
+
+def render_page(name: str, models: Sequence[str], description: Mapping[str, Any]) -> str:
+    """The HTML of the page for the model `name`.
+
+    `models` are the names of all models with such a page, between which a person may choose, and
+    `description` is the OpenAPI description of this one, whose settings the page shows.
+    """
+    html = (FOLDER / "page.html").read_text(encoding="utf-8")
+    html, styles = _put_in(html, STYLE, "style")
+    html, scripts = _put_in(html, SCRIPT, "script")
+    server = {
+        "name": name,
+        "models": list(models),
+        "settings": _settings(description["components"]["schemas"]["original"]["properties"]),
+        "max_messages": MOST_TURNS,
+    }
+    html = html.replace("{style}", styles, 1).replace("{script}", scripts, 1)
+    as_json = json.dumps(server).replace("<", "\\u003c")  # so that it cannot end its element
+    return html.replace("{server}", as_json, 1)
+
+
+def _put_in(html: str, reference: re.Pattern[str], tag: str) -> tuple[str, str]:
+    """The HTML with the files put in that it refers to, and their hashes as a policy lists them."""
+    hashes = []
+
+    def inline(match: re.Match[str]) -> str:
+        content = "\n" + (FOLDER / match[1]).read_text(encoding="utf-8")
+        digest = b64encode(sha256(content.encode()).digest()).decode()
+        hashes.append(f"'sha256-{digest}'")
+        return f"<{tag}>{content}</{tag}>"
+
+    return reference.sub(inline, html), " ".join(hashes)
+
+
+def _settings(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The schemas of all settings, each under the first of its names."""
+    return {
+        name: schema
+        for name, schema in properties.items()
+        if name not in NOT_SETTINGS and schema.get("x-setting", name) == name
+    }

@@ -1,0 +1,147 @@
+"use strict";
+// The form of settings, built from the JSON Schema that the server puts into the page, so that it
+// shows whatever this server's model can do. An empty field stands for the default.
+
+const NAMES = { n: "Candidates" };  // where the setting's own name would tell too little
+const HELP = {
+  n: "answers among which Regenerate lets you pick",
+  seed: "the same seed gives the same answer; empty: another each time",
+  stop: "what ends the answer, one a line; \\n is a line break",
+  bad_words: "what the answer must not contain, one a line",
+};
+const STEP = 0.05;  // of the arrow keys, in a field for any number
+
+let chosen = readEntry("settings") ?? {};  // by name, only those that are not the default
+
+// --- a setting: its kind, its text in a field, its value
+
+function kindOf(schema) {
+  if (schema.type === "number" || schema.type === "integer") return schema.type;
+  if (Array.isArray(schema.default)) return "words";
+  return "";  // no field can show it
+}
+
+function textOf(value) {
+  if (Array.isArray(value)) return value.map(word => word.replaceAll("\n", "\\n")).join("\n");
+  return value === undefined ? "" : String(value);
+}
+
+// The value of a field's text; undefined for the default. Throws an Error that says what is wanted.
+function valueOf(text, schema) {
+  if (!text.trim()) return undefined;
+  if (kindOf(schema) === "words") {
+    return text.split("\n").filter(line => line).map(line => line.replaceAll("\\n", "\n"));
+  }
+  const value = Number(text.trim().replace(",", "."));
+  const whole = schema.type === "number" || Number.isSafeInteger(value);
+  if (!whole || !(value >= schema.minimum && value <= schema.maximum)) {
+    throw new Error("wanted " + wanted(schema));
+  }
+  return value;
+}
+
+function wanted(schema) {
+  const kind = schema.type === "integer" ? "a whole number" : "a number";
+  if (schema.maximum >= 1e9) return schema.minimum < 0 ? kind : `${kind} from ${schema.minimum}`;
+  return `${kind} from ${schema.minimum} to ${schema.maximum}`;
+}
+
+// --- what is sent
+
+// Every setting but `n`, defaults included, since those of OpenAI's API are others.
+function settingsToSend() {
+  const values = {};
+  for (const [name, schema] of Object.entries(server.settings)) {
+    const value = chosenValue(name) ?? schema.default;
+    const isNothing = value === undefined || value.length === 0;
+    if (name !== "n" && kindOf(schema) && !isNothing) values[name] = value;
+  }
+  return values;
+}
+
+function candidates() {
+  return chosenValue("n") ?? server.settings.n.default;
+}
+
+// What the person chose, if this server takes it: it may have been chosen for another model.
+function chosenValue(name) {
+  try {
+    return valueOf(textOf(chosen[name]), server.settings[name]);
+  } catch {
+    return undefined;
+  }
+}
+
+// --- the form
+
+function drawSettings() {
+  const shown = Object.entries(server.settings).filter(([, schema]) => kindOf(schema));
+  $("fields").replaceChildren(...shown.map(([name, schema]) => drawSetting(name, schema)));
+}
+
+function drawSetting(name, schema) {
+  const isWords = kindOf(schema) === "words";
+  const field = element(isWords ? "textarea" : "input", "");
+  const help = element("p", "help", HELP[name] ?? schema.description ?? "");
+  const label = element("label", "", NAMES[name] ?? readable(name));
+  field.id = label.htmlFor = "setting-" + name;
+  help.id = field.id + "-help";
+  field.setAttribute("aria-describedby", help.id);
+  field.placeholder = isWords ? "none" : schema.default ?? "random";
+  field.value = textOf(chosenValue(name));
+  field.autocomplete = "off";
+  if (isWords) field.rows = 2;
+  else field.inputMode = schema.minimum < 0 ? "text" : "decimal";  // some phones' decimals lack "-"
+  field.oninput = () => choose(name, schema, field, help);
+  if (!isWords) field.onkeydown = event => stepByArrow(event, schema);
+  const setting = element("div", isWords ? "setting words" : "setting");
+  setting.append(label, field, help);
+  return setting;
+}
+
+function readable(name) {
+  const words = name.replaceAll("_", " ");
+  return words[0].toUpperCase() + words.slice(1);
+}
+
+// Keep what a field says; where that is no value, say what is wanted and take the default.
+function choose(name, schema, field, help) {
+  let problem = "";
+  try {
+    chosen[name] = valueOf(field.value, schema);  // undefined is left out of JSON
+  } catch (error) {
+    problem = error.message;
+    delete chosen[name];
+  }
+  field.setAttribute("aria-invalid", problem !== "");
+  help.textContent = problem || (HELP[name] ?? schema.description ?? "");
+  tellWhetherKept(writeEntry("settings", chosen));
+}
+
+// Up and down change a number by a step, within its range.
+function stepByArrow(event, schema) {
+  const direction = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+  if (!direction || event.isComposing) return;
+  event.preventDefault();
+  const field = event.target;
+  const step = schema.type === "integer" ? 1 : STEP;
+  const old = Number(field.value || schema.default || 0);
+  if (Number.isNaN(old)) return;
+  const value = Math.min(Math.max(old + direction * step, schema.minimum), schema.maximum);
+  field.value = +value.toFixed(2);
+  field.dispatchEvent(new Event("input"));
+}
+
+function resetSettings() {
+  chosen = {};
+  tellWhetherKept(writeEntry("settings", chosen));
+  drawSettings();
+}
+
+function drawKey() {
+  $("key").value = readKey();
+  $("keep-key").checked = readEntry("key") !== null;
+  $("key").oninput = $("keep-key").onchange = () => {
+    tellWhetherKept(writeKey($("key").value.trim(), $("keep-key").checked));
+  };
+}
