@@ -106,6 +106,11 @@ class DataConfig:
         True, "ChatLM: pack several dialogues into a row; false: one a row, padded"
     )
 
+    @property
+    def held_out_targets(self) -> str:
+        """`targets` where a ChatLM is measured: with "turns" its own turns, the responder's."""
+        return "responder" if self.targets == "turns" else self.targets
+
 
 @dataclass(frozen=True)
 class ModelConfig:

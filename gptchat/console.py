@@ -6,6 +6,7 @@ exception is a bug of ours and keeps its traceback. Nothing here imports torch.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -59,7 +60,8 @@ class Progress:
     """A progress bar with rate and time left; use it as a context manager.
 
     On a terminal the bar is redrawn in place. Elsewhere (a log file) it is printed as a plain line
-    every `seconds`. `figures` are shown behind the rate.
+    every `seconds`. `figures` are shown behind the rate. What cannot be printed, because the
+    terminal is closed or the pipe's reader has ended, is left out: the work goes on.
     """
 
     def __init__(
@@ -90,15 +92,19 @@ class Progress:
     def show(self) -> None:
         self.bar.set_postfix(self.figures, refresh=False)
         if self.terminal:
-            self.bar.refresh()
+            self.bar.refresh()  # tqdm passes over a closed terminal by itself
         else:
-            print(str(self.bar), file=sys.stderr, flush=True)
+            self._print(str(self.bar))
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""
         if self.terminal:
             self.bar.clear()
-        print(line, file=sys.stderr, flush=True)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

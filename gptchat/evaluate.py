@@ -101,7 +101,7 @@ def loss_figures(
     n_ctx = model.config.n_positions
     if config.model.n_ctx:
         n_ctx = min(config.model.n_ctx, n_ctx)
-    batches = Batches([split], tokenizer, n_ctx, BATCH_SIZE, targets=config.data.targets)
+    batches = Batches([split], tokenizer, n_ctx, BATCH_SIZE, targets=config.data.held_out_targets)
     device = model.wte.weight.device
     loss_sum, n_targets = sum_losses(model, with_progress(batches, name), device)
     return asdict(metrics(loss_sum, n_targets, batches.n_bytes))

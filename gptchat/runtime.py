@@ -6,13 +6,19 @@ import ctypes
 import faulthandler
 import gc
 import io
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable
 
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
 M_MMAP_MAX = -4
 PR_SET_PDEATHSIG = 1  # of Linux's prctl (linux/prctl.h)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SECONDS_TO_REPEAT = 1.0  # from a stop signal to the next of its kind that counts
 
 
 def tune_memory() -> None:
@@ -44,10 +50,52 @@ def dump_threads_on_signal() -> None:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
+def handle_stop_signals(handler: object) -> None:
+    """Set the handler of SIGINT, SIGTERM and SIGHUP.
+
+    SIGINT is handled even if it was ignored from the start, as a shell ignores it for what it
+    starts in the background. A SIGHUP that was ignored (nohup) stays so.
+    """
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def on_stop_signals(stop: Callable[[], None]) -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP call `stop`, in a thread of their own.
+
+    One that comes SECONDS_TO_REPEAT or more after the first of its kind ends the process at once,
+    with exit status 128 + its number. What comes sooner asks for the same again, since signals come
+    in bursts: Ctrl-C from the terminal and from torchrun, that of `end_with_parent` once for each
+    thread of a parent that is killed.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python's handlers run only between two bytecodes of the main thread, which may be stuck in a
+    # sum over processes that never ends. The C code below them writes the number there at once.
+    signal.set_wakeup_fd(writer)
+    handle_stop_signals(lambda number, frame: None)
+    threading.Thread(target=_watch_stop_signals, args=(reader, stop), daemon=True).start()
+
+
+def _watch_stop_signals(reader: int, stop: Callable[[], None]) -> None:
+    """Act on the numbers of signals, a byte each, that are read from a pipe."""
+    first_times: dict[int, float] = {}
+    while True:
+        (number,) = os.read(reader, 1)
+        if number not in STOP_SIGNALS:
+            continue
+        stop()
+        now = time.monotonic()
+        if now - first_times.setdefault(number, now) >= SECONDS_TO_REPEAT:
+            os._exit(128 + number)
+
+
 def end_with_parent() -> None:
     """Send this process SIGTERM when the one that started it ends, even if that was killed.
 
-    Elsewhere than on Linux this does nothing.
+    It may come several times: Linux sends it when a thread of the parent ends, and leaves the child
+    to another thread, until none is left. Elsewhere than on Linux this does nothing.
     """
     try:
         prctl = ctypes.CDLL("libc.so.6").prctl

@@ -27,7 +27,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -44,7 +43,12 @@ from gptchat.data.splits import load_run_config
 from gptchat.files import atomic_write, remove_temporary_files
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
-from gptchat.runtime import dump_threads_on_signal, tune_memory
+from gptchat.runtime import (
+    dump_threads_on_signal,
+    handle_stop_signals,
+    on_stop_signals,
+    tune_memory,
+)
 from gptchat.training import checkpoint, start
 from gptchat.training.checkpoint import TrainState
 from gptchat.training.distributed import World, lost_processes_in_one_line, wrap_model
@@ -112,13 +116,14 @@ class Run:
 
     def _open_batches(self, split: str) -> Batches:
         config = self.config
+        targets = config.data.targets if split == "train" else config.data.held_out_targets
         return Batches(
             open_sources(config, split, self.tokenizer),
             self.tokenizer,
             n_ctx=config.model.n_ctx or self.model.config.n_positions,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            targets=config.data.targets,
+            targets=targets,
             packed=config.data.packed,
             weights=config.data.weights,
         )
@@ -343,10 +348,9 @@ class Run:
             )
         self.health.saved_step = state.step
 
-    def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Finish the step, save and stop; a second one of its kind ends the process."""
+    def stop(self) -> None:
+        """Have all processes finish the step, save and end. Any thread may call it."""
         self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
 
 
 def train(config: Config) -> Run:
@@ -361,10 +365,7 @@ def train(config: Config) -> Run:
         )
     run = Run(config, world)
     dump_threads_on_signal()
-    signal.signal(signal.SIGINT, run.handle_signal)
-    signal.signal(signal.SIGTERM, run.handle_signal)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-        signal.signal(signal.SIGHUP, run.handle_signal)
+    on_stop_signals(run.stop)
     tune_memory()
     gc.disable()  # its pauses cost more than the garbage of a step, which `Run.evaluate` collects
     if not run.done:
@@ -393,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     run = train(load_run_config(arguments.config, arguments.overrides))
     if run.stopped and not run.done:
+        handle_stop_signals(signal.SIG_IGN)  # what is left of a burst leaves the exit status alone
         sys.exit(130)
 
 

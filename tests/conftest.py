@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,25 @@ def run(name: str, *arguments: object, status: int = 0) -> str:
     done = subprocess.run(command(name, *arguments), capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+def start_process(arguments: list[str], **options: Any) -> subprocess.Popen:
+    """Start a process that is killed at the end of the test, if it still runs then."""
+    process = subprocess.Popen(arguments, text=True, **options)
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def started_processes_end_with_the_test() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait(60)
 
 
 def wait_until(

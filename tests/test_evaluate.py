@@ -14,7 +14,7 @@ from hf_models import byte_tokenizer, random_gpt2, write
 from transformers import GPT2LMHeadModel
 
 from gptchat import evaluate
-from gptchat.config import Config, TokenizerConfig
+from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import cli
 from gptchat.data import shard_writer, shards, tokenizer
 from gptchat.data.batches import Batches
@@ -256,3 +256,30 @@ def test_wrong_use_is_one_line(tmp_path, monkeypatch, capsys, text, arguments, r
         line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")
     ]  # beside progress
     assert stopped.value.code == 2 and len(lines) == 1 and reason in lines[0]
+
+
+def test_a_model_that_learns_from_all_turns_is_measured_by_its_own(tmp_path):
+    """Of rows of three columns the last is the response, and the first answers nothing."""
+    (tmp_path / "rows.tsv").write_text("hi\thello\thow are you\nyes\tno\tmaybe so\n")
+    vocabulary = byte_tokenizer()
+    vocabulary.save(tmp_path / "tokenizer")
+    size = {"n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = GPT2(GPT2Config(vocab_size=vocabulary.vocab_size, **size))
+    figures = {}
+    for targets in ("response", "responder", "turns", "all"):
+        data = DataConfig(
+            test=(str(tmp_path / "rows.tsv"),), shards=str(tmp_path / "shards"), targets=targets
+        )
+        config = Config(task="chatlm", init_from=str(tmp_path / "tokenizer"), data=data)
+        shard_writer.write(config)
+        split = shards.open_shards(config, "test", vocabulary)
+        figures[targets] = evaluate.loss_figures(model, config, split, vocabulary, "rows")
+    assert figures["turns"] == figures["responder"] == figures["response"]
+    assert figures["all"]["n_targets"] > figures["response"]["n_targets"]
+
+
+def test_repetition_is_four_words_in_a_row() -> None:
+    assert evaluate.repeats_itself("a b c d e a b c d".split())
+    assert not evaluate.repeats_itself("a b c d e a b c e".split())
+    assert evaluate.repeats_context("so a b c d".split(), "a b c d e".split())
+    assert not evaluate.repeats_context("so a b c".split(), "a b c d e".split())

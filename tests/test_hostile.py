@@ -24,15 +24,15 @@ def server(tmp_path_factory):
     server.stop()
 
 
-def exchange(port, raw, seconds=20):
-    """Send bytes; what comes back until the server closes or is silent for half a second."""
+def exchange(port, raw, seconds=20, silence=0.5):
+    """Send bytes; what comes back until the server closes, or is silent for `silence` seconds."""
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
         connection.sendall(raw)
         try:
             while chunk := connection.recv(65536):
                 received += chunk
-                connection.settimeout(0.5)
+                connection.settimeout(silence)
         except (TimeoutError, ConnectionResetError):
             pass
     return received
@@ -99,7 +99,8 @@ def test_log_has_no_text_of_a_request_and_no_forged_line(server):
 def test_pipelined_requests_never_get_each_others_answers(server):
     asked = [f"request {number}" for number in range(5)]
     for _ in range(5):
-        received = exchange(server.port, b"".join(ask(text, 20) for text in asked)).decode()
+        sent = b"".join(ask(text, 20) for text in asked)
+        received = exchange(server.port, sent, silence=20).decode()  # the server closes
         answered = re.findall(r'"request": {"context": "(request \d)"', received)
         assert answered == asked[: len(answered)]
         assert len(re.findall("HTTP/1.1 500", received)) == 1

@@ -97,6 +97,20 @@ def test_the_one_of_two_models_that_cannot_start_is_named(model, tmp_path, bad):
     assert "not a whole file of weights" in last
 
 
+def test_the_one_of_two_models_that_does_not_answer_in_time_is_named(tmp_path, monkeypatch):
+    def ask(name, timeout):
+        if name == "chatlm":
+            raise OSError("refused")
+
+    server = TorchServe(options(tmp_path / "run"))
+    server.child = SimpleNamespace(poll=lambda: None)
+    server.reader = SimpleNamespace(join=lambda timeout: None)
+    monkeypatch.setattr(server, "ask", ask)
+    monkeypatch.setattr(torchserve, "START_SECONDS", 0.5)
+    with pytest.raises(UserError, match="^TorchServe cannot serve chatlm: no answer in "):
+        server.wait_until_ready()
+
+
 def test_run_that_is_a_file_is_one_line(model, tmp_path):
     (tmp_path / "file").write_text("")
     for run in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -82,7 +82,7 @@ def gauge(server, name):
     )
 
 
-def eventually(condition, seconds=10):
+def eventually(condition, seconds=30):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

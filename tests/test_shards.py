@@ -434,6 +434,17 @@ def test_a_zeroed_file_or_a_flipped_bit_is_refused_when_shards_are_opened(chat, 
     refused(chat, name)
 
 
+def test_a_flipped_bit_of_the_tokens_is_refused_when_the_first_is_read(lm, monkeypatch):
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 100)
+    write(lm)
+    flip_a_bit(lm.shards_dir / "train-00001.bin")
+    found = opened(lm)
+    assert len(found.tokens(0, 100)) == 100
+    for start, stop in ((100, 101), (50, 150), (0, 201)):
+        with pytest.raises(UserError, match="^[^\n]*train-00001.bin: found other content"):
+            found.tokens(start, stop)
+
+
 def test_ends_that_are_not_in_order_or_end_elsewhere_are_refused(chat):
     write(chat)
     path = chat.shards_dir / "meta.json"
@@ -586,7 +597,7 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     try:
         # Its workers hold the pipes: this returns when they have ended, too.
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
     left = [path for path in config.shards_dir.iterdir() if path.name != ".lock"]

@@ -1,5 +1,6 @@
 """Data that changed, is damaged or makes no sense is told in one line, never trained on."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -41,3 +42,21 @@ def test_a_run_does_not_go_on_with_edited_text_of_as_many_tokens(
     status, err = gptchat("train", "--config", config, "train.num_steps=6")
     assert (status, err.count("\n")) == (2, 1), err
     assert f"text.{split} was" in err
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_of_the_tokens_is_not_trained_on(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(small / "shards/lm", folder)
+    path = folder / "train-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    run = tmp_path / "run"
+    status, err = gptchat(
+        "train", "--config", small / "lm.toml", f"run={run}", f"data.shards={folder}"
+    )
+    assert status == 2
+    assert f"error: {path}: found other content than was written" in err
+    assert "Traceback" not in err
+    assert not (run / "checkpoint.safetensors").exists()

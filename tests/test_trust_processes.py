@@ -1,37 +1,28 @@
 """Disks that are full, processes that are killed: one line, nothing lost, nobody left behind."""
 
+import json
 import os
 import resource
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import run
+from conftest import command, run, start_process, wait_until
+from safetensors import safe_open
 from test_train import config_of, finish, start
 
 from gptchat.console import UserError
 from gptchat.files import atomic_write, remove_temporary_files
+from gptchat.runtime import SECONDS_TO_REPEAT
 from gptchat.train import Run
 from gptchat.training.distributed import World
 from gptchat.training.metrics import metrics
 
 LONG = ("train.num_steps=100000", "train.eval_interval=1000", "train.log_interval=1")
 TWO = ("train.gradient_accumulation_steps=2", *LONG)
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float) -> bool:
-    """Whether `condition` holds within `seconds`; it is not waited for once `process` has ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        if process.poll() is not None:
-            return condition()
-        time.sleep(0.05)
-    return False
 
 
 def has_logged(folder: Path) -> bool:
@@ -113,21 +104,54 @@ def test_what_an_atomic_write_leaves_when_it_is_killed_is_what_is_removed(tmp_pa
 # --- signals, and processes that die
 
 
+# The main thread waits in C for a lock that it holds: Python's signal handlers do not run.
+HANG = """
+import ctypes
+from gptchat.runtime import on_stop_signals
+on_stop_signals(lambda: print("asked to stop", flush=True))
+lock = ctypes.CDLL(None).pthread_mutex_lock
+mutex = ctypes.create_string_buffer(64)
+lock(mutex)
+print("hangs", flush=True)
+lock(mutex)
+"""
+
+
+def test_a_signal_that_is_repeated_later_ends_a_process_that_hangs() -> None:
+    process = start_process([sys.executable, "-c", HANG], stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == "hangs\n"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        assert process.stdout.readline() == "asked to stop\n"
+    time.sleep(SECONDS_TO_REPEAT)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+
+
 @pytest.mark.slow
-def test_a_terminal_that_closes_saves_and_the_same_command_goes_on(
+def test_a_terminal_that_closes_during_an_evaluation_loses_no_step(
     small: Path, tmp_path: Path
 ) -> None:
-    process = start(small, "lm", tmp_path, *LONG)
-    assert wait_until(lambda: has_logged(tmp_path), process, 120)
+    """Each step is evaluated, which prints a line that the terminal no longer takes."""
+    terminal, its_end = os.openpty()
+    settings = ("train.num_steps=100000", "train.eval_interval=1")
+    arguments = command("train", "--config", small / "lm.toml", f"run={tmp_path}", *settings)
+    process = start_process(arguments, stdin=its_end, stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    wait_until(lambda: has_logged(tmp_path), process, 300)
+    os.close(terminal)
     process.send_signal(signal.SIGHUP)
-    assert "goes on from here" in finish(process, 130)
-    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert process.wait(120) == 130
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["state"])["step"] == last["step"]
 
 
 @pytest.mark.slow
 def test_workers_end_with_a_torchrun_that_is_killed(small: Path, tmp_path: Path) -> None:
     process = start(small, "lm", tmp_path, *TWO, processes=2)
-    assert wait_until(lambda: has_logged(tmp_path), process, 180)
+    wait_until(lambda: has_logged(tmp_path), process, 300)
     workers = children_of(process.pid)
     assert len(workers) >= 2
     process.kill()
@@ -138,15 +162,15 @@ def test_workers_end_with_a_torchrun_that_is_killed(small: Path, tmp_path: Path)
     still_running = [pid for pid in workers if is_running(pid)]
     for pid in still_running:
         os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert not still_running
-    assert (tmp_path / "checkpoint.safetensors").exists()
+    output, _ = process.communicate(timeout=60)
+    assert not still_running, output
+    assert (tmp_path / "checkpoint.safetensors").exists(), output
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line(small: Path, tmp_path: Path) -> None:
     process = start(small, "lm", tmp_path, *TWO, processes=2)
-    assert wait_until(lambda: has_logged(tmp_path), process, 180)
+    wait_until(lambda: has_logged(tmp_path), process, 300)
     workers = children_of(process.pid)
     os.kill(workers[1], signal.SIGKILL)
     output = finish(process, 1)

@@ -136,6 +136,47 @@ def test_an_overflow_in_the_gradients_of_one_optimizer_skips_the_step_of_all(
         assert parameter.isfinite().all(), name
 
 
+# --- the order of sums
+
+
+def weights_after_six_steps(small: Path, folder: Path, optimizer: str) -> list[torch.Tensor]:
+    """The weights of two runs that sum the same three gradients in different orders, as (a + b) + c
+    in one process and (a + c) + b in two."""
+    settings = ("model.dropout=0", "train.gradient_accumulation_steps=3")
+    weights = []
+    for order in ((0, 1, 2), (0, 2, 1)):
+        run = folder / f"{order}"
+        config = config_of(small, "lm", run, *settings, f"train.optimizer={optimizer}")
+        trained = Run(config, World("cpu"))
+        for step in range(6):
+            trained.state.step = step
+            trained.step([trained.train_batches.micro_batch(3 * step + i) for i in order])
+        weights.append(
+            torch.cat([value.detach().flatten() for value in trained.model.parameters()])
+        )
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "in_float32", "least", "most"),
+    [("adamw", False, 0, 1e-4), ("muon", True, 0, 1e-4), ("muon", False, 1e-4, 2e-2)],
+)
+def test_it_is_in_bfloat16_that_muon_makes_the_order_of_sums_matter(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    in_float32: bool,
+    least: float,
+    most: float,
+) -> None:
+    """As configs/README.md says of runs with another number of processes."""
+    if in_float32:  # `muon.orthogonalized` begins with a call of `bfloat16`
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    one, two = weights_after_six_steps(small, tmp_path, optimizer)
+    assert least <= (one - two).abs().max() <= most
+
+
 # --- going on with another config
 
 

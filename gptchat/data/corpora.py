@@ -238,7 +238,8 @@ def build_chatterbot(out: Path, language: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "corpora",
-        "Write a corpus as plain text and TSV files: by default speeches and small talk.",
+        "Write the default corpora, speeches and small talk, or conversations in another\n"
+        "language, as plain text and TSV files.",
         "gptchat corpora --out data\n  gptchat corpora --source chatterbot --language japanese",
     )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")

@@ -27,6 +27,8 @@ class _Files(NamedTuple):
     """The arrays of one split in one folder, and how much they hold."""
 
     tokens: list[np.ndarray]
+    paths: list[str]  # of the files of tokens
+    states: dict[str, digests.FileState]
     starts: np.ndarray
     turns: np.ndarray
     speakers: np.ndarray
@@ -44,8 +46,8 @@ class Shards:
     parts, or in one, has another digest.) Of parts, `starts`, `turns` and `speakers` are copied
     into memory: 8 bytes a document, 9 a turn.
 
-    Raises UserError, naming the file, for one that is missing, of another size, or (files of tokens
-    excepted) not what was written.
+    Raises UserError, naming the file, for one that is missing, of another size, or not what was
+    written; for files of tokens that is found out by `tokens`.
     """
 
     def __init__(self, folders: Sequence[Folder], split: str):
@@ -62,6 +64,10 @@ class Shards:
         filled = [f for f in folders if f.meta["splits"][split]["documents"] > 0]
         opened = [_open_files(folder, split) for folder in filled]
         self.files = [array for files in opened for array in files.tokens]
+        self.unchecked: dict[int, tuple[str, dict[str, digests.FileState]]] = {}
+        for files in opened:  # the digests of files of tokens are compared when they are used
+            for path in files.paths:
+                self.unchecked[len(self.unchecked)] = (path, files.states)
         self.file_starts = _offsets([len(array) for array in self.files])
         self.speakers = _joined([files.speakers for files in opened])
         token_offsets = _offsets([files.n_tokens for files in opened])
@@ -70,9 +76,13 @@ class Shards:
         self.starts = _joined_ends([files.starts for files in opened], unit_offsets)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids start..stop-1 of the stream, (stop - start,)."""
+        """The ids start..stop-1 of the stream, (stop - start,); UserError for a damaged file."""
         first = bisect_right(self.file_starts, start) - 1
         last = bisect_right(self.file_starts, stop - 1) - 1
+        for number in self.unchecked.keys() & set(range(first, last + 1)):
+            path, states = self.unchecked[number]
+            _check_content(path, self.files[number], states)
+            del self.unchecked[number]
         if first == last:
             ids = self.files[first]
         else:
@@ -100,10 +110,11 @@ def _open_files(folder: Folder, split: str) -> _Files:
     states = counts["files"]
     prefix = f"{folder.path}/{split}-"
     n_tokens = counts["tokens"]
-    tokens = []
+    tokens, paths = [], []
     for number, start in enumerate(range(0, n_tokens, meta["shard_tokens"])):
         length = min(meta["shard_tokens"], n_tokens - start)
-        tokens.append(_open_array(f"{prefix}{number:05d}.bin", meta["dtype"], length))
+        paths.append(f"{prefix}{number:05d}.bin")
+        tokens.append(_open_array(paths[-1], meta["dtype"], length))
     turns = np.array([], np.int64)
     speakers = np.array([], np.uint8)
     n_units = n_tokens
@@ -113,7 +124,7 @@ def _open_files(folder: Folder, split: str) -> _Files:
         speakers = _open_array(f"{prefix}speakers.bin", "u1", n_units)
         _check_content(f"{prefix}speakers.bin", speakers, states)
     starts = _open_ends(f"{prefix}documents.bin", counts["documents"], n_units, states)
-    return _Files(tokens, starts, turns, speakers, n_tokens, n_units)
+    return _Files(tokens, paths, states, starts, turns, speakers, n_tokens, n_units)
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:

@@ -24,9 +24,9 @@ Invariants:
   added by dialogue.py when a batch is made, so shards do not depend on the context length.
 - Boundaries are stored, never inferred from a token.
 - Shards are opened only if they fit: made by this tokenizer and in this format, from these source
-  files as they are now (see digests.py), with every file of the size that the counts give and,
-  files of tokens excepted, of the digest that it was written with.
-- Files of tokens are too large to be read at every start; `verify` compares their digests.
+  files as they are now (see digests.py), with every file of the size that the counts give and of
+  the digest that it was written with. That of a file of tokens is compared when its first token is
+  asked for, so that opening is instant; `verify` compares all.
 - A folder holds either whole shards or parts of one total number. Parts are opened only if all are
   there and were made from the same files by the same settings.
 """

@@ -4,16 +4,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-
-def handle_stop_signals(handler: object) -> None:
-    """Set the handler of all three. A SIGHUP that is ignored from the start (`nohup`) stays so.
-
-    SIGINT is among them because a shell starts background jobs with it ignored.
-    """
-    signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
-    signal.signal(signal.SIGINT, handler)  # type: ignore[arg-type]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, handler)  # type: ignore[arg-type]
+from gptchat.runtime import handle_stop_signals
 
 
 def stop_on_signals() -> None:
