@@ -257,6 +257,19 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run. Raises UserError, too, where it names no files for training or valid."""
+    config = load_config(path, overrides)
+    if not config.data.train:
+        raise UserError(f"{path}: [data] train: found no files named; wanted some")
+    if not config.data.valid and config.data.held_out == 0:
+        raise UserError(
+            f"{path}: [data] valid: found no files named; wanted some, or held_out above 0, "
+            "to take it from train"
+        )
+    return config
+
+
 def _read_toml(path: str) -> dict[str, Any]:
     try:
         return tomli.loads(Path(path).read_text(encoding="utf-8"))

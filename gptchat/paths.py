@@ -30,10 +30,10 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from gptchat.config import Config, load_config
+from gptchat.config import Config, load_config, load_run_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data import vocabulary
-from gptchat.data.splits import SPLITS, load_run_config, patterns_of
+from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.files import expand
 
 CORPORA = (  # what `gptchat corpora` writes

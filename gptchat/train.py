@@ -33,13 +33,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gptchat.config import Config
+from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
 from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
 from gptchat.data.shards import open_sources
-from gptchat.data.splits import load_run_config
 from gptchat.files import atomic_write, remove_temporary_files
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from gptchat import new
-from gptchat.config import load_config
+from gptchat.config import load_config, load_run_config
 from gptchat.console import UserError
 from gptchat.data.check import check
-from gptchat.data.splits import load_run_config
 from gptchat.new import sizing
 from gptchat.new.sizing import Speed
 

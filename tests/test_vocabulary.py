@@ -9,7 +9,7 @@ import pytest
 from gptchat.config import load_config
 from gptchat.console import UserError
 from gptchat.data import tokenizer, vocabulary
-from gptchat.data.dialogue import plain_text
+from gptchat.data.plain_text import plain_text
 
 CONFIG = """
 run = "{folder}/run"

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from gptchat.config import Config
+from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import vocabulary
 from gptchat.data.scan import FileScan, Finding, scan_file, texts_of
-from gptchat.data.splits import SPLITS, describe_empty, load_run_config, patterns_of
+from gptchat.data.splits import SPLITS, describe_empty, patterns_of
 from gptchat.files import matching_files, split_repeats, why_no_file
 
 SAMPLE = 100_000  # characters

@@ -55,7 +55,6 @@ mark, and CR LF or lone CR as line ends are accepted.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +62,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptchat.console import UserError
-from gptchat.data.reading import Source, first_line, is_gzip, read_lines
+from gptchat.data.reading import Source, first_line, read_lines
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 TextTurn = tuple[int, str]  # (speaker, text)
@@ -71,7 +70,6 @@ SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI
 SHAREGPT_SPEAKERS = {"gpt": 1, "human": 0, "system": 0}
 IGNORE = -100  # the target of a position that has none
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which UTF-8 cannot hold
-_JSON_TEXT = re.compile(r'"(?:content|value)"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}  # character -> its escape
 _CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 
@@ -267,7 +265,7 @@ def read_rows(path: Source, min_turns: int = 2) -> Iterator[list[str]]:
     fewer than `min_turns` turns, or is too long; or the byte where the file is not UTF-8.
     """
     for place, line in _read_filled_lines(path):
-        yield _parse_row(line, place, min_turns)
+        yield parse_row(line, place, min_turns)
 
 
 def read_dialogues(path: Source) -> Iterator[list[TextTurn]]:
@@ -280,14 +278,7 @@ def read_dialogues(path: Source) -> Iterator[list[TextTurn]]:
         yield from map(alternate, read_rows(path))
         return
     for place, line in _read_filled_lines(path):
-        yield parse_dialogue(line, place, as_jsonl=True)
-
-
-def parse_dialogue(line: str, place: str, as_jsonl: bool) -> list[TextTurn]:
-    """The turns of the dialogue in one line, the response last. Raises UserError at `place`."""
-    if as_jsonl:
-        return _parse_messages(line, place, ends_with_response=True)
-    return alternate(_parse_row(line, place, 2))
+        yield parse_messages(line, place, ends_with_response=True)
 
 
 def read_prompts(path: str | Path) -> Iterator[Prompt]:
@@ -297,9 +288,9 @@ def read_prompts(path: str | Path) -> Iterator[Prompt]:
     """
     for place, line in _read_filled_lines(path):
         if is_jsonl(path):
-            turns = _parse_messages(line, place, ends_with_response=False)
+            turns = parse_messages(line, place, ends_with_response=False)
         else:
-            turns = alternate(_parse_row(line, place, 1), SPEAKERS["user"])
+            turns = alternate(parse_row(line, place, 1), SPEAKERS["user"])
         yield Prompt(place, turns, line)
 
 
@@ -319,27 +310,7 @@ def format_answered(prompt: Prompt, answer: str, as_jsonl: bool) -> str:
 
 def is_jsonl(path: Source) -> bool:
     """Whether a file of dialogues is JSONL, which its ending says; else it is TSV."""
-    name = Path(path)
-    if is_gzip(name):
-        name = name.with_suffix("")
-    return name.suffix.lower() == ".jsonl"
-
-
-def plain_text(path: Path, piece: str) -> str:
-    """A piece of a file as the text that a vocabulary is trained on: of dialogues the turns alone.
-
-    A file is one of dialogues if its name ends in `.jsonl` or `.tsv` (or that and `.gz`). The piece
-    may begin or end within a dialogue. Any other file is text as it is.
-    """
-    if is_jsonl(path):
-        texts = []
-        for literal in _JSON_TEXT.findall(piece):
-            with suppress(ValueError):  # training would tell; a vocabulary does not need the line
-                texts.append(json.loads(literal))
-        return "\n".join(texts).encode(errors="replace").decode()
-    if ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]]:
-        return "\n".join(unescape(column) for column in piece.replace("\t", "\n").split("\n"))
-    return piece
+    return str(path).lower().removesuffix(".gz").endswith(".jsonl")
 
 
 def _read_filled_lines(path: Source) -> Iterator[tuple[str, str]]:
@@ -349,7 +320,7 @@ def _read_filled_lines(path: Source) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
+def parse_row(line: str, source: str, min_turns: int) -> list[str]:
     columns = line.lstrip("\t").split("\t")
     turns = [unescape(column) for column in columns]
     blank = [number for number, turn in enumerate(turns, 1) if not turn.strip()]
@@ -366,7 +337,7 @@ def _parse_row(line: str, source: str, min_turns: int) -> list[str]:
     raise UserError(f"{source}: found {problem}; wanted turns divided by tabs, the response last")
 
 
-def _parse_messages(line: str, place: str, ends_with_response: bool) -> list[TextTurn]:
+def parse_messages(line: str, place: str, ends_with_response: bool) -> list[TextTurn]:
     """The turns of a JSONL line; a response must be the responder's, and answer something."""
     form, messages = _find_messages(line, place)
     field = f"{place}: {form.messages}"

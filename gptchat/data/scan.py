@@ -18,7 +18,14 @@ from pathlib import Path
 
 from gptchat.config import Config
 from gptchat.console import UserError
-from gptchat.data.dialogue import fit, is_jsonl, parse_dialogue
+from gptchat.data.dialogue import (
+    TextTurn,
+    alternate,
+    fit,
+    is_jsonl,
+    parse_messages,
+    parse_row,
+)
 from gptchat.data.encoding import BLOCK, read_documents
 from gptchat.data.reading import open_bytes, read_lines, read_text
 from gptchat.data.splits import HASHED, split_of, split_of_dialogue
@@ -92,6 +99,13 @@ def scan_file(
     except UserError as error:  # it cannot be read, or has an endless line
         scan.refuse(*_split_message(error, scan.name))
     return scan
+
+
+def parse_dialogue(line: str, place: str, as_jsonl: bool) -> list[TextTurn]:
+    """The turns of the dialogue in one line, the response last. Raises UserError at `place`."""
+    if as_jsonl:
+        return parse_messages(line, place, ends_with_response=True)
+    return alternate(parse_row(line, place, 2))
 
 
 def texts_of(path: Path, config: Config) -> Iterator[str]:

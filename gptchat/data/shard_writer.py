@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptchat.config import Config
+from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
 from gptchat.data.check import check, verdict
@@ -35,7 +35,7 @@ from gptchat.data.shards import (
     split_patterns,
     verify,
 )
-from gptchat.data.splits import SPLITS, describe_empty, load_run_config
+from gptchat.data.splits import SPLITS, describe_empty
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder
 

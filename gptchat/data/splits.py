@@ -17,8 +17,7 @@ Invariants:
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
-from gptchat.config import Config, DataConfig, load_config
-from gptchat.console import UserError
+from gptchat.config import DataConfig
 from gptchat.data.dialogue import TextTurn
 
 SPLITS = ("train", "valid", "test")
@@ -29,16 +28,6 @@ Piece = tuple[str, bool]  # (text of a document, whether the document ends with 
 def patterns_of(data: DataConfig, split: str) -> tuple[str, ...]:
     """The patterns of the files that hold a split."""
     return data.train if data.held_out > 0 else getattr(data, split)
-
-
-def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The config of a run. Raises UserError, too, where it names no files for training or valid."""
-    config = load_config(path, overrides)
-    for split in ("train", "valid"):
-        if not patterns_of(config.data, split):
-            remedy = ", or held_out above 0, to take it from train" if split == "valid" else ""
-            raise UserError(f"{path}: [data] {split}: found no files named; wanted some{remedy}")
-    return config
 
 
 def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:

@@ -34,7 +34,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import vocabulary
-from gptchat.data.dialogue import plain_text
+from gptchat.data.plain_text import plain_text
 from gptchat.data.reading import sample, text_size
 from gptchat.data.scripts import pattern_of, pre_tokenizer
 from gptchat.data.unigram import frequent_words, train_unigram
