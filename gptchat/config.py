@@ -16,6 +16,7 @@ files, folders and devices exist is checked by the command that uses them.
 import dataclasses
 import math
 import operator
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 import tomli
 
 from gptchat.console import UserError
+from gptchat.files import shipped
 
 T = TypeVar("T")
 
@@ -212,6 +214,9 @@ class ServerSettings:
     slots: int = setting(32, "sequences decoded at once, if the cache has room", min=1)
     cache_mb: int = setting(4096, "memory of the KV cache", min=1)
     threads: int = setting(0, "threads of the decoder; 0: all cores", min=0)
+    prefix_cache: bool = setting(
+        True, "compute no part of a prompt again whose keys and values a free slot still holds"
+    )
     max_requests: int = setting(128, "requests being answered or queued, at once", min=1)
     max_new_tokens: int = setting(1024, "tokens of one answer, never more than the context", min=1)
     default_new_tokens: int = setting(
@@ -221,6 +226,7 @@ class ServerSettings:
     max_prompts: int = setting(64, "prompts of one request, times its candidates", min=1)
     max_stops: int = setting(8, "stop strings", min=1)
     max_bad_words: int = setting(64, "forbidden words", min=1)
+    max_biases: int = setting(300, "ids in a logit_bias", min=1)
     max_logprobs: int = setting(20, "likeliest tokens listed beside the drawn one", min=0)
     hosts: tuple[str, ...] = setting(
         (), "names in a request's Host header, besides localhost, any IP address and --host"
@@ -270,9 +276,25 @@ def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def find_config(path: str) -> Path:
+    """The file that a command line names.
+
+    `configs/...` that does not stand in the working directory is the one that gptchat brings, which
+    one line on stderr tells: what the documents show works without a checkout, too.
+    """
+    named = Path(path)
+    if named.exists() or named.parts[:1] != ("configs",):
+        return named
+    brought = shipped("configs").joinpath(*named.parts[1:])
+    if not brought.is_file():
+        return named
+    print(f"{path}: not in this folder; gptchat's own is used", file=sys.stderr)
+    return brought
+
+
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomli.loads(Path(path).read_text(encoding="utf-8"))
+        return tomli.loads(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml"

@@ -27,9 +27,11 @@ import argparse
 import glob
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from itertools import chain
 from typing import Any
 
@@ -44,6 +46,7 @@ from gptchat.files import expand
 from gptchat.inference.generate import TextGenerator, default_device
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
+from gptchat.training import model_card
 from gptchat.training.metrics import metrics, sum_losses
 
 MAX_ANSWERS = 200  # per file
@@ -219,9 +222,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures_of[name] = evaluate_data(model, replace(config, data=data), args.split, name)
     if args.json:
         print(json.dumps({"model": config.init_from, "files": figures_of}, indent=2))
-        return
-    for name, figures in figures_of.items():
-        print(f"{name}: {format_figures(figures)}")
+    else:
+        for name, figures in figures_of.items():
+            print(f"{name}: {format_figures(figures)}")
+    if args.config and not args.model and not args.text:
+        add_to_card(Path(config.init_from), figures_of)
+
+
+def add_to_card(model: Path, figures_of: dict[str, Figures]) -> None:
+    """Add the figures of the run's files to its model card, where that can be written."""
+    try:
+        model_card.add_evaluation(model, figures_of)
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

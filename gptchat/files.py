@@ -1,4 +1,4 @@
-"""Files: the ones that glob patterns name, atomic writes, and locks of folders.
+"""Files: those that ship with gptchat or match glob patterns, atomic writes, locks of folders.
 
 `atomic_write` promises that a reader, or the next start after a crash, finds the old file or the
 new one, never a part. A process that is killed while it writes leaves a temporary file, which
@@ -19,6 +19,18 @@ from typing import IO
 from safetensors import SafetensorError
 
 from gptchat.console import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(folder: str) -> Path:
+    """The folder `handlers` or `configs` of this version of gptchat.
+
+    A checkout has it beside the package; a wheel inside, as `_handlers` or `_configs`, since a name
+    like `handlers` among all installed packages could be another's.
+    """
+    inside = PACKAGE / f"_{folder}"
+    return inside if inside.is_dir() else PACKAGE.with_name(folder)
 
 
 def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
@@ -81,7 +93,7 @@ def why_no_file(pattern: str) -> str:
         if os.path.lexists(name):
             return f"{name} is a link to nothing"
         if name.startswith("data/"):
-            return "no such file (`make corpora` writes the default ones)"
+            return "no such file (`gptchat corpora` writes the default ones)"
         return "no such file"
     except OSError as error:  # a loop of links, a folder that may not be entered
         return f"{name} cannot be read ({error.strerror})"

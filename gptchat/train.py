@@ -21,7 +21,6 @@ Invariants:
 import contextlib
 import gc
 import itertools
-import json
 import math
 import signal
 import sys
@@ -36,10 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, UserError, cli
 from gptchat.data.batches import Batch, Batches, prefetch
-from gptchat.data.dialogue import Turn
 from gptchat.data.keyed_draw import draw_key
 from gptchat.data.shards import open_sources
-from gptchat.files import atomic_write, remove_temporary_files
+from gptchat.files import remove_temporary_files
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.runtime import (
@@ -61,7 +59,7 @@ from gptchat.training.optim import (
     make_optimizers,
     set_learning_rate,
 )
-from gptchat.training.saved_config import resolve_config
+from gptchat.training.saved_config import resolve_config, save_config
 
 N_SAMPLES = 3  # texts that an evaluation lets the model write
 SAMPLE_PROMPT = 16  # tokens of a held-out text that an LM continues in them
@@ -175,7 +173,7 @@ class Run:
                 grad_norm = self.step(micro_batches)
                 state.step += 1
                 self.health.count_step(grad_norm)
-                monitor.count_step(micro_batches)
+                monitor.count_step(micro_batches, state.n_tokens)
                 is_last = state.step == self.total_steps
                 if is_last or state.step % config.log_interval == 0:
                     learning_rate = self.optimizers[0].param_groups[0]["lr"]
@@ -218,9 +216,12 @@ class Run:
         Returns the gradient norm before clipping, a scalar tensor on the device.
         """
         own_targets = sum(batch.n_targets for batch in micro_batches)
-        n_targets, n_signalled = self.world.sum(own_targets, float(self.signalled))
+        own_tokens = sum(batch.n_tokens for batch in micro_batches)
+        own_counts = (own_targets, own_tokens, float(self.signalled))
+        n_targets, n_tokens, n_signalled = self.world.sum(*own_counts)
         self.stopped = n_signalled > 0
         self.state.n_targets += int(n_targets)
+        self.state.n_tokens += int(n_tokens)
         # DDP averages gradients over the processes; their number makes a sum of the average.
         loss_scale = self.world.size / max(1, n_targets)
         for index, batch in zip(self.micro_batch_indices, micro_batches, strict=True):
@@ -293,9 +294,10 @@ class Run:
         """
         if self.world.rank > 0:
             return []
-        n_documents = self.valid_batches.sources[0].documents
+        shards = self.valid_batches.sources[0]
+        n_documents = shards.documents
         stride = math.ceil(n_documents / N_SAMPLES)
-        prompts = [self._held_out_prompt(number) for number in range(0, n_documents, stride)]
+        prompts = [shards.prompt(number, SAMPLE_PROMPT) for number in range(0, n_documents, stride)]
         generator = TextGenerator(self.model, self.tokenizer, self.config.task)
         lines = []
         for turns, answer in zip(prompts, generator.sample_answers(prompts), strict=True):
@@ -303,29 +305,19 @@ class Run:
             lines.append(f"{prompt} -> {answer}")
         return lines
 
-    def _held_out_prompt(self, number: int) -> list[Turn]:
-        """A held-out dialogue without its response, or the first tokens of a held-out document."""
-        shards = self.valid_batches.sources[0]
-        if self.config.task == "chatlm":
-            return shards.dialogue(number)[:-1]
-        start = int(shards.starts[number])
-        stop = min(start + SAMPLE_PROMPT, shards.n_tokens)
-        return [(0, shards.tokens(start, stop).tolist())]
-
     def start_monitor(self) -> Monitor:
         """Write what does not change during the run, and begin to report."""
         if self.world.rank == 0:
             pretrained.save_static(
                 self.model_dir, self.model.config, self.tokenizer, self.config.task
             )
-            with atomic_write(self.folder / "config.json") as temporary:
-                temporary.write_text(json.dumps(self.resolved_config, indent=2) + "\n")
+            save_config(self.folder, self.resolved_config)
         return Monitor(
             self.folder,
             self.world,
             self.model.config,
+            self.resolved_config,
             dtype=PRECISIONS[self.config.train.precision],
-            task=self.config.task,
             step=self.state.step,
             total_steps=self.total_steps,
             log_bytes=self.state.log_bytes,

@@ -86,6 +86,7 @@ class Generation:
         self.began = began
         self.created = int(time.time())
         self.first_token = 0.0  # time.monotonic(), as `began`; 0: none yet
+        self.n_cached = 0  # prompt tokens that the engine had in its cache
         self.tokenizer = model.generator.tokenizer
         n_choices = len(job.requests) * job.n
         self.choices = [Choice(self.tokenizer, job, index) for index in range(n_choices)]
@@ -105,6 +106,7 @@ class Generation:
 
         True if a stop string has just ended the candidate, which the engine cannot know.
         """
+        self.n_cached += output.n_cached
         if output.prompt_logprobs:
             self._take_prompt_scores(prompt, output.prompt_logprobs)
         if output.token is not None and not self.first_token:

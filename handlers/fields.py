@@ -1,18 +1,23 @@
 """The keys of a request's JSON body, each checked as it is taken out.
 
 A bad request raises a `Refusal`, which is turned into the HTTP answer: a status, and a line that
-names the key, what was found and what is wanted. Keys that were neither taken nor dropped are
-refused at the end, so that no misspelt setting is ignored. A key with the value null counts as not
+names the key, what was found and what is wanted. What becomes of keys that were not taken, the
+caller decides: the original's API refuses them, so that no misspelt setting is ignored
+(`refuse_untaken`), OpenAI's ignores most (`unread.py`). A key with the value null counts as not
 given, even an unknown one.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
+from gptchat.inference.sampling import LARGEST_BIAS
+
 # Of a stop string or a forbidden word: the tables that find one grow with the square of its length.
 MAX_WORD_CHARS = 200
+TOKEN_ID = "0|[1-9][0-9]{0,8}"  # as JSON writes one that is a key
 
 
 class Refusal(Exception):
@@ -58,13 +63,6 @@ class Fields:
             raise Refusal("the body is no JSON object")
         self.values = {key: value for key, value in body.items() if value is not None}
 
-    def name_used(self, *names: str) -> str:
-        """Which of a setting's names the body uses; the first name if none."""
-        for name in names:
-            if name in self.values:
-                return name
-        return names[0]
-
     def take(
         self, name: str, is_valid: Callable[[Any], bool], wanted: str, default: Any = None
     ) -> Any:
@@ -81,6 +79,11 @@ class Fields:
             return type(value) is int and low <= value <= high
 
         return self.take(name, is_valid, f"an integer, {low} to {high}", default)
+
+    def integers(self, names: Sequence[str], low: int, high: int) -> list[int]:
+        """The values of a setting under those of its names that are given, in this order."""
+        values = [self.integer(name, low, high) for name in names]
+        return [value for value in values if value is not None]
 
     def number(self, name: str, low: float, high: float, default: float) -> float:
         def is_valid(value: Any) -> bool:
@@ -102,9 +105,23 @@ class Fields:
         value = self.take(name, is_valid, wanted, [])
         return (value,) if isinstance(value, str) else tuple(value)
 
-    def drop(self, name: str) -> None:
-        """Ignore a key."""
-        self.values.pop(name, None)
+    def biases(self, name: str, vocab_size: int, most: int) -> dict[int, float]:
+        """A number for each of at most `most` token ids, which JSON can only write as strings."""
+
+        def is_id(key: Any) -> bool:
+            return bool(re.fullmatch(TOKEN_ID, str(key))) and int(key) < vocab_size
+
+        def is_bias(value: Any) -> bool:
+            return type(value) in (int, float) and -LARGEST_BIAS <= value <= LARGEST_BIAS
+
+        def is_valid(value: Any) -> bool:
+            if not isinstance(value, dict) or len(value) > most:
+                return False
+            return all(map(is_id, value)) and all(map(is_bias, value.values()))
+
+        wanted = f"numbers from {-LARGEST_BIAS} to {LARGEST_BIAS} for up to {most} token ids"
+        value = self.take(name, is_valid, f"{wanted} below {vocab_size}", {})
+        return {int(id): float(bias) for id, bias in value.items()}
 
     def refuse_untaken(self) -> None:
         """Raise Refusal if a key has not been taken."""

@@ -1,13 +1,18 @@
-"""JSON bodies -> jobs: the original program's API and OpenAI's, checked to the last key.
+"""JSON bodies -> jobs: the original program's API and OpenAI's.
 
 A `Job` is a request that has been understood: the engine's requests for it, and how to answer.
 `JobReader.read` raises `Refusal` for a body that is wrong, too long or beyond the server's limits,
 so that whatever becomes a job can be served.
+
+The original's API is strict: an unknown key is refused, and so is a length that does not fit. On
+OpenAI's paths clients that were written for larger models are served as well as can be: what is not
+read is ignored if it may be (`unread.py`), and a length is cut down to what fits.
 """
 
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -19,30 +24,15 @@ from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import WordFilter
 from handlers.fields import Fields, Refusal, is_list, is_text
 from handlers.served_model import ServedModel
+from handlers.unread import check_unread, counted_name
 
-ANY_VALUE = object()
-# Settings of OpenAI's API that this server lacks: only the value that changes nothing is accepted.
-NEUTRAL: dict[str, Any] = {
-    "user": ANY_VALUE,
-    "metadata": ANY_VALUE,
-    "store": ANY_VALUE,
-    "service_tier": ANY_VALUE,
-    "safety_identifier": ANY_VALUE,
-    "prompt_cache_key": ANY_VALUE,
-    "parallel_tool_calls": ANY_VALUE,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "best_of": 1,
-    "tools": [],
-    "suffix": "",
-    "tool_choice": "none",
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-}
+# The names of two settings; where several are given on OpenAI's paths, the first one here counts.
+LENGTH_NAMES = ("max_completion_tokens", "max_tokens", "max_new_tokens")
+CANDIDATES_NAMES = ("n", "num_return_sequences")
 OPENAI_SAMPLING = Sampling()  # OpenAI's clients expect settings that change nothing
 COMPLETION_TOKENS = 16  # OpenAI's default length of a completion
 LARGEST_INTEGER = 10**9  # of a setting that has no upper limit of its own
+LARGEST_LENGTH = (1 << 63) - 1  # that is cut down to what fits
 MOST_TURNS = 1000
 TOO_LONG = "context_length_exceeded"
 
@@ -59,6 +49,7 @@ class Job:
     echo: bool = False  # the prompt's text comes before the answer
     include_usage: bool = False  # a stream ends with the numbers of tokens
     original_request: Any = None  # given back in the original's API
+    ignored: Collection[str] = ()  # fields of the body, as `unread.py` counts them
 
     @property
     def sampling(self) -> Sampling:
@@ -87,27 +78,31 @@ class JobReader:
         self.tokenizer = model.generator.tokenizer
         self.n_ctx = model.generator.n_ctx
         self.is_chat_model = model.generator.task == "chatlm"
+        self.is_lenient = False  # on OpenAI's paths
+        self.ignored: set[str] = set()
 
     def read(self, path: str) -> Job:
         """The job that a POST to `path` (what follows /predictions/NAME/1.0/) asks for."""
         if path == "":
             job = self.original()
-        elif path == "v1/completions":
-            self.check_model()
-            self.drop_neutral()
-            job = self.completions()
-        elif path == "v1/chat/completions":
-            self.check_model()
-            self.drop_neutral()
-            job = self.chat()
+            self.body.refuse_untaken()
         else:
-            raise Refusal(f"no such path: {path[:60]}", 404)
-        self.body.refuse_untaken()
+            job = self.openai(path)
         answers = len(job.requests) * job.n
         if answers > self.settings.max_prompts:
             message = f"{answers} answers at once, wanted at most {self.settings.max_prompts}"
             raise Refusal(message, param="n")
         return job
+
+    def openai(self, path: str) -> Job:
+        """What one of OpenAI's clients asks for."""
+        self.is_lenient = True
+        readers = {"v1/completions": self.completions, "v1/chat/completions": self.chat}
+        if path not in readers:
+            raise Refusal(f"no such path: {path[:60]}", 404)
+        self.check_model()
+        job = readers[path]()
+        return replace(job, ignored=self.ignored | check_unread(self.body.values))
 
     def original(self) -> Job:
         """The API of the original program: five candidates, or one if it is streamed.
@@ -156,6 +151,7 @@ class JobReader:
             f"a text, ids below {self.tokenizer.vocab_size}, or up to {most} of them in a list",
             "",
         )
+        self.body.take("messages", lambda _: False, "none: v1/chat/completions takes them")
         if self.is_prompt(prompts):
             prompts = [prompts]
         logprobs = self.body.integer("logprobs", 0, self.settings.max_logprobs)
@@ -190,7 +186,8 @@ class JobReader:
             f"1 to {MOST_TURNS} messages",
             [None],
         )
-        turns = [read_message(message) for message in messages]
+        read = [read_message(message) for message in messages]
+        turns = [turn for turn in read if turn is not None]
         logprobs = self.body.integer("top_logprobs", 0, self.settings.max_logprobs, 0)
         if not self.body.flag("logprobs"):
             logprobs = None
@@ -284,27 +281,23 @@ class JobReader:
             message = f"no model {name!r:.60}: this is {self.model.name}"
             raise Refusal(message, 404, "model", "model_not_found")
 
-    def drop_neutral(self) -> None:
-        """Take out OpenAI's settings that would change nothing."""
-        for name, value in list(self.body.values.items()):
-            if name in NEUTRAL and NEUTRAL[name] in (ANY_VALUE, value):
-                self.body.drop(name)
-
     def stop_strings(self) -> tuple[str, ...]:
         return self.body.words("stop", self.settings.max_stops)
 
     def candidates(self, default: int) -> int:
         most = min(self.settings.max_candidates, self.model.generator.engine.slots)
-        name = self.body.name_used("n", "num_return_sequences")
-        return self.body.integer(name, 1, most, min(default, most))
+        return self.one_of(CANDIDATES_NAMES, 1, most, min(default, most))
+
+    def one_of(self, names: tuple[str, ...], low: int, high: int, default: int) -> int:
+        """The integer that is given under one of a setting's names."""
+        given = self.body.integers(names, low, high)
+        if len(given) > 1 and not self.is_lenient:
+            raise Refusal(f"wanted one of {', '.join(names)}: they are the same", param=names[0])
+        return given[0] if given else default
 
     def include_usage(self) -> bool:
-        options = self.body.take(
-            "stream_options",
-            lambda value: isinstance(value, dict) and set(value) <= {"include_usage"},
-            "an object with include_usage",
-            {},
-        )
+        options = self.body.take("stream_options", is_options, "include_usage: true or false", {})
+        self.ignored |= {counted_name(name) for name in options if name != "include_usage"}
         return options.get("include_usage") is True
 
     def chat_sampling(self, defaults: Sampling, logprobs: int | None = None) -> Sampling:
@@ -326,6 +319,9 @@ class JobReader:
         return Sampling(
             **chosen,
             max_new_tokens=max_new_tokens,
+            logit_bias=self.body.biases(
+                "logit_bias", self.tokenizer.vocab_size, self.settings.max_biases
+            ),
             logprobs=logprobs,
             seed=self.body.integer("seed", -(1 << 63), (1 << 63) - 1, secrets.randbits(31)),
             word_filter=WordFilter(self.tokenizer, forbidden) if forbidden else None,
@@ -341,8 +337,10 @@ class JobReader:
 
     def max_new_tokens(self, room: int, default: int) -> int:
         most = min(self.settings.max_new_tokens, self.n_ctx)
-        name = self.body.name_used("max_tokens", "max_new_tokens", "max_completion_tokens")
-        new = self.body.integer(name, 0, most, min(default, room))
+        highest = LARGEST_LENGTH if self.is_lenient else most
+        new = self.one_of(LENGTH_NAMES, 0, highest, min(default, room))
+        if self.is_lenient:
+            return min(new, most, room)
         if new > room:
             message = f"the context of {self.n_ctx} tokens has room for {room} new ones, not {new}"
             raise Refusal(message, code=TOO_LONG)
@@ -354,15 +352,25 @@ def is_context(value: Any) -> bool:
     return is_text(value) or is_list(value, is_text, MOST_TURNS)
 
 
+def is_options(value: Any) -> bool:
+    """Whether it can be OpenAI's stream_options."""
+    return isinstance(value, dict) and type(value.get("include_usage")) in (bool, type(None))
+
+
 def is_text_part(value: Any) -> bool:
     return isinstance(value, dict) and is_text(value.get("text"))
 
 
-def read_message(message: Any) -> tuple[int, str]:
-    """The speaker and the text of one of OpenAI's messages; the text may come in parts."""
+def read_message(message: Any) -> tuple[int, str] | None:
+    """The speaker and the text of one of OpenAI's messages; the text may come in parts.
+
+    An assistant's message without content says nothing: None.
+    """
     fields: dict[str, Any] = message if isinstance(message, dict) else {}
     role: Any = fields.get("role")
     content: Any = fields.get("content")
+    if role == "assistant" and content in (None, []):
+        return None
     if is_list(content, is_text_part):
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or role not in SPEAKERS or not is_text(content):

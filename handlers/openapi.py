@@ -2,8 +2,7 @@
 
 `describe` gives what `GET v1/openapi.json` answers. Ranges come from `sampling.SETTINGS`, from the
 server's settings and from the model, so they are those of the running server. Schemas are JSON
-Schema (OpenAPI 3.1). What a schema cannot say stands in its description: a key with the value null
-counts as not given, and of the keys that share an `x-setting` at most one may be given.
+Schema (OpenAPI 3.1). What a schema cannot say stands in its description, `NOTES`.
 """
 
 from math import inf
@@ -11,17 +10,19 @@ from typing import Any
 
 from gptchat.data.dialogue import SPEAKERS
 from gptchat.inference.generate import CANDIDATES, CHAT_SAMPLING
-from gptchat.inference.sampling import SETTINGS, Sampling
-from handlers.fields import MAX_WORD_CHARS
+from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling
+from handlers.fields import MAX_WORD_CHARS, TOKEN_ID
 from handlers.jobs import (
-    ANY_VALUE,
+    CANDIDATES_NAMES,
     COMPLETION_TOKENS,
     LARGEST_INTEGER,
+    LARGEST_LENGTH,
+    LENGTH_NAMES,
     MOST_TURNS,
-    NEUTRAL,
     OPENAI_SAMPLING,
 )
 from handlers.served_model import ServedModel
+from handlers.unread import IGNORED, UNAVAILABLE
 
 Schema = dict[str, Any]
 
@@ -32,9 +33,11 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number"}
 ANYTHING: Schema = {}
 NOTES = (
-    "A key with the value null counts as not given; any other unknown key is refused. Of the keys "
-    "that share an x-setting at most one may be given. A setting within its range can still be "
-    "refused where the context has no room for it."
+    "A key with the value null counts as not given. The original's API refuses any other unknown "
+    "key; on OpenAI's paths one is ignored. Of the keys that share an x-setting the original's API "
+    "wants one at most; on OpenAI's paths the first one counts. There a length that does not fit "
+    "is cut down; in the original's API a length within its range can still be refused where the "
+    "context has no room for it. An x-maximum is that of a key, which JSON writes as a string."
 )
 
 
@@ -78,7 +81,8 @@ def _original(model: ServedModel) -> Schema:
     default_new_tokens = model.settings.default_new_tokens
     if is_chat_model:
         default_new_tokens = min(default_new_tokens, model.generator.n_ctx // 2)
-    properties = _shared(model, CHAT_SAMPLING, default_new_tokens, CANDIDATES)
+    longest = min(model.settings.max_new_tokens, model.generator.n_ctx)
+    properties = _shared(model, CHAT_SAMPLING, default_new_tokens, CANDIDATES, longest)
     properties["context"] = TEXT
     if is_chat_model:
         properties["context"] = {"anyOf": [TEXT, _list(TEXT, 1, MOST_TURNS)]}
@@ -89,7 +93,7 @@ def _original(model: ServedModel) -> Schema:
 def _completions(model: ServedModel) -> Schema:
     ids = _list({"type": "integer", "minimum": 0, "maximum": _vocab_size(model) - 1})
     prompt = [TEXT, ids]
-    properties = _shared(model, OPENAI_SAMPLING, COMPLETION_TOKENS, 1) | _openai(model)
+    properties = _shared(model, OPENAI_SAMPLING, COMPLETION_TOKENS) | _openai(model)
     properties["prompt"] = {
         "anyOf": [*prompt, _list({"anyOf": prompt}, 1, model.settings.max_prompts)],
         "default": "",
@@ -100,22 +104,20 @@ def _completions(model: ServedModel) -> Schema:
         "maximum": model.settings.max_logprobs,
     }
     properties["echo"] = FLAG
-    return _object(properties, [])
+    properties["messages"] = {"type": "null", "description": "v1/chat/completions takes them"}
+    return _object(properties, [], others=True)
 
 
 def _chat(model: ServedModel) -> Schema:
     default_new_tokens = min(model.settings.default_new_tokens, model.generator.n_ctx // 2)
-    properties = _shared(model, OPENAI_SAMPLING, default_new_tokens, 1) | _openai(model)
-    part = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}}
-    message = {
-        "type": "object",
-        "properties": {
-            "role": {"enum": list(SPEAKERS)},
-            "content": {"anyOf": [TEXT, _list(part | {"required": ["text"]}, 1)]},
-        },
-        "required": ["role", "content"],
-    }
-    properties["messages"] = _list(message, 1, MOST_TURNS)
+    properties = _shared(model, OPENAI_SAMPLING, default_new_tokens) | _openai(model)
+    part = _object({"type": {"const": "text"}, "text": TEXT}, ["text"], others=True)
+    content = {"anyOf": [TEXT, _list(part, 1)]}
+    roles = {"enum": list(SPEAKERS)}
+    message = _object({"role": roles, "content": content}, ["role", "content"], others=True)
+    silent = {"role": {"const": "assistant"}, "content": {"enum": [None, []]}}
+    ignored = _object(silent, ["role"], others=True)
+    properties["messages"] = _list({"anyOf": [message, ignored]}, 1, MOST_TURNS)
     properties["logprobs"] = FLAG
     properties["top_logprobs"] = {
         "type": "integer",
@@ -123,29 +125,33 @@ def _chat(model: ServedModel) -> Schema:
         "maximum": model.settings.max_logprobs,
         "default": 0,
     }
-    return _object(properties, ["messages"])
+    return _object(properties, ["messages"], others=True)
 
 
 def _shared(
-    model: ServedModel, defaults: Sampling, default_new_tokens: int, candidates: int
+    model: ServedModel,
+    defaults: Sampling,
+    default_new_tokens: int,
+    candidates: int = 1,
+    longest: int = LARGEST_LENGTH,
 ) -> Schema:
-    """The settings of every route."""
+    """The settings of every route; `longest` is the largest length that can be asked for."""
     settings = model.settings
     most_candidates = min(settings.max_candidates, model.generator.engine.slots)
     properties = {}
     for name in SETTINGS:
         if name != "max_new_tokens":
             properties[name] = _declared(name, getattr(defaults, name))
-    for name in ("max_tokens", "max_new_tokens", "max_completion_tokens"):
+    for name in LENGTH_NAMES:
         properties[name] = {
             "type": "integer",
             "minimum": 0,
-            "maximum": min(settings.max_new_tokens, model.generator.n_ctx),
+            "maximum": longest,
             "default": default_new_tokens,
             "description": SETTINGS["max_new_tokens"].metadata["help"],
             "x-setting": "max_new_tokens",
         }
-    for name in ("n", "num_return_sequences"):
+    for name in CANDIDATES_NAMES:
         properties[name] = {
             "type": "integer",
             "minimum": 1,
@@ -154,6 +160,13 @@ def _shared(
             "description": "candidates; one if they are streamed in the original's API",
             "x-setting": "n",
         }
+    properties["logit_bias"] = {
+        "type": "object",
+        "propertyNames": {"pattern": f"^({TOKEN_ID})$", "x-maximum": _vocab_size(model) - 1},
+        "additionalProperties": NUMBER | {"minimum": -LARGEST_BIAS, "maximum": LARGEST_BIAS},
+        "maxProperties": settings.max_biases,
+        "default": {},
+    }
     properties["seed"] = {"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}
     properties["stop"] = _words(settings.max_stops)
     properties["bad_words"] = _words(settings.max_bad_words)
@@ -162,20 +175,14 @@ def _shared(
 
 
 def _openai(model: ServedModel) -> Schema:
-    """What both of OpenAI's routes have beyond the original's API."""
+    """What both of OpenAI's routes have beyond the original's API, or otherwise."""
     properties: Schema = {
         "model": {"const": model.name},
-        "stream_options": {
-            "type": "object",
-            "properties": {"include_usage": FLAG},
-            "additionalProperties": False,
-        },
+        "stream_options": _object({"include_usage": _nullable(FLAG)}, [], others=True),
     }
-    for name, value in NEUTRAL.items():
-        if value is ANY_VALUE:
-            properties[name] = ANYTHING
-        else:
-            properties[name] = {"const": value}
+    properties |= {name: ANYTHING for name in IGNORED}
+    for name, unavailable in UNAVAILABLE.items():
+        properties[name] = {"enum": [*unavailable.neutral, None]}
     return properties
 
 
@@ -215,15 +222,18 @@ def _list(items: Schema, fewest: int = 0, most: int | None = None) -> Schema:
     return schema
 
 
-def _object(properties: Schema, required: list[str] | None = None) -> Schema:
-    """An object with these keys and no others; all are required unless it is said which are."""
+def _object(properties: Schema, required: list[str] | None = None, others: bool = False) -> Schema:
+    """An object with these keys; all are required unless it is said which are.
+
+    `others`: it may have other keys too.
+    """
     if required is None:
         required = list(properties)
     return {
         "type": "object",
         "properties": properties,
         "required": required,
-        "additionalProperties": False,
+        "additionalProperties": others,
     }
 
 

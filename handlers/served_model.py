@@ -46,7 +46,9 @@ def load_served_model(directory: Path, name: str, settings: ServerSettings) -> S
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     model, tokenizer, task = pretrained.load_model(directory, default_device())
     slots = slots_that_fit(model.config, settings)
-    generator = TextGenerator(model, tokenizer, task, slots, settings.dtype)
+    generator = TextGenerator(
+        model, tokenizer, task, slots, settings.dtype, prefix_cache=settings.prefix_cache
+    )
     token_types = [1] if task == "chatlm" else None
     generate(generator.engine, [Request([tokenizer.eos_id], token_types)])
     tune_memory()

@@ -241,15 +241,19 @@ class Service:
 
     def _report(self, answer: Answer, result: str, ended: float) -> None:
         """Record the figures of a request that ended at `ended`; log one line without its text."""
-        kind, first_token, n_prompt, n_new = "none", 0.0, 0, 0
+        kind, first_token, n_prompt, n_cached, n_new = "none", 0.0, 0, 0, 0
         if answer.generation:
             kind = answer.generation.job.kind
             first_token = answer.generation.first_token
             usage = answer.generation.usage
             n_prompt, n_new = usage["prompt_tokens"], usage["completion_tokens"]
+            n_cached = answer.generation.n_cached
+            for name in sorted(answer.generation.job.ignored):
+                self._record("counter", "ignored_fields", 1, name)
         first_seconds = (first_token or ended) - answer.began
         self._record("counter", "requests", 1, kind, result)
         self._record("counter", "prompt_tokens", n_prompt)
+        self._record("counter", "cached_tokens", n_cached)
         self._record("counter", "generated_tokens", n_new)
         if answer.generation and first_token:
             longest = max(choice.n_tokens for choice in answer.generation.choices)

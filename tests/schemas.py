@@ -2,6 +2,7 @@
 fit a schema, `values` draws values that do, for hypothesis.
 """
 
+import re
 from typing import Any
 
 from hypothesis import strategies as st
@@ -59,7 +60,8 @@ class Schemas:
         )
 
     def _length_problem(self, schema: Schema, value: Any, place: str) -> str:
-        for low, high in (("minLength", "maxLength"), ("minItems", "maxItems")):
+        bounds = ("minLength", "maxLength"), ("minItems", "maxItems"), ("", "maxProperties")
+        for low, high in bounds:
             if low in schema and len(value) < schema[low]:
                 return f"{place}: shorter than {schema[low]}"
             if high in schema and len(value) > schema[high]:
@@ -79,9 +81,20 @@ class Schemas:
             for name, item in value.items():
                 if name in properties:
                     problems.append(self.problem(properties[name], item, f"{place}.{name}"))
-                elif schema.get("additionalProperties") is False:
+                    continue
+                others = schema.get("additionalProperties", True)
+                if others is False:
                     problems.append(f"{place}.{name}: unknown")
+                elif isinstance(others, dict):
+                    problems.append(self._name_problem(schema["propertyNames"], name, place))
+                    problems.append(self.problem(others, item, f"{place}.{name}"))
         return "; ".join(filter(None, problems))
+
+    def _name_problem(self, names: Schema, name: str, place: str) -> str:
+        """Of the key of an object whose keys are numbers."""
+        if re.fullmatch(names["pattern"], name) and int(name) <= names["x-maximum"]:
+            return ""
+        return f"{place}.{name}: no number up to {names['x-maximum']}"
 
     # --- drawing
 
@@ -97,6 +110,10 @@ class Schemas:
         if "type" not in schema:
             return st.none() | st.booleans() | st.integers() | self.texts
         kind = schema["type"]
+        if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+            keys = st.integers(0, schema["propertyNames"]["x-maximum"]).map(str)
+            values = self.values(schema["additionalProperties"])
+            return st.dictionaries(keys, values, max_size=3)
         if kind == "object":
             return self.objects(schema)
         if kind == "array":

@@ -166,6 +166,7 @@ class Server:
         named: dict[str, Path],
         *arguments: str,
         environment: dict[str, str] | None = None,
+        cwd: Path = ROOT,
     ):
         self.run, self.port = run, free_ports()
         run.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ class Server:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=cwd,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

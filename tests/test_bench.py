@@ -62,14 +62,16 @@ def test_decode_tells_rates_ratios_and_quality(monkeypatch, capsys):
         "machine"
     ].keys()
     who = ["transformers", "float32", "bfloat16", "int8"]
-    assert [line["who"] for line in result["lines"]] == [*who, "reading float32"] * 2 + who
+    turns = [f"{dtype}, {how}" for dtype in who[1:] for how in ("computed anew", "cached")]
+    assert [line["who"] for line in result["lines"]] == [*who, "reading float32"] * 2 + who + turns
     assert all(line["low"] <= line["median"] <= line["high"] for line in result["lines"])
-    assert [line["notes"].get("equal_greedy_rows") for line in result["lines"][1::5]] == [
+    assert [line["notes"].get("equal_greedy_rows") for line in result["lines"][1:12:5]] == [
         "1 of 1",
         "2 of 2",
         None,
     ]
-    assert result["lines"][-3]["notes"]["top1_agreement"] == "100.00%"
+    assert result["lines"][11]["notes"]["top1_agreement"] == "100.00%"
+    assert result["lines"][-1]["notes"]["of_computed_anew"].endswith("%")
 
 
 @pytest.mark.parametrize("who", ["gptchat eager", "transformers"])

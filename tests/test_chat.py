@@ -27,8 +27,13 @@ from gptchat.model.gpt2 import GPT2, GPT2Config
 torch.set_num_threads(1)
 
 PROMPT, LABEL = "you> ", "bot> "
-# Fields of Sampling that the chat does not offer under their own names.
-OTHER_FIELDS = {"word_filter": "--forbid", "bad_words_ids": "ids", "logprobs": "for the server"}
+# Fields of Sampling that the chat does not offer as numbers under their own names.
+OTHER_FIELDS = {
+    "logit_bias": "of an id each",
+    "word_filter": "--forbid",
+    "bad_words_ids": "ids",
+    "logprobs": "for the server",
+}
 
 
 def babbler(
@@ -346,6 +351,28 @@ def test_every_sampling_setting_is_an_option_and_a_name_of_set(bot, capsys, name
     assert f"\n{name} {getattr(chosen, name)}\n" in "\n" + capsys.readouterr().out
 
 
+def test_biases_are_options_and_a_name_of_set(bot, monkeypatch, capsys):
+    generator = load_generator(bot, 1, "float32")
+    a, b = generator.tokenizer.encode("ab")
+    say_a = ("--model", bot, "--prompt", "hi", "--max-new-tokens", 3, "--logit-bias", f"{a}=100")
+    assert run(monkeypatch, capsys, *say_a) == "aaa\n"
+    options = ["--model", bot, "--logit-bias", f"{a}=100", "--logit-bias", f"{b}=-2.5"]
+    conversation = chat.Conversation(generator, chat.parse_arguments(options)[1])
+
+    def biases():
+        return chat.make_sampling(generator, conversation.settings).logit_bias
+
+    assert biases() == {a: 100, b: -2.5}
+    conversation.obey(f"/set logit-bias {b}=1")  # replaces both
+    assert biases() == {b: 1}
+    for wrong in ("x", f"{a}=101", "99999=1", f"{a}"):
+        with pytest.raises(UserError, match="logit_bias"):
+            conversation.obey(f"/set logit_bias {wrong}")
+        assert biases() == {b: 1}
+    conversation.obey("/set logit_bias")
+    assert biases() == {}
+
+
 def test_a_wrong_setting_changes_nothing_and_an_empty_list_clears_it(bot):
     _, settings = chat.parse_arguments(["--model", bot, "--stop", "a", "--stop", "b"])
     conversation = chat.Conversation(load_generator(bot, 1, "float32"), settings)
@@ -387,6 +414,7 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
         (["--model", "BOT", "--temperature", "hot"], "invalid float value"),
         (["--model", "BOT", "--dtype", "int3"], "invalid choice"),
         (["--model", "BOT", "--temperature", "-1"], "temperature is -1.0, wanted"),
+        (["--model", "BOT", "--logit-bias", "7:3"], "logit_bias 7:3: wanted ID=BIAS"),
         (["--model", "BOT", "--prompt", "x" * 2000], "the last turn takes"),
         (["--model", "BOT", "--input", "prompts.tsv"], "--input and --output together"),
         (

@@ -9,6 +9,7 @@ import tokenizers
 import torch
 from transformers import GPT2Config as TheirConfig
 from transformers import GPT2LMHeadModel
+from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 
 from gptchat.data.tokenizer import BYTE_OF, Tokenizer
 from gptchat.inference.engine import Engine, Request, generate
@@ -75,6 +76,10 @@ def some_request(random_):
         top_p=random_.choice([1.0, 0.9, 0.3]),
         min_p=random_.choice([0.0, 0.05]),
         repetition_penalty=random_.choice([1.0, 1.0, 1.4]),
+        frequency_penalty=random_.choice([0, 0, 0.8]),
+        presence_penalty=random_.choice([0, 0, -0.7]),
+        logit_bias=random_.choice([{}, {}, {random_.randrange(V): 5, 3: -100}]),
+        min_tokens=random_.choice([0, 0, 4]),
         seed=random_.randrange(5),
         word_filter=random_.choice(
             [None, BadWords([[random_.randrange(V)] for _ in range(20)]), BadWords([[3, 4], [5]])]
@@ -93,12 +98,12 @@ def some_request(random_):
     )
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "seed", "logprobs", "word_filter"])
+@pytest.mark.parametrize("name", [*SETTINGS, "seed", "logit_bias", "logprobs", "word_filter"])
 def test_requests_in_traffic_exercise_every_setting(name):
     random_ = random.Random(0)
     values = {getattr(some_request(random_).sampling, name) is None for _ in range(50)}
     if name not in ("logprobs", "word_filter"):
-        values = {getattr(some_request(random_).sampling, name) for _ in range(50)}
+        values = {str(getattr(some_request(random_).sampling, name)) for _ in range(50)}
     assert len(values) > 1
 
 
@@ -162,10 +167,12 @@ class Traffic:
         assert not any(key in self.ended or key in self.cancelled for key in keys)
 
 
-@pytest.mark.parametrize("seed, chunk", [(0, 256), (1, 7), (2, 1)])
-def test_each_of_200_requests_in_traffic_answers_as_alone(model, seed, chunk):
+@pytest.mark.parametrize(
+    "seed, chunk, prefix_cache", [(0, 256, False), (1, 7, False), (2, 1, False), (4, 16, True)]
+)
+def test_each_of_200_requests_in_traffic_answers_as_alone(model, seed, chunk, prefix_cache):
     number = 200 if seed == 0 else 40
-    traffic = Traffic(model, number, seed, prefill_chunk=chunk).run()
+    traffic = Traffic(model, number, seed, prefill_chunk=chunk, prefix_cache=prefix_cache).run()
     assert traffic.engine.live == traffic.engine.queued == 0 and traffic.engine.idle
     assert (
         len(traffic.requests) == number
@@ -192,7 +199,7 @@ def test_each_of_200_requests_in_traffic_answers_as_alone(model, seed, chunk):
 
 
 def test_greedy_answers_in_traffic_equal_transformers_generate(model, peer):
-    traffic = Traffic(model, 60, seed=3).run()
+    traffic = Traffic(model, 80, seed=6).run()
     compared = 0
     for id_, request in traffic.requests.items():
         if (
@@ -207,6 +214,19 @@ def test_greedy_answers_in_traffic_equal_transformers_generate(model, peer):
             assert [output.token for output in traffic.answers.get((id_, 0), [])] == wanted[:stop]
             compared += 1
     assert compared > 8
+
+
+def openai_penalties(request):
+    """A logits processor for transformers, which has none."""
+
+    def process(ids, scores):
+        for id_ in ids[0, len(request.input_ids) :].tolist():
+            scores[0, id_] -= request.sampling.frequency_penalty
+        for id_ in set(ids[0, len(request.input_ids) :].tolist()):
+            scores[0, id_] -= request.sampling.presence_penalty
+        return scores
+
+    return process
 
 
 def theirs(peer, request, suppress=()):
@@ -227,12 +247,19 @@ def theirs(peer, request, suppress=()):
         suppress_tokens=list(suppress) or None,
         repetition_penalty=sampling.repetition_penalty,
         bad_words_ids=sampling.word_filter.words if sampling.word_filter else None,
+        sequence_bias={(id_,): float(b) for id_, b in sampling.logit_bias.items()} or None,
+        logits_processor=[
+            openai_penalties(request),
+            MinNewTokensLengthLogitsProcessor(
+                ids.shape[1], sampling.min_tokens, list(request.stop_ids) or [-1]
+            ),
+        ],
     )
     return drawn[0, len(request.input_ids) :].tolist()
 
 
-@pytest.mark.parametrize("typed", [True, False])
-def test_greedy_equals_transformers_generate(model, peer, typed):
+@pytest.mark.parametrize("typed, prefix_cache", [(True, False), (False, False), (True, True)])
+def test_greedy_equals_transformers_generate(model, peer, typed, prefix_cache):
     random_ = random.Random(3)
     requests = []
     for i in range(12):
@@ -249,8 +276,9 @@ def test_greedy_equals_transformers_generate(model, peer, typed):
                 ),
             )
         )
-    engine = Engine(model, slots=5, suppress=(0, 1, 2), prefill_chunk=16)
-    answers = [a.ids for [a] in generate(engine, requests)]
+    engine = Engine(model, slots=5, suppress=(0, 1, 2), prefill_chunk=16, prefix_cache=prefix_cache)
+    for _ in range(2 if prefix_cache else 1):  # the second time from what is cached
+        answers = [a.ids for [a] in generate(engine, requests)]
     assert answers == [theirs(peer, request, (0, 1, 2)) for request in requests]
     assert len({tuple(a) for a in answers}) > 10
 

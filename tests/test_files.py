@@ -38,10 +38,10 @@ def test_the_true_reason_is_told_for_a_name_that_matches_no_file(tmp_path: Path)
         with pytest.raises(UserError) as error:
             expand([f"{tmp_path}/{name}"], "data.train")
         line = str(error.value)
-        assert reason in line and "\n" not in line and "make corpora" not in line
+        assert reason in line and "\n" not in line and "gptchat corpora" not in line
     with pytest.raises(UserError, match="`~` is no home folder"):
         expand(["~/mine.txt"], "data.train")
-    with pytest.raises(UserError, match="make corpora"):
+    with pytest.raises(UserError, match="gptchat corpora"):
         expand(["data/nowhere/train.txt"], "data.train")
 
 

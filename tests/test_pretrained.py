@@ -21,6 +21,7 @@ from transformers import GPT2Config as TheirConfig
 from gptchat.console import UserError
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.model import weight_files
+from gptchat.model.convert import convert
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.pretrained import (
     adapt,
@@ -462,6 +463,9 @@ def test_command_adapts_says_what_it_did_and_overwrites_nothing(tmp_path: Path) 
         and "[CLS] = row 260" in done.stdout
         and "type 1 = row 263" in done.stdout
     ), done
+    assert "3 layers of width 24, 4 heads, 48 positions, 257 entries" in done.stdout
+    assert "read: 40 of float32 from model.safetensors, 0.1 MB; none is transposed" in done.stdout
+    assert "vocab_size is 264" in done.stdout and "left out" not in done.stdout
     assert load_model(tmp_path / "new")[2] == "chatlm"
     back = GPT2LMHeadModel.from_pretrained(tmp_path / "new")
     assert close(their_logits(back, IDS % 257)[..., :257], their_logits(theirs, IDS % 257), 1e-5)
@@ -474,6 +478,23 @@ def test_command_adapts_says_what_it_did_and_overwrites_nothing(tmp_path: Path) 
         and str(tmp_path / "new") in again.stderr
     )
     assert (tmp_path / "new" / "model.safetensors").stat() == before
+
+
+def test_convert_says_what_it_left_out_and_renamed(tmp_path: Path) -> None:
+    theirs = random_gpt2(8, torch.float16)
+    write(theirs, tmp_path / "theirs")
+    state = {name.removeprefix("transformer."): t for name, t in theirs.state_dict().items()}
+    state |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 48, 48) for layer in range(3)}
+    (tmp_path / "theirs/model.safetensors").unlink()
+    torch.save(state, tmp_path / "theirs/pytorch_model.bin")
+    lines = list(convert(tmp_path / "theirs", tmp_path / "new", None))
+    assert "read: 41 of float16, 3 of float32 from pytorch_model.bin" in lines[1]
+    assert lines[2] == "left out: lm_head.weight: equal to transformer.wte.weight"
+    assert lines[3] == "left out: h.0.attn.bias and 2 more: a causal mask is no weight"
+    assert lines[4].startswith("renamed: wte.weight and 39 more: transformer. is put before")
+    assert lines[5] == "appended: type 0 = row 262, type 1 = row 263"
+    assert lines[6] == "a document ends with [EOS], row 3; types add the rows [262, 263]"
+    assert lines[7].startswith(f"written: {tmp_path / 'new'} for the task lm, float32, 0.1 MB")
 
 
 def test_failed_save_leaves_the_old_weights(

@@ -32,11 +32,13 @@ def draw(logits, rows, suppress=()):
 
 
 def process(scores, rows, suppress=()):
+    """What the settings change before a draw, in place."""
     sampling.penalize_and_ban(scores, rows, torch.tensor(suppress, dtype=torch.int64))
 
 
-def row(ids=(1, 2, 3), candidate=0, **settings):
-    return Row(Sampling(**settings), candidate, list(ids))
+def row(ids=(1, 2, 3), candidate=0, n_prompt=0, stop_ids=(), **settings):
+    sampling = Sampling(**settings)
+    return Row(sampling, candidate, list(ids), n_prompt=n_prompt, stop_ids=stop_ids)
 
 
 def ours(logits, settings):
@@ -125,6 +127,104 @@ def test_bad_words_and_suppressed_ids_equal_transformers():
     process(scores, [row(i, word_filter=BadWords(words)) for i in ids.tolist()], (0, 300))
     assert torch.equal(scores, wanted)
     assert wanted.isinf().sum() == 3 * 3 + 3 + 1  # every kind has met a row
+
+
+def test_frequency_and_presence_penalty_are_openais_formula_over_the_answer_alone():
+    """mu[j] - c[j] * alpha_frequency - (c[j] > 0) * alpha_presence, counted one id at a time."""
+    logits = some_logits(4)
+    prompt = [5, 9, 9, 300]
+    answers = [[], [7], [9, 7, 9, 9, 0], list(range(50)) * 3]
+    for frequency, presence in ((0.7, 0), (0, 1.5), (-2, 0.25), (2, -2)):
+        wanted = logits.double()
+        for scores, answer in zip(wanted, answers, strict=True):
+            for id in range(V):
+                times = sum(1 for said in answer if said == id)
+                scores[id] -= times * frequency + (times > 0) * presence
+        rows = [
+            row(
+                prompt + answer,
+                n_prompt=len(prompt),
+                frequency_penalty=frequency,
+                presence_penalty=presence,
+            )
+            for answer in answers
+        ]
+        scores = logits.clone()
+        process(scores, rows)
+        torch.testing.assert_close(scores.double(), wanted, rtol=1e-6, atol=1e-5)
+        assert torch.equal(scores[0], logits[0])  # of the prompt's ids nothing is taken
+
+
+def test_logit_bias_equals_transformers_and_revives_no_suppressed_id():
+    logits = some_logits(2)
+    bias = {4: 2.5, 300: -100, 17: 100}
+    processor = theirs.SequenceBiasLogitsProcessor({(id,): float(b) for id, b in bias.items()})
+    wanted = processor(torch.tensor([[1, 2, 3]]), logits[:1].clone())
+    scores = logits.clone()
+    process(scores, [row(logit_bias=bias), row()], suppress=(17,))
+    wanted[0, 17] = logits[1, 17] = -math.inf
+    assert torch.equal(scores, torch.cat([wanted, logits[1:]]))
+    best = logits[1].argmax().item()
+    banned = {id: -100 for id in range(V) if id not in (17, best)}
+    drawn = draw(some_logits(2), [row(logit_bias={6: 100}, seed=1), row(logit_bias=banned)])
+    assert [d.token for d in drawn] == [6, best]
+
+
+@pytest.mark.parametrize("n_answered", range(4))
+def test_min_tokens_equals_transformers(n_answered):
+    logits, stop_ids = some_logits(1), (3, 8)
+    ids = list(range(20, 25 + n_answered))
+    processor = theirs.MinNewTokensLengthLogitsProcessor(5, 3, list(stop_ids))
+    wanted = processor(torch.tensor([ids]), logits.clone())
+    scores = logits.clone()
+    process(scores, [row(ids, n_prompt=5, stop_ids=stop_ids, min_tokens=3)])
+    assert torch.equal(scores, wanted)
+    assert wanted[0, list(stop_ids)].isinf().all() == (n_answered < 3)
+
+
+def test_a_row_with_every_penalty_disturbs_no_neighbour():
+    logits = some_logits(3, seed=4)
+    busy = row(
+        (1, 2, 2),
+        n_prompt=1,
+        stop_ids=(4,),
+        repetition_penalty=1.3,
+        frequency_penalty=1,
+        presence_penalty=1,
+        logit_bias={2: 0.5, 6: -3},
+        min_tokens=9,
+    )
+    together = logits.clone()
+    process(together, [row(), busy, row()])
+    alone = logits[1:2].clone()
+    process(alone, [busy])
+    assert torch.equal(together[[0, 2]], logits[[0, 2]]) and torch.equal(together[1:2], alone)
+    # The order of the rules: the repetition penalty comes between the bias and the other penalties.
+    biased = logits[1, 2].item() + 0.5
+    penalized = biased * 1.3 if biased < 0 else biased / 1.3
+    assert together[1, 2].item() == pytest.approx(penalized - 3)
+
+
+@pytest.mark.parametrize(
+    "bias, reason",
+    [
+        ({5: 101}, "logit_bias of 5 is 101, wanted from -100 to 100"),
+        ({5: math.nan}, "logit_bias of 5 is nan"),
+        ({5: "1"}, "logit_bias of 5 is '1', wanted a number"),
+        ({"5": 1}, "an id of logit_bias is '5', wanted an int"),
+        ({-1: 1}, "an id of logit_bias is -1"),
+    ],
+)
+def test_a_bias_that_is_none_is_refused(bias, reason):
+    with pytest.raises(ValueError, match=reason):
+        Sampling(logit_bias=bias)
+
+
+def test_biases_are_read_from_text():
+    assert sampling.parse_biases(["5=-2.5", "", "0=100"], 10) == {5: -2.5, 0: 100}
+    for text in ("5", "5=", "=3", "x=3", "-1=3", "10=3", "5=a", "5:3"):
+        with pytest.raises(ValueError, match=f"logit_bias {text}: wanted ID=BIAS"):
+            sampling.parse_biases([text], 10)
 
 
 def test_word_filter_forbids_what_it_names():
@@ -287,6 +387,9 @@ def test_score_lists_at_most_the_vocabulary():
         ("top_p", math.nan),
         ("min_p", -1),
         ("repetition_penalty", 0),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("min_tokens", -1),
         ("max_new_tokens", -1),
         ("logprobs", -1),
     ],
@@ -297,7 +400,7 @@ def test_a_setting_out_of_range_is_refused_by_name(setting, value):
 
 
 @pytest.mark.parametrize("value", [1.5, 2.0, True, "1", None, np.int64(1), [1]], ids=repr)
-@pytest.mark.parametrize("setting", ["top_k", "max_new_tokens", "seed", "logprobs"])
+@pytest.mark.parametrize("setting", ["top_k", "min_tokens", "max_new_tokens", "seed", "logprobs"])
 def test_a_setting_that_counts_is_an_int(setting, value):
     if setting == "logprobs" and value is None:
         return
@@ -331,7 +434,7 @@ def test_each_number_is_declared_with_range_and_help(name):
 
 def test_every_setting_is_a_declared_number_or_one_of_these():
     others = {field.name for field in dataclasses.fields(Sampling)} - sampling.SETTINGS.keys()
-    assert others == {"word_filter", "seed", "logprobs"}
+    assert others == {"logit_bias", "word_filter", "seed", "logprobs"}
 
 
 def test_rows_need_no_more_than_settings_candidate_and_ids():

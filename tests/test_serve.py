@@ -176,6 +176,91 @@ def test_openai_client_completes_texts(server, reference):
     assert texts == expected
 
 
+def test_openai_client_sends_what_front_ends_send(server, reference):
+    """Lengths that do not fit, fields that mean nothing here: answered as without them."""
+    client = client_of(server)
+    asked = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+    expected = reference["chatlm"]("v1/chat/completions", asked | {"max_tokens": 127})[0]
+    silent = {"role": "assistant", "content": None}
+    besides = {
+        "model": "chatlm",
+        "messages": [silent, *asked["messages"]],
+        "max_tokens": 300,
+        "max_completion_tokens": 4096,
+        "reasoning_effort": "low",
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "response_format": {"type": "text"},
+        "user": "u",
+        "extra_body": {"cache_prompt": True, "typical_p": 1, "of_no_server": [1]},
+    }
+    answer = client.chat.completions.create(**asked | besides)
+    assert answer.choices[0].message.content == expected
+    options = {"include_usage": True, "include_obfuscation": False}
+    stream = client.chat.completions.create(**asked | besides, stream=True, stream_options=options)
+    *chunks, last = stream
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert last.usage == answer.usage
+    for field in ("reasoning_effort", "include_obfuscation", "cache_prompt", "other"):
+        line = f'gptchat_ignored_fields{{ModelName="chatlm",Field="{field}",'
+        eventually(lambda line=line: line in server.metrics())
+    assert "of_no_server" not in server.metrics() + server.log.read_text()
+    for wrong in (
+        {"response_format": {"type": "json_object"}},
+        {"tool_choice": "required"},
+        {"modalities": ["text", "audio"]},
+    ):
+        with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
+            client.chat.completions.create(**asked | {"model": "chatlm"} | wrong)
+
+
+def test_openai_client_sets_penalties_biases_and_a_minimum(server, reference):
+    stop_id, answers = 4, []  # [CLS]
+    messages = [{"role": "user", "content": "good morning"}]
+    asked = {"messages": messages, "max_tokens": 40, "temperature": 0}
+    for settings in (
+        {"logit_bias": {str(stop_id): -100}},
+        {"logit_bias": {str(stop_id): -100}, "frequency_penalty": 1.5},
+        {"logit_bias": {str(stop_id): -100}, "presence_penalty": 2.0},
+        {"logit_bias": {str(stop_id): 100}},
+        {"logit_bias": {str(stop_id): 100}, "min_tokens": 9},
+    ):
+        expected = reference["chatlm"]("v1/chat/completions", asked | settings)[0]
+        for_body = {"extra_body": {"min_tokens": settings.pop("min_tokens", 0)}}
+        answer = client_of(server).chat.completions.create(
+            model="chatlm", **asked | settings | for_body
+        )
+        assert answer.choices[0].message.content == expected
+        answers.append((expected, answer.usage.completion_tokens))
+    assert [n for _, n in answers] == [40, 40, 40, 0, 9] and len(set(answers)) == 5
+
+
+def test_openai_clients_conversations_share_what_was_computed(server, reference):
+    """Four conversations at once, each turn with all that was said; texts as without the cache."""
+    client = client_of(server)
+
+    def talk(number):
+        messages = [{"role": "system", "content": "Be kind, and brief."}]
+        n_prompt = 0
+        for text in ("hello", "where do you live?", "in a small town?"):
+            messages.append({"role": "user", "content": f"{text} {number}"})
+            asked = {"messages": list(messages), "max_tokens": 8, "temperature": 0}
+            answer = client.chat.completions.create(model="chatlm", **asked)
+            text = answer.choices[0].message.content
+            n_prompt += answer.usage.prompt_tokens
+            talks.append((asked, text))
+            messages.append({"role": "assistant", "content": text})
+        return n_prompt
+
+    talks = []
+    before = gauge(server, "cached_tokens")
+    with ThreadPoolExecutor(4) as pool:
+        n_prompt = sum(pool.map(talk, range(4)))
+    for asked, text in talks:
+        assert text == reference["chatlm"]("v1/chat/completions", asked)[0]
+    eventually(lambda: gauge(server, "cached_tokens") - before > n_prompt / 3)
+
+
 def test_openai_client_gets_its_errors(server):
     client = client_of(server)
     with pytest.raises(openai.BadRequestError, match="temperature") as error:

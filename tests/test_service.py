@@ -97,8 +97,25 @@ def alone(client, input_ids, types, new):
         ({"prompt": ["a"] * 65}, "v1/completions", "prompt"),
         ({"prompt": ["a"] * 64, "n": 2}, "v1/completions", "128 answers"),
         ({"prompt": [7] * 129}, "v1/completions", "129 tokens"),
-        ({"prompt": [7] * 100, "max_tokens": 29}, "v1/completions", "room for 28"),
-        ({"prompt": "a", "stream_options": {"x": 1}}, "v1/completions", "stream_options"),
+        ({"context": "a", "n": 2, "num_return_sequences": 2}, "", "the same"),
+        ({"context": "a", "max_tokens": 2, "max_new_tokens": 2}, "", "the same"),
+        ({"context": "a", "user": "u"}, "", "'user' is unknown"),
+        ({"context": "a", "logit_bias": {"x": 1}}, "", "token ids below"),
+        ({"context": "a", "logit_bias": {"05": 1}}, "", "token ids below"),
+        ({"context": "a", "logit_bias": {"9999": 1}}, "", "token ids below"),
+        ({"context": "a", "logit_bias": {"5": 101}}, "", "from -100 to 100"),
+        ({"context": "a", "logit_bias": {"5": True}}, "", "from -100 to 100"),
+        ({"context": "a", "logit_bias": [5]}, "", "from -100 to 100"),
+        ({"context": "a", "logit_bias": {str(i): 1 for i in range(301)}}, "", "up to 300"),
+        (
+            {"prompt": "a", "stream_options": {"include_usage": 1}},
+            "v1/completions",
+            "include_usage",
+        ),
+        ({"prompt": "a", "stream_options": [1]}, "v1/completions", "stream_options"),
+        ({"prompt": "a", "max_tokens": -1}, "v1/completions", "max_tokens"),
+        ({"messages": [{"role": "user"}]}, "v1/completions", "v1/chat/completions takes them"),
+        ({"prompt": "a", "max_tokens": 5, "max_new_tokens": "5"}, "v1/completions", "max_new"),
     ],
 )
 def test_wrong_request_is_a_400_that_says_why(chat, body, path, reason):
@@ -165,9 +182,10 @@ def test_settings_not_given_are_those_of_the_terminal_chat_and_neutral_in_openai
         )
         return {name: getattr(sampling, name) for name in usual}
 
-    usual = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.15}
-    neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
-    usual["whole_characters"] = neutral["whole_characters"] = 1
+    off = {"frequency_penalty": 0, "presence_penalty": 0, "min_tokens": 0, "whole_characters": 1}
+    neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1} | off
+    small = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.15}
+    usual = neutral | small
     assert {*usual, "max_new_tokens"} == {*neutral, "max_new_tokens"} == set(SETTINGS)
     for client in (chat, lm):
         assert (
@@ -485,7 +503,8 @@ def test_usage_is_asked_for_with_true_or_false_only(lm):
         *_, last, end = text.rstrip("\n").split("\n\n")
         assert end == "data: [DONE]"
         assert ("usage" in json.loads(last[6:])) == last_event_has_usage
-    status, answer = lm.ask(body | {"stream_options": {"usage": True}}, "v1/completions")
+    body["stream_options"] = {"include_usage": "yes"}
+    status, answer = lm.ask(body, "v1/completions")
     assert status == 400 and answer["error"]["param"] == "stream_options"
 
 

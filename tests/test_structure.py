@@ -19,6 +19,8 @@ LEVELS = (
     {
         "gptchat.train",
         "gptchat.evaluate",
+        "gptchat.runs",
+        "gptchat.plot",
         "gptchat.chat",
         "gptchat.serve",
         "gptchat.bench",

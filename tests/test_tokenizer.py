@@ -436,7 +436,7 @@ def test_a_tokenizer_that_loses_text_is_refused(bpe: Tokenizer, kind: str, tmp_p
 
 def test_missing_and_broken_files_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="found neither tokenizer.json nor merges.txt; `make tokenizer`"
+        UserError, match="found neither tokenizer.json nor merges.txt; `gptchat tokenizer`"
     ):
         Tokenizer.load(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"\n', encoding="utf-8")

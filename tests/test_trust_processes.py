@@ -45,7 +45,7 @@ def is_running(pid: int) -> bool:
 # --- full disks
 
 
-@pytest.mark.parametrize("place", ["log.jsonl", "tensorboard"])
+@pytest.mark.parametrize("place", ["log.jsonl", "speed.jsonl", "tensorboard"])
 def test_a_log_that_cannot_be_written_is_one_line(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
@@ -55,8 +55,10 @@ def test_a_log_that_cannot_be_written_is_one_line(
         pytest.raises(UserError, match=f"^[^\n]*{place}: cannot be written[^\n]+$"),
         trained.start_monitor() as monitor,
     ):
-        if place == "tensorboard":
+        if place != "log.jsonl":
             monitor.log_file = open(os.devnull, "ab")
+        if place == "tensorboard":
+            monitor.speed_log.file = open(os.devnull, "w")
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
         try:
             monitor.report_evaluation(metrics(1.0, 1), False, [])

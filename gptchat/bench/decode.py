@@ -1,8 +1,9 @@
 """`gptchat bench decode`: greedy decoding of random prompts, beside transformers' `generate`.
 
-Three measurements, each for our weights in float32, bfloat16 and int8 (transformers: float32 only):
+Four measurements, each for our weights in float32, bfloat16 and int8 (transformers: float32 only):
 the speed of decoding steps at several batch sizes, the time to the first token of a long prompt,
-and how far the smaller dtypes change the model's predictions. Decoding is also compared with the
+the same of a conversation's next turn with and without the prefix cache, and how far the smaller
+dtypes change the model's predictions. Decoding is also compared with the
 limit that memory sets: a step reads all weights and all cached keys and values once, and cannot be
 faster than a plain sum over as many bytes. The model is --model, or GPT-2 124M with random weights.
 
@@ -26,12 +27,14 @@ from gptchat.console import UserError
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.linear import DTYPES
+from gptchat.inference.prefix_cache import PrefixCache
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.weight_files import hugging_face_state
 from gptchat.runtime import tune_memory
 
+TURN = 20  # tokens of a message, and of an answer, in a conversation
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -61,6 +64,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=512,
         help="prompt before the first token (%(default)s)",
+    )
+    add(
+        "--history",
+        type=positive,
+        default=600,
+        help="tokens of a conversation before its next turn (%(default)s)",
     )
 
 
@@ -148,7 +157,9 @@ class DecodeBenchmark:
         self.rows = self.rows_to_predict()
         self.peer = Transformers(self.model)
         self.first_length = min(args.first, self.config.n_positions - 1)
-        length = max(args.prompt + args.new, self.first_length + 1)
+        check_context(2 * TURN + 2, "a conversation's next turn", self.config.n_positions)
+        self.history = max(TURN + 1, min(args.history, self.config.n_positions - TURN - 1))
+        length = max(args.prompt + args.new, self.first_length + 1, self.history + TURN + 1)
         length = min(length, self.config.n_positions)
         slots = max(args.batches)
         self.engines = {dtype: Engine(self.model, slots, length, dtype) for dtype in args.dtypes}
@@ -196,6 +207,31 @@ class DecodeBenchmark:
         for dtype, engine in self.engines.items():
             contestants[dtype] = partial(timed, partial(generate, engine, requests))
         self.report.race(f"first token of {self.first_length}", "ms", contestants, self.args.rounds)
+
+    def race_next_turn(self) -> None:
+        """Race the first token of a conversation's next turn, without and with the prefix cache."""
+        contestants: dict[str, Callable[[], list[float]]] = {}
+        for dtype, engine in self.engines.items():
+            for who, enabled in ((f"{dtype}, computed anew", False), (f"{dtype}, cached", True)):
+                contestants[who] = partial(self.next_turn, engine, enabled)
+        what = f"next turn after {self.history}"
+        medians = self.report.race(what, "ms", contestants, self.args.rounds)
+        for dtype in self.engines:
+            anew, cached = medians[f"{dtype}, computed anew"], medians[f"{dtype}, cached"]
+            self.report.note(f"{dtype}, cached", of_computed_anew=f"{cached / anew:.0%}")
+
+    def next_turn(self, engine: Engine, prefix_cache: bool) -> list[float]:
+        """The seconds to the first token after a history and a message.
+
+        The history is new. Its end is an answer of the engine's.
+        """
+        engine.prefix_cache = PrefixCache(engine.cache, engine.slots, prefix_cache)
+        prompt, message = torch.randint(self.config.vocab_size, (1, self.history)).split(
+            [self.history - TURN, TURN], 1
+        )
+        [[answer]] = generate(engine, greedy_requests(prompt, TURN))
+        next_prompt = torch.cat([prompt, torch.tensor([answer.ids]), message], 1)
+        return timed(partial(generate, engine, greedy_requests(next_prompt, 1)))
 
     def compare_predictions(self) -> None:
         """Note each dtype's agreement with float32 and its perplexity, on its latest line."""
@@ -247,3 +283,4 @@ def run(args: argparse.Namespace, report: Report) -> None:
         benchmark.race_steps(batch)
     benchmark.race_first_token()
     benchmark.compare_predictions()
+    benchmark.race_next_turn()

@@ -9,7 +9,8 @@ the context, and any turns before those are history:
 
 Layout. Each turn after the first stands behind a `[SEP]`. The token type of a turn and of the
 `[SEP]` before it is its speaker. A prompt has the same layout and ends with the type-1 `[SEP]` or,
-to continue a response, with the first tokens of that response.
+to continue a response, with the first tokens of that response. `chat_template.py` renders the
+same layout without token types.
 
 Targets. With targets = "response" they are the response and `[CLS]`, which marks that the response
 is complete and is never an input. With "responder" so is every earlier turn of speaker 1, except a

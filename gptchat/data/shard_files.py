@@ -102,6 +102,14 @@ class Shards:
             turns.append((speaker, ids[begin:end]))
         return turns
 
+    def prompt(self, number: int, length: int) -> list[Turn]:
+        """A dialogue without its response, or the first `length` tokens from a document's start."""
+        if self.task == "chatlm":
+            return self.dialogue(number)[:-1]
+        start = int(self.starts[number])
+        stop = min(start + length, self.n_tokens)
+        return [(0, self.tokens(start, stop).tolist())]
+
 
 def _open_files(folder: Folder, split: str) -> _Files:
     """The files of a split that has documents."""

@@ -128,7 +128,7 @@ class Tokenizer:
         if not path.exists() and not merges.exists():
             raise UserError(
                 f"{directory}: found neither tokenizer.json nor merges.txt; "
-                "`make tokenizer` trains one"
+                "`gptchat tokenizer` trains one"
             )
         try:
             if path.exists():
@@ -190,7 +190,12 @@ class Tokenizer:
         self._read_vocabulary()
         return names
 
-    def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
+    def save(
+        self,
+        directory: str | Path,
+        model_max_length: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         """Write the two files that transformers' AutoTokenizer loads, `tokenizer.json` last.
 
         Raises UserError where they cannot be written, as on a full disk; the old ones are kept.
@@ -201,6 +206,8 @@ class Tokenizer:
         }
         if model_max_length:
             settings["model_max_length"] = model_max_length
+        if chat_template:
+            settings["chat_template"] = chat_template
         for name, id in self.special_ids.items():
             if id >= 0:
                 key = name.strip("[]").lower() + "_token"  # "[PAD]" -> "pad_token"

@@ -10,26 +10,35 @@ those behind it.
 A slot of the KV cache holds one sequence from position 0 on. Invariants between steps:
 
 - Live sequences occupy the slots 0..len(running)-1, in the order of `running`, so that a pass works
-  on a view of the cache. When one leaves, the last one is copied into its slot.
+  on a view of the cache. When one leaves, the last one takes its slot.
 - At most one prompt is partially prefilled. It is first in the queue, stands in the slot after the
   live sequences and moves with their end; slots for all its candidates are reserved.
-- Prompts that are prefilled in a group all start at position 0 of their slots; a prompt that
-  continues at a later position is alone in its pass.
-- Rows of a pass are padded at their end. What padding leaves in the cache is overwritten before
-  anything attends to it.
 - All ids of a live sequence but the last are in the cache.
+- The slots after these are free. With `prefix_cache` they hold what ended sequences left there,
+  and a prompt starts where what is cached of it ends (`prefix_cache.py`); without it at 0.
 
-So an answer does not depend on the other requests, except for rounding: padding, `slots` and
-`prefill_chunk` change the order in which attention sums, and so the last bit of its float32
-results. With float32 that moves log-probabilities by 3e-6. bfloat16 and int8 round to 8 bits what
-comes next, where a last bit can become a whole step: log-probabilities moved by up to 0.08, and up
-to 7 % of answers (8 of 120, of 24 tokens each) took another token somewhere. (int8 with attention
-in float64: none.) The same requests at the same steps give the same answers.
+Invariants of a pass over n rows:
+
+- Row i works on the slot `first_slot` + i, and writes from its own position `start` on. All before
+  it is in the cache.
+- Rows are padded at their end to the longest one. Padding is written too, but only to its row's own
+  slot, to positions that are overwritten before anything attends to them. No row reaches beyond the
+  cache: max(start) + width <= length, which limits what is prefilled together.
+- A partially prefilled prompt is alone in its pass.
+
+So an answer does not depend on the other requests, except for rounding: padding, `slots`,
+`prefill_chunk` and `prefix_cache` change the order in which attention sums, and so the last bit of
+its float32 results. (A cached prefix may have been decoded, token by token; and which prompts are
+cached depends on earlier requests.) With float32 that moves log-probabilities by 3e-6. bfloat16 and
+int8 round to 8 bits what comes next, where a last bit can become a whole step: log-probabilities
+moved by up to 0.08, and up to 7 % of answers (8 of 120, of 24 tokens each) took another token
+somewhere. (int8 with attention in float64: none.) The same requests at the same steps since the
+engine's start give the same answers.
 
 Only one thread may use an engine at a time.
 """
 
-from collections import abc, deque
+from collections import deque
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -38,46 +47,13 @@ import torch
 from torch import Tensor
 
 from gptchat.inference.linear import prepare_for_inference, without_torch_function
-from gptchat.inference.sampling import Row, Sampling, Scored, draw, score
+from gptchat.inference.prefix_cache import Prefix, PrefixCache
+from gptchat.inference.request import Ids, Output, Request, check_request
+from gptchat.inference.sampling import Row, Scored, draw, score
 from gptchat.inference.text import CharacterFilter
-from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS, GPT2Config
+from gptchat.model.gpt2 import GPT2
 
-Ids = abc.Sequence[int]
 SCORED_AT_ONCE = 32  # prompt positions whose logits (x V) are in memory together
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to answer it. Tokens that are drawn have the type of the prompt's last one.
-
-    `token_type_ids` is as long as `input_ids`; None adds no types, which is not type 0. Drawing one
-    of `stop_ids` ends the answer; it is not emitted. `score_prompt` asks for `prompt_logprobs`.
-    """
-
-    input_ids: Ids
-    token_type_ids: Ids | None = None
-    sampling: Sampling = Sampling()
-    n: int = 1  # candidates
-    stop_ids: Ids = ()
-    score_prompt: bool = False
-
-
-@dataclass
-class Output:
-    """What a step gives a candidate: a token, or the reason why there are no more, or both.
-
-    `finish_reason` is "stop" (a stop id, or nothing left to draw), "length", or None: not the last.
-    `logprob` and `top` are those of `Scored`. `prompt_logprobs` comes with the first output of a
-    request that asked for it: an entry per token, the first one without a log-probability.
-    """
-
-    request_id: int
-    candidate: int
-    token: int | None = None
-    logprob: float | None = None
-    top: abc.Sequence[tuple[int, float]] = ()
-    finish_reason: str | None = None
-    prompt_logprobs: list[Scored] | None = None
 
 
 @dataclass
@@ -88,6 +64,13 @@ class Sequence(Row):
     request: Request
     max_length: int  # of ids, prompt and answer together
 
+    @property
+    def cached(self) -> tuple[Ids, Ids]:
+        """Ids and types of what is in the cache; no types where the request has none."""
+        ids, types = self.ids[:-1], list(self.request.types)
+        types += types[-1:] * (len(ids) - len(types))  # of the drawn ids
+        return ids, types[: len(ids)]
+
 
 @dataclass
 class QueuedRequest:
@@ -96,6 +79,7 @@ class QueuedRequest:
     request: Request
     sequences: list[Sequence]
     n_prefilled: int = 0  # tokens of its prompt in the cache
+    n_cached: int = 0  # of these, the ones that were there before it
     prompt_logprobs: list[Scored] = field(default_factory=list)
 
     @property
@@ -105,8 +89,7 @@ class QueuedRequest:
     def next_chunk(self, size: int) -> tuple[Ids, Ids]:
         """Ids and types of the next prompt tokens, at most `size`; () for no types."""
         chunk = slice(self.n_prefilled, self.n_prefilled + size)
-        types = self.request.token_type_ids or ()
-        return self.request.input_ids[chunk], types[chunk]
+        return self.request.input_ids[chunk], self.request.types[chunk]
 
 
 class Engine:
@@ -116,7 +99,8 @@ class Engine:
     are. The engine has its own copy of the model, which shares parameters but can be packed without
     harm to the original. `suppress` are ids that are never drawn; `characters` is what the setting
     `whole_characters` needs. A step prefills at most `prefill_chunk` prompt tokens, so that long
-    prompts do not stall the live sequences.
+    prompts do not stall the live sequences. `prefix_cache` uses keys and values of ended sequences
+    again, at the price that answers depend on earlier requests, by rounding.
     """
 
     def __init__(
@@ -128,6 +112,7 @@ class Engine:
         suppress: Ids = (),
         prefill_chunk: int = 256,
         characters: CharacterFilter | None = None,
+        prefix_cache: bool = False,
     ):
         shared = {id(parameter): parameter for parameter in model.parameters()}
         self.model = deepcopy(model, shared).eval()
@@ -141,6 +126,7 @@ class Engine:
         self.suppress = torch.tensor(suppress, dtype=torch.int64, device=self.device)
         self.characters = characters
         self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
+        self.prefix_cache = PrefixCache(self.cache, slots, prefix_cache)
         self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Sequence] = []  # in the order of their slots
         self.submitted = 0  # requests so far, and the id of the last one
@@ -177,7 +163,16 @@ class Engine:
         prompt = request.input_ids
         max_length = min(len(prompt) + request.sampling.max_new_tokens, self.length)
         sequences = [
-            Sequence(request.sampling, candidate, list(prompt), self.submitted, request, max_length)
+            Sequence(
+                request.sampling,
+                candidate,
+                list(prompt),
+                self.submitted,
+                request,
+                max_length,
+                n_prompt=len(prompt),
+                stop_ids=request.stop_ids,
+            )
             for candidate in range(request.n)
         ]
         self.waiting.append(QueuedRequest(request, sequences))
@@ -195,6 +190,10 @@ class Engine:
                 self._free(slot)
         for queued in self.waiting:
             queued.sequences = [s for s in queued.sequences if not cancelled(s)]
+        if self._n_partial and not self.waiting[0].sequences:
+            request, done = self.waiting[0].request, slice(self._n_partial)
+            ids, types = request.input_ids[done], request.types[done]
+            self.prefix_cache.remember(len(self.running), ids, types)
         self.waiting = deque(queued for queued in self.waiting if queued.sequences)
 
     @torch.inference_mode()
@@ -209,7 +208,7 @@ class Engine:
             return []
         hidden = self._run(
             ids=[sequence.ids[-1:] for sequence in self.running],
-            types=[(sequence.request.token_type_ids or ())[-1:] for sequence in self.running],
+            types=[sequence.request.types[-1:] for sequence in self.running],
             start=[len(sequence.ids) - 1 for sequence in self.running],
             first_slot=0,
         )  # (n, 1, C)
@@ -240,20 +239,35 @@ class Engine:
     def _admit(self) -> list[QueuedRequest]:
         """Take from the queue what is prefilled now: as many as slots and one chunk allow.
 
-        A partially prefilled prompt is longer than a chunk, and so nothing joins it.
+        Each gets its slot, the next one after the live sequences and the group so far, and in it
+        what is cached of its prompt.
         """
+        if self._n_partial:
+            return [self.waiting.popleft()]
         group: list[QueuedRequest] = []
         free = self.slots - len(self.running)
-        longest = 0
-        while self.waiting:
+        start = width = 0  # of a pass over the group: the farthest start, the longest row
+        while self.waiting and len(self.waiting[0].sequences) <= free:
             queued = self.waiting[0]
-            longest = max(longest, len(queued.request.input_ids))
-            padded = longest * (len(group) + 1)  # tokens of the group with this prompt
-            if len(queued.sequences) > free or (group and padded > self.prefill_chunk):
+            slot = len(self.running) + len(group)
+            prefix = self._find_prefix(queued, slot)
+            start = max(start, prefix.length)
+            width = max(width, len(queued.request.input_ids) - prefix.length)
+            padded = width * (len(group) + 1)  # tokens of the pass with this prompt
+            if group and (padded > self.prefill_chunk or start + width > self.length):
                 break
+            self.prefix_cache.take(slot, prefix)
+            queued.n_prefilled = queued.n_cached = prefix.length
             free -= len(queued.sequences)
             group.append(self.waiting.popleft())
         return group
+
+    def _find_prefix(self, queued: QueuedRequest, first_free: int) -> Prefix:
+        """What is cached of a prompt; nothing of one that is to be scored at every position."""
+        request = queued.request
+        if request.score_prompt:
+            return Prefix(first_free, 0)
+        return self.prefix_cache.find(first_free, request.input_ids, request.types)
 
     def _run(self, ids: list[Ids], types: list[Ids], start: list[int], first_slot: int) -> Tensor:
         """Hidden states (n, T, C) of n rows of new tokens, padded to the longest.
@@ -261,6 +275,7 @@ class Engine:
         They go to n slots from `first_slot` on, to the positions from `start` (n,) on.
         """
         width = max(map(len, ids))
+        assert max(start) + width <= self.length
         padded = [[_pad(row, width) for row in ids], [_pad(row, width) for row in types]]
         input_ids, token_type_ids = torch.tensor(padded).to(self.device)  # (n, T) each
         starts = torch.tensor(start, device=self.device)
@@ -295,12 +310,15 @@ class Engine:
         self.running += [queued.sequences[0] for queued in group]
         for index, queued in enumerate(group):
             for sequence in queued.sequences[1:]:
-                self._copy(first + index, len(self.running), queued.n_prefilled)
+                slot = len(self.running)
+                spare = self.prefix_cache.least_recently_used(slot)
+                self.prefix_cache.move(first + index, slot, queued.n_prefilled, spare)
                 self.running.append(sequence)
                 prompt_of.append(index)
         outputs = self._draw(first, self.model.logits(last)[prompt_of])
         # The first outputs are those of each request's first candidate.
         for queued, output in zip(group, outputs, strict=False):
+            output.n_cached = queued.n_cached
             if queued.request.score_prompt:
                 output.prompt_logprobs = queued.prompt_logprobs
         return outputs
@@ -320,15 +338,15 @@ class Engine:
 
         The last live sequence takes the slot, and the partial prompt the one that becomes free.
         """
+        cache = self.prefix_cache
+        cache.remember(slot, *self.running[slot].cached)
         last = self.running.pop()
         if slot < len(self.running):
             self.running[slot] = last
-            self._copy(len(self.running), slot, len(last.ids))
+            cache.move(len(self.running), slot, len(last.ids) - 1, spare=len(self.running))
         if self._n_partial:
-            self._copy(len(self.running) + 1, len(self.running), self._n_partial)
-
-    def _copy(self, source: int, target: int, length: int) -> None:
-        self.cache.kv[:, :, target, :, :length] = self.cache.kv[:, :, source, :, :length]
+            free, partial = len(self.running), len(self.running) + 1
+            cache.move(partial, free, self._n_partial, spare=partial)
 
 
 def _pad(ids: Ids, width: int) -> list[int]:
@@ -348,28 +366,6 @@ def _accept(sequence: Sequence, drawn: Scored) -> Output:
         if len(sequence.ids) >= sequence.max_length:
             output.finish_reason = "length"
     return output
-
-
-def check_request(request: Request, slots: int, length: int, config: GPT2Config) -> None:
-    """Raise ValueError with the reason if the request could never be served."""
-    ids = request.input_ids
-    types = request.token_type_ids
-    longest = length - 1 if request.sampling.max_new_tokens else length
-    if not 1 <= len(ids) <= longest:
-        raise ValueError(f"the prompt has {len(ids)} tokens, wanted from 1 to {longest}")
-    for id in ids:
-        if type(id) is not int:  # a float would end the pass of all requests
-            raise ValueError(f"id {id!r} is no int")
-        if not 0 <= id < config.vocab_size:
-            raise ValueError(f"id {id} is not in the vocabulary of {config.vocab_size} entries")
-    if types is not None and config.type_rows == NO_TYPE_ROWS:
-        raise ValueError("the model has no rows for token types, wanted token_type_ids None")
-    if types is not None and (len(types) != len(ids) or not set(types) <= {0, 1}):
-        raise ValueError(
-            f"token_type_ids must be {len(ids)} numbers 0 or 1, one for each of the prompt's tokens"
-        )
-    if type(request.n) is not int or not 1 <= request.n <= slots:
-        raise ValueError(f"n is {request.n}, wanted from 1 to {slots}, the number of slots")
 
 
 class Completion(list[Output]):

@@ -15,8 +15,9 @@ Promises and invariants:
   character at the end of an answer, which its length has cut, is left out.
 - No U+FFFD stands for broken characters in an answer, unless its setting `whole_characters` is 0 or
   its prompt is ids that end inside a character.
-- An answer depends on its prompt, settings and seed, not on the requests that run beside it, except
-  for rounding, which matters with bfloat16 and int8 (`engine` says how much).
+- An answer depends on its prompt, settings and seed, not on the requests that run beside it, and
+  with `prefix_cache` not on earlier ones, except for rounding, which matters with bfloat16 and int8
+  (`engine` says how much).
 - A TextGenerator is for one thread, and for one stream at a time.
 """
 
@@ -115,8 +116,9 @@ class TextGenerator:
 
     `slots` is how many sequences are decoded at once, `dtype` (of `linear.DTYPES`) how the engine
     packs a copy of the layers; with None it uses the model's own weights, which may then be trained
-    further. Raises UserError for a ChatLM whose tokenizer lacks a special token, or whose model
-    lacks the rows of token types.
+    further. With `prefix_cache` (the engine's) a conversation's next turn starts sooner. Raises
+    UserError for a ChatLM whose tokenizer lacks a special token, or whose model lacks the rows of
+    token types.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class TextGenerator:
         task: str,
         slots: int = SLOTS,
         dtype: str | None = None,
+        prefix_cache: bool = False,
     ):
         if task == "chatlm":
             tokenizer.require_specials()
@@ -141,7 +144,12 @@ class TextGenerator:
         never_generated = pretrained.never_generated(model.config, tokenizer, task)
         characters = CharacterFilter(tokenizer, model.config.vocab_size, model.wte.weight.device)
         self.engine = Engine(
-            model, slots, dtype=dtype, suppress=never_generated, characters=characters
+            model,
+            slots,
+            dtype=dtype,
+            suppress=never_generated,
+            characters=characters,
+            prefix_cache=prefix_cache,
         )
         self.n_ctx = self.engine.length
 
@@ -240,12 +248,17 @@ def default_device() -> str:
 
 
 def load_generator(
-    directory: str | Path, slots: int = SLOTS, dtype: str = "auto", device: str = ""
+    directory: str | Path,
+    slots: int = SLOTS,
+    dtype: str = "auto",
+    device: str = "",
+    prefix_cache: bool = False,
 ) -> TextGenerator:
     """Read a model directory and start an engine over its model.
 
     `dtype` is one of `linear.DTYPES`, or "auto": bfloat16 where that is fast. The device is that of
-    `default_device` if none is given. Raises UserError for a directory that cannot be read.
+    `default_device` if none is given, `prefix_cache` that of `TextGenerator`. Raises UserError for
+    a directory that cannot be read.
     """
     model, tokenizer, task = pretrained.load_model(directory, device or default_device())
-    return TextGenerator(model, tokenizer, task, slots, dtype)
+    return TextGenerator(model, tokenizer, task, slots, dtype, prefix_cache=prefix_cache)

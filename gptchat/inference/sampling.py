@@ -1,10 +1,10 @@
 """Logits (B, V) -> next ids, each row with its own settings and its own noise.
 
-The settings mean what they mean in transformers' `generate`, in its order: repetition penalty,
-filtered words, suppressed ids; then, unless greedy, temperature, top-k, top-p, min-p. (Where scores
-tie at the cut, top-k keeps k ids and top-p all that tie.) `whole_characters`, which transformers
-does not have, is on unless it is set to 0: an answer is then the same wherever theirs has no
-U+FFFD.
+The settings mean what they mean in transformers' `generate` and in OpenAI's API, in this order:
+logit bias; repetition penalty, frequency and presence penalty; filtered words, suppressed ids, stop
+ids before `min_tokens`; then, unless greedy, temperature, top-k, top-p, min-p. (Where scores tie at
+the cut, top-k keeps k ids and top-p all that tie.) `whole_characters`, which neither has, is on
+unless it is 0: an answer is then the same wherever theirs has no U+FFFD.
 
 Given its logits, a row's id does not depend on the other rows. Its noise is one number in [0, 1), a
 hash of (seed, candidate, position), which becomes an id by inverting the cumulative distribution.
@@ -12,7 +12,8 @@ Probabilities become integer weights (WEIGHT_OF_THE_BEST for the likeliest id), 
 exact in any order on any device, and an id of weight 0 is never drawn.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from math import inf, log
@@ -25,6 +26,7 @@ from torch import Tensor
 from gptchat.inference.text import BROKEN, CharacterFilter, WordFilter
 
 WEIGHT_OF_THE_BEST = 2.0**40  # 2**23 ids of that weight still fit into an int64
+LARGEST_BIAS = 100  # as in OpenAI's API; more than that lies between no two logits that matter
 
 
 def _number(default: float, *, low: float, high: float, help: str) -> Any:
@@ -40,7 +42,8 @@ class Sampling:
     integers are not ints.
 
     The terminal chat and the server take a number's range and help from its declaration here.
-    `word_filter` forbids what may come next. The same `seed` gives the same answer, up to the
+    `word_filter` forbids what may come next. `logit_bias` maps an id to what is added to its logit,
+    -100 to 100; an id that is suppressed stays so. The same `seed` gives the same answer, up to the
     rounding that `engine` tells of. `logprobs` is how many of the best ids are listed with each
     token's log-probability; None: not even that.
     """
@@ -64,10 +67,20 @@ class Sampling:
     repetition_penalty: float = _number(
         1.0, low=0.01, high=100, help="1 is none (Keskar et al. 2019); counts prompt and answer"
     )
+    frequency_penalty: float = _number(
+        0.0, low=-2, high=2, help="taken from a token's logit each time the answer has had it"
+    )
+    presence_penalty: float = _number(
+        0.0, low=-2, high=2, help="taken once from the logit of each token that the answer has had"
+    )
+    min_tokens: int = _number(
+        0, low=0, high=inf, help="the model does not end an answer before; a stop string does"
+    )
     max_new_tokens: int = _number(64, low=0, high=inf, help="of one answer")
     whole_characters: int = _number(
         1, low=0, high=1, help="1: no id that would break a character is drawn; 0: any may be"
     )
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     word_filter: WordFilter | None = None
     seed: int = 0
     logprobs: int | None = None
@@ -76,6 +89,9 @@ class Sampling:
         for name, declared in SETTINGS.items():
             low, high = declared.metadata["low"], declared.metadata["high"]
             _check_number(name, getattr(self, name), type(declared.default), low, high)
+        for id, bias in self.logit_bias.items():
+            _check_number("an id of logit_bias", id, int, 0, inf)
+            _check_number(f"logit_bias of {id}", bias, float, -LARGEST_BIAS, LARGEST_BIAS)
         _check_number("seed", self.seed, int, -inf, inf)
         if self.logprobs is not None:
             _check_number("logprobs", self.logprobs, int, 0, inf)
@@ -94,13 +110,32 @@ def _check_number(name: str, value: Any, kind: type, low: float, high: float) ->
         raise ValueError(f"{name} is {value}, wanted from {low} to {high}")
 
 
+def parse_biases(texts: Sequence[str], vocab_size: int) -> dict[int, float]:
+    """A `logit_bias` from texts ID=BIAS; an empty text is none. Raises ValueError for another."""
+    biases = {}
+    for text in filter(None, texts):
+        id, _, bias = text.partition("=")
+        if not id.isdecimal() or int(id) >= vocab_size:
+            raise ValueError(f"logit_bias {text}: wanted ID=BIAS with an id below {vocab_size}")
+        try:
+            biases[int(id)] = float(bias)
+        except ValueError:
+            raise ValueError(f"logit_bias {text}: wanted ID=BIAS, such as 17=-2.5") from None
+    return biases
+
+
 @dataclass
 class Row:
-    """A sequence to draw for: its settings, the number of its candidate, and prompt and answer."""
+    """A sequence to draw for: its settings, the number of its candidate, and prompt and answer.
+
+    The answer begins after `n_prompt` ids. A stop id would end it.
+    """
 
     sampling: Sampling
     candidate: int  # which of its request's
     ids: list[int]
+    n_prompt: int = field(default=0, kw_only=True)
+    stop_ids: Sequence[int] = field(default=(), kw_only=True)
 
 
 class Scored(NamedTuple):
@@ -157,18 +192,50 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
 
 
 def penalize_and_ban(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> None:
-    """In place: repetition penalties; -inf for suppressed ids and those that a filter forbids."""
+    """In place: what the settings of each row change in its scores (B, V) before it is drawn.
+
+    -inf stands for what may not be drawn: suppressed ids, those that a filter forbids, and stop ids
+    before `min_tokens`.
+    """
     scores.index_fill_(1, suppress, -inf)
     for i, row in enumerate(rows):
-        penalty = row.sampling.repetition_penalty
-        if penalty != 1:
-            seen = torch.tensor(row.ids, device=scores.device)
-            old = scores[i, seen]
-            scores[i, seen] = torch.where(old < 0, old * penalty, old / penalty)
+        if row.sampling.logit_bias:
+            ids, biases = row.sampling.logit_bias.keys(), row.sampling.logit_bias.values()
+            scores[i, list(ids)] += scores.new_tensor(list(biases))
+        if row.sampling.repetition_penalty != 1:
+            penalize_repetition(scores[i], row)
+        if row.sampling.frequency_penalty or row.sampling.presence_penalty:
+            penalize_answered(scores[i], row)
         if row.sampling.word_filter:
             banned = row.sampling.word_filter.banned(row.ids)
             if banned:
                 scores[i, banned] = -inf
+        if row.sampling.min_tokens and len(row.ids) - row.n_prompt < row.sampling.min_tokens:
+            scores[i, list(row.stop_ids)] = -inf
+
+
+def penalize_repetition(scores: Tensor, row: Row) -> None:
+    """In place: positive scores (V,) of ids in prompt or answer are divided, others multiplied.
+
+    Keskar et al., "CTRL" (2019).
+    """
+    penalty = row.sampling.repetition_penalty
+    seen = torch.tensor(row.ids, device=scores.device)
+    old = scores[seen]
+    scores[seen] = torch.where(old < 0, old * penalty, old / penalty)
+
+
+def penalize_answered(scores: Tensor, row: Row) -> None:
+    """In place: an id that the answer has had c times loses c * frequency + presence penalty.
+
+    The formula is that of OpenAI's API reference. The prompt does not count.
+    """
+    counts = Counter(row.ids[row.n_prompt :])
+    if counts:
+        ids = torch.tensor(list(counts), device=scores.device)
+        times = scores.new_tensor(list(counts.values()))
+        penalty = times * row.sampling.frequency_penalty + row.sampling.presence_penalty
+        scores[ids] -= penalty
 
 
 def keep_characters_whole(scores: Tensor, rows: Sequence[Row], characters: CharacterFilter) -> None:

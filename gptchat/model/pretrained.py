@@ -1,4 +1,4 @@
-"""Model directories in Hugging Face layout, read and written; and `gptchat convert`.
+"""Model directories in Hugging Face layout, read and written.
 
 Reads directories written here and anyone's GPT-2: weights in `model.safetensors` or
 `pytorch_model.bin`, in one file or several, with or without the `transformer.` prefix. What our
@@ -7,12 +7,11 @@ and AutoTokenizer read. Its linear layers are Conv1D, whose weights are (in, out
 transposed on the way in and out.
 
 A foreign vocabulary lacks our special tokens, and a foreign model the rows of its token types.
-`adapt` appends both. `gptchat convert` does so to a whole directory.
+`adapt` appends both. `gptchat convert` (`convert.py`) does so to a whole directory.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptchat.console import CommandParser, UserError
+from gptchat.console import UserError
+from gptchat.data.chat_template import CHAT_TEMPLATE
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.files import atomic_write
 from gptchat.model.gpt2 import ACTIVATIONS, GPT2, NO_TYPE_ROWS, GPT2Config
@@ -29,8 +29,8 @@ from gptchat.model.weight_files import (
     copy_weights,
     open_weights,
     read_json,
-    save_weights,
 )
+from gptchat.model.weight_files import save_weights as save_weights
 
 MAX_SIZE = 2**31 - 1  # of the ints in config.json, which are compared with the files' shapes, too
 MAX_VOCABULARY = 1 << 26  # bytes of a tokenizer.json or vocab.json
@@ -252,6 +252,7 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
     }
     model_config = dataclasses.asdict(config) | special_ids
     model_config |= {
+        "n_ctx": config.n_positions,  # the name that llama.cpp's converter looks for
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "tie_word_embeddings": True,
@@ -263,7 +264,8 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
     }
     _write_json(Path(directory, "config.json"), model_config)
     _write_json(Path(directory, "generation_config.json"), generation_config)
-    tokenizer.save(directory, model_max_length=config.n_positions)
+    chat_template = CHAT_TEMPLATE if task == "chatlm" else None
+    tokenizer.save(directory, config.n_positions, chat_template)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -313,30 +315,3 @@ def _redraw_rows(model: GPT2, config: GPT2Config, first: int, end: int, seed: in
     model.wte.num_embeddings = model.lm_head.out_features = len(wte)
     model.config = config
     model.type_rows = torch.tensor(config.type_rows, device=old.device)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(
-        "convert",
-        "Make anyone's GPT-2, a directory in Hugging Face layout, ready for gptchat: add the "
-        "special tokens and token types that it lacks.",
-        "gptchat convert --from gpt2 --to models/gpt2 --task lm",
-    )
-    parser.add_argument("--from", dest="source", metavar="DIR", required=True, help="the model")
-    parser.add_argument("--to", dest="target", metavar="DIR", required=True, help="a new directory")
-    parser.add_argument(
-        "--task", choices=("lm", "chatlm"), help="default: what the directory says, else lm"
-    )
-    arguments = parser.parse_args(argv)
-    target = Path(arguments.target)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError(f"{target}: is there already; wanted a new or an empty folder")
-    model, tokenizer, task = load_model(arguments.source)
-    added = adapt(model, tokenizer, seed=0)
-    save_static(target, model.config, tokenizer, arguments.task or task)
-    save_weights(target, model)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = ", ".join(f"{name} = row {row}" for name, row in added.items())
-    print(f"{arguments.source}: {n_parameters:,} parameters, [EOS] is row {tokenizer.eos_id}")
-    print(f"added: {rows or 'nothing, all was there'}; vocab_size is {model.config.vocab_size}")
-    print(f"written: {target}")

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from gptchat.config import build_server_settings
 from gptchat.console import UserError
-from gptchat.serve.options import ROOT, Options
+from gptchat.files import PACKAGE, shipped
+from gptchat.serve.options import Options
 
 # Weights above this are not put into a .mar file, which TorchServe would unpack at each start.
 UNPACKED_MB = 200
@@ -26,7 +27,7 @@ def find_package(module: str, package: str) -> Path:
     """The folder of a package of the extra `serve`. Raises UserError if it is not installed."""
     spec = util.find_spec(module)
     if not spec:
-        hint = "make serve, or pip install -e '.[serve]'"
+        hint = "make serve, or an installation of gptchat with its extra [serve]"
         raise UserError(f"found no package {package}; wanted: {hint}")
     return Path(str(spec.origin)).parent
 
@@ -63,7 +64,7 @@ def archive(name: str, model: Path, options: Options) -> str:
         (store / f"{name}.mar").unlink(missing_ok=True)
         for folder in (staging, store, temporary):
             folder.mkdir(parents=True, exist_ok=True)
-        contents = {"gptchat": ROOT / "gptchat", "handlers": ROOT / "handlers", "model": model}
+        contents = {"gptchat": PACKAGE, "handlers": shipped("handlers"), "model": model}
         for part, source in contents.items():
             (staging / part).symlink_to(source.resolve())
     except OSError as error:
@@ -96,7 +97,7 @@ def run_archiver(name: str, model: Path, options: Options, unpacked: bool) -> No
     command += [
         f"--model-name={name}",
         "--version=1.0",
-        f"--handler={ROOT / 'handlers' / 'gptchat_handler.py'}",
+        f"--handler={shipped('handlers') / 'gptchat_handler.py'}",
         f"--extra-files={options.run / 'staging' / name}",
         f"--export-path={options.run / 'store'}",
         f"--config-file={options.configs / 'model-config.yaml'}",

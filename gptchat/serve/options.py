@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptchat.console import CommandParser, UserError
+from gptchat.files import shipped
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY_MINUTES = 60 * 24 * 30
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
@@ -64,7 +64,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add("--auth", action="store_true", help="ask for a bearer token, kept in RUN/key_file.json")
     add("--key-minutes", type=int, default=KEY_MINUTES, help="how long the keys are valid")
     add("--run", default="out/serve", help="folder of archives and run-time files")
-    add("--configs", default=ROOT / "configs" / "serve", help="TorchServe's configuration")
+    add("--configs", default=shipped("configs") / "serve", help="TorchServe's configuration")
     add("--archive-only", action="store_true", help="make the archives and leave")
     args = parser.parse_args(argv)
     named = args.model or trained_models()
@@ -89,7 +89,7 @@ def trained_models() -> list[str]:
         if Path(f"out/{name}/model/model.safetensors").is_file():
             trained.append(f"{name}=out/{name}/model")
     if not trained:
-        raise UserError("found no model in out/chatlm or out/lm; `make lm chatlm` trains them")
+        raise UserError("found no model in out/chatlm or out/lm; `gptchat train` makes them")
     return trained
 
 

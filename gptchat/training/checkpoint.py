@@ -50,6 +50,7 @@ class TrainState:
     stale_evaluations: int = 0  # evaluations since the best one
     loss_sum: float = 0.0  # over the targets since the last line of the log, of all processes
     n_targets: int = 0  # their number
+    n_tokens: int = 0  # positions with a token, since the run began
     log_bytes: int = 0  # length of the loss log
     scaler: dict[str, Any] = field(default_factory=dict)  # the loss scale of fp16
 

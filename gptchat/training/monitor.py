@@ -1,9 +1,9 @@
-"""What a training run reports: progress in the terminal, TensorBoard, the loss log `log.jsonl`.
+"""What a training run reports: progress in the terminal, TensorBoard, two logs, the model card.
 
-Only rank 0 writes; the figures are those of all processes. The loss log holds nothing that depends
-on time, and a resumed run first cuts it back to the length that its checkpoint names: however often
-a run was stopped, its log is that of an uninterrupted run, byte for byte. Speed goes to the bar and
-to TensorBoard only.
+Only rank 0 writes; the figures are those of all processes. The loss log `log.jsonl` holds nothing
+that depends on time, and a resumed run first cuts it back to the length that its checkpoint names:
+however often a run was stopped, its log is that of an uninterrupted run, byte for byte. Speed goes
+to the bar, to TensorBoard and to `speed.jsonl` (`run_log` describes both logs).
 """
 
 import json
@@ -15,15 +15,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from gptchat.console import Progress, UserError
 from gptchat.data.batches import Batch
 from gptchat.model.gpt2 import GPT2Config
+from gptchat.training import model_card
 from gptchat.training.distributed import World
 from gptchat.training.metrics import Metrics
+from gptchat.training.run_log import LOG, SPEED, SpeedLog
+from gptchat.training.saved_config import flatten
+
+# What TensorBoard's table of runs shows beside their settings.
+COMPARED = ("valid/loss", "valid/bits_per_byte", "train/loss", "train/tokens_per_second")
 
 
 def step_flops(config: GPT2Config, n_tokens: int, n_targets: int, row_length: int) -> float:
@@ -95,17 +103,20 @@ class Monitor:
         folder: Path,
         world: World,
         model_config: GPT2Config,
+        config: dict[str, Any],
         dtype: torch.dtype,
-        task: str,
         step: int,
         total_steps: int,
         log_bytes: int,
     ):
+        self.folder = folder
         self.world = world
         self.model_config = model_config
         self.step = step
+        self.total_tokens = 0  # of the whole run, known from the first step on
         self.writes = world.rank == 0
-        self.log_path = folder / "log.jsonl"
+        self.log_path = folder / LOG
+        self.speed_path = folder / SPEED
         self.board_path = folder / "tensorboard"
         if self.writes:
             with _errors_in_one_line(self.log_path):
@@ -113,11 +124,27 @@ class Monitor:
                 kept = min(log_bytes, self.log_file.tell())  # truncate would fill up a shorter file
                 self.log_file.truncate(kept)
                 self.log_file.seek(kept)
+            with _errors_in_one_line(self.speed_path):
+                self.speed_log = SpeedLog(folder, step)
             with _errors_in_one_line(self.board_path):
                 self.board = SummaryWriter(str(self.board_path), purge_step=step + 1)
-            self.progress = Progress(total_steps, task, "step", initial=step)
+                self._show_config(config)
+            self.progress = Progress(total_steps, config["task"], "step", initial=step)
         self.peak_flops = matmul_peak(world.device, dtype) * world.size
         self.restart_clock()
+
+    def _show_config(self, config: dict[str, Any]) -> None:
+        """Give TensorBoard the resolved config, as a text and as the run's hyperparameters."""
+        settings: dict[str, str | int | float] = {}
+        lines = []
+        for key, value in flatten(config).items():
+            settings[key] = value if isinstance(value, int | float) else str(value)
+            lines.append(f"    {key} = {value!r}")
+        self.board.add_text("config", "\n".join(lines), self.step)
+        experiment, start, _ = hparams(settings, dict.fromkeys(COMPARED, 0.0))
+        writer: Any = self.board.file_writer  # whose type says None
+        for summary in (experiment, start):
+            writer.add_summary(summary, self.step)
 
     def __enter__(self) -> "Monitor":
         self.hook_before = threading.excepthook
@@ -141,6 +168,8 @@ class Monitor:
                 self.board.close()
             with _errors_in_one_line(self.log_path):
                 self.log_file.close()
+            with _errors_in_one_line(self.speed_path):
+                self.speed_log.close()
         except UserError:
             if not has_failed:  # else what ended the run is told instead
                 raise
@@ -152,9 +181,13 @@ class Monitor:
         self.flops = 0.0
         self.start_time = time.perf_counter()
 
-    def count_step(self, micro_batches: list[Batch]) -> None:
-        """Count a step that is done, of these micro-batches of this process."""
+    def count_step(self, micro_batches: list[Batch], total_tokens: int) -> None:
+        """Count a step that is done, of these micro-batches of this process.
+
+        `total_tokens` is how many tokens all processes have trained on since the run began.
+        """
         self.step += 1
+        self.total_tokens = total_tokens
         for batch in micro_batches:
             row_length = batch.input_ids.shape[1]
             self.n_tokens += batch.n_tokens
@@ -171,6 +204,7 @@ class Monitor:
         rates = {
             "tokens_per_second": n_tokens / seconds,
             "target_tokens_per_second": n_targets / seconds,
+            "tflops": flops / seconds / 1e12,
             "mfu": flops / seconds / self.peak_flops,
             "peak_memory_gb": peak_memory(self.world.device) / 1e9,
         }
@@ -203,11 +237,20 @@ class Monitor:
                 for number, text in enumerate(samples):
                     self.board.add_text(f"samples/{number}", text, self.step)
                 self.board.flush()
+            if is_best:
+                self._write_card(samples)
         self.restart_clock()
 
+    def _write_card(self, samples: list[str]) -> None:
+        """Write the card of the model that was just saved; a run does not fail for want of one."""
+        try:
+            model_card.write_card(self.folder, self.model_config, samples)
+        except UserError as error:
+            self.print_line(f"warning: no model card: {error}")
+
     def _write(self, kind: str, figures: dict[str, float], rates: dict[str, float]) -> None:
-        """Write `figures`, which a resumed run repeats to the bit, to the loss log, and all to
-        TensorBoard.
+        """Write `figures`, which a resumed run repeats to the bit, to the loss log, `rates` to the
+        speed log, and all to TensorBoard.
 
         Of a figure that is not finite (the gradient norm of a step that fp16 skipped, a perplexity
         beyond all floats) the log says null, since JSON has no word for it.
@@ -215,11 +258,14 @@ class Monitor:
         if not self.writes:
             return
         entry: dict[str, str | float | None] = {"step": self.step, "kind": kind}
+        entry["tokens"] = self.total_tokens
         for name, value in figures.items():
             entry[name] = value if math.isfinite(value) else None
         with _errors_in_one_line(self.log_path):
             self.log_file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
             self.log_file.flush()
+        with _errors_in_one_line(self.speed_path):
+            self.speed_log.write(self.step, kind, rates)
         with _errors_in_one_line(self.board_path):
             for name, value in (figures | rates).items():
                 self.board.add_scalar(f"{kind}/{name}", value, self.step)

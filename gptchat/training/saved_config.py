@@ -17,6 +17,7 @@ from typing import Any
 
 from gptchat.config import RENAMED, Config
 from gptchat.console import UserError
+from gptchat.files import atomic_write
 
 # Keys that may change between two starts of a run: what the checkpoint holds means the same under
 # any value.
@@ -48,6 +49,12 @@ def resolve_config(config: Config, text: dict[str, Any]) -> dict[str, Any]:
     It has gone through JSON, as the one in a checkpoint has.
     """
     return json.loads(json.dumps(dataclasses.asdict(config) | {"text": text}))
+
+
+def save_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write a run's resolved config to its folder. Raises UserError where that cannot be."""
+    with atomic_write(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def compare_configs(path: Path, saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
