@@ -31,8 +31,8 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from gptchat.config import Config, DataConfig, load_config
