@@ -59,6 +59,11 @@ class TokenizerConfig:
 
     dir: str = setting("out/tokenizer", "folder of the tokenizer; not used with `init_from`")
     kind: str = setting("bpe", "how text is split into tokens", choices=("bpe", "unigram"))
+    pattern: str = setting(
+        "script",
+        "the pieces that text is cut into first; `script` suits text without spaces, too",
+        choices=("gpt2", "script"),
+    )
     vocab_size: int = setting(8192, "entries; 256 are bytes, 6 are special tokens", min=262)
     files: tuple[str, ...] = setting(
         ("data/lm/speeches-late.txt", "data/lm/conversations.txt"),

@@ -19,7 +19,8 @@ with different tokenizers.
 
 A ChatLM also answers up to 200 dialogues spread evenly over the file, the same way each time.
 `repeats_itself` and `repeats_context` are the shares of answers in which four words in a row stand
-twice, or stand in an earlier turn too.
+twice, or stand in an earlier turn too. Words stand between white space; in scripts that are written
+without spaces (Chinese, Japanese, Thai and others: scripts.py) each character counts as a word.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from gptchat.config import Config, DataConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data import shard_writer, shards
 from gptchat.data.batches import Batch, Batches
+from gptchat.data.scripts import units
 from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import expand
@@ -121,11 +123,11 @@ def answer_figures(model: GPT2, split: shards.Shards, tokenizer: Tokenizer) -> F
     stride = math.ceil(split.documents / MAX_ANSWERS)
     contexts = [split.dialogue(number)[:-1] for number in range(0, split.documents, stride)]
     answers = TextGenerator(model, tokenizer, "chatlm").sample_answers(contexts)
-    words = [answer.split() for answer in answers]
+    words = [units(answer) for answer in answers]
     n_self = sum(map(repeats_itself, words))
     n_context = 0
     for answer, turns in zip(words, contexts, strict=True):
-        earlier = [tokenizer.decode(ids).split() for _, ids in turns]
+        earlier = [units(tokenizer.decode(ids)) for _, ids in turns]
         n_context += any(repeats_context(answer, turn) for turn in earlier)
     return {
         "distinct_1": distinct(words, 1),

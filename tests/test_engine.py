@@ -86,6 +86,7 @@ def some_request(random_):
         ),
         max_new_tokens=random_.choice([0, 1, 5, 20, 99]),
         logprobs=random_.choice([None, None, 0, 3]),
+        whole_characters=len(ids) % 2,
     )
     return Request(
         ids,

@@ -1,5 +1,6 @@
 """The text of candidates, streams of pieces, and what a loaded directory promises."""
 
+import codecs
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def ask(generator: TextGenerator, text: str, n: int = 1, **settings: object) -> 
     return generator.request(turns, replace(SAMPLING, **settings), n)
 
 
+def whole_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of `ids` without the character that is unfinished at its end."""
+    data = b"".join(tokenizer.token_bytes[id] for id in ids)
+    return codecs.utf_8_decode(data, "replace", False)[0]
+
+
 # The text of one candidate
 
 
@@ -90,12 +97,12 @@ def test_what_may_become_a_stop_string_is_held_back_until_it_is_certain():
     assert candidate.n_tokens == 6 and not candidate.must_cancel
 
 
-def test_half_a_character_is_held_back_and_replaced_at_the_end():
+def test_half_a_character_is_held_back_and_left_out_at_the_end():
     tokenizer = byte_tokenizer()
     candidate = CandidateText(tokenizer)
     ids = tokenizer.encode("é日")
-    assert take_all(candidate, ids[:-1]) == ["", "é", "", "\ufffd"]
-    assert candidate.text == "é\ufffd"
+    assert take_all(candidate, ids[:-1]) == ["", "é", "", ""]
+    assert candidate.text == "é"
 
 
 def test_a_stop_string_in_the_engines_last_token_needs_no_cancel():
@@ -194,7 +201,7 @@ def test_a_chatlm_needs_all_special_tokens():
 def test_pieces_add_up_to_the_text_of_the_engines_ids(generator):
     requests = [ask(generator, f"number {i}", seed=i) for i in range(6)]
     expected = [
-        generator.tokenizer.decode(candidate.ids)
+        whole_text(generator.tokenizer, candidate.ids)
         for (candidate,) in generate(generator.engine, requests)
     ]
     texts = [""] * 6
@@ -227,7 +234,7 @@ def test_several_candidates_give_the_one_of_median_length_when_all_have_ended(ge
     request = ask(generator, "hello", n=3, seed=3)
     (candidates,) = generate(generator.engine, [request])
     stop = "e"
-    texts = [generator.tokenizer.decode(c.ids).partition(stop)[0] for c in candidates]
+    texts = [whole_text(generator.tokenizer, c.ids).partition(stop)[0] for c in candidates]
     *earlier, last = generator.stream([request], [stop])
     assert earlier and not any(piece.text or piece.last for piece in earlier)
     assert last.last and last.text == pick_median(texts)
@@ -267,6 +274,60 @@ def test_sampled_answers_cut_long_turns_at_their_front(generator):
     assert generator.cut_to_fit(long, N_CTX) == (cut, True)
     assert generator.cut_to_fit(cut, N_CTX) == (cut, False)
     assert generator.sample_answers([long]) == generator.sample_answers([cut])
+
+
+# Whole characters
+
+
+def halves(generator: TextGenerator, whole_characters: int, **settings: object) -> list[str]:
+    """Answers of a model that likes nothing better than single bytes, and ends of text."""
+    requests = [
+        ask(generator, "hello", top_k=0, top_p=1.0, temperature=3.0, seed=seed,
+            max_new_tokens=1 + seed % 30, whole_characters=whole_characters, **settings)
+        for seed in range(60)
+    ]  # fmt: skip
+    return generator.complete(requests)
+
+
+def test_no_answer_holds_a_broken_character_however_hot_it_is_drawn(generator):
+    answers = halves(generator, 1)
+    assert not any("\ufffd" in answer for answer in answers)
+    long = "".join(answers)
+    assert any(ord(character) >= 0x80 for character in long)
+    assert any("\ufffd" in answer for answer in halves(generator, 0))
+
+
+def test_whole_characters_do_not_depend_on_the_neighbours(generator):
+    request = ask(generator, "hello", temperature=3.0, top_k=0, top_p=1.0)
+    requests = [
+        replace(request, sampling=replace(request.sampling, seed=i, whole_characters=i % 2))
+        for i in range(8)
+    ]
+    alone = [generator.complete([request])[0] for request in requests]
+    assert generator.complete(requests) == alone
+
+
+def test_a_greedy_answer_is_the_same_unless_it_would_break_a_character():
+    class Wanted:
+        """Forbids all ids but the next one of a text, and one that breaks every character."""
+
+        def __init__(self, tokenizer, text):
+            self.wanted = tokenizer.encode(text)
+            self.n_prompt = len(tokenizer.encode("hello"))
+            self.rest = set(range(tokenizer.vocab_size)) - {tokenizer.token_bytes.index(b"\xff")}
+
+        def banned(self, ids):
+            return list(self.rest - {self.wanted[len(ids) - self.n_prompt]})
+
+    generator = small_generator("lm")
+    text = "日本語é😀!"
+    request = ask(
+        generator, "hello", temperature=0, max_new_tokens=len(text.encode()),
+        word_filter=Wanted(generator.tokenizer, text),
+    )  # fmt: skip
+    sampling = replace(request.sampling, whole_characters=0)
+    unfiltered, filtered = generator.complete([replace(request, sampling=sampling), request])
+    assert filtered == text and "\ufffd" in unfiltered
 
 
 # Directories

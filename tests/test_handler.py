@@ -203,5 +203,7 @@ def test_readme_has_every_sampling_setting_with_the_chats_default():
     (row,) = [line.split("|") for line in text.splitlines() if line.startswith("| `temperature`")]
     names = [name.strip(" `") for name in row[1].split(",")]
     defaults = [default.strip() for default in row[3].split(",")]
-    assert {*names, "max_new_tokens"} == set(SETTINGS) and len(names) + 1 == len(SETTINGS)
+    elsewhere = {"max_new_tokens", "whole_characters"}  # rows of their own
+    assert {*names, *elsewhere} == set(SETTINGS) and len(names) + 2 == len(SETTINGS)
+    assert "| `whole_characters` |" in text
     assert defaults == [f"{getattr(CHAT_SAMPLING, name):g}" for name in names]

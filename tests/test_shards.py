@@ -20,6 +20,7 @@ from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError, cli
 from gptchat.data import digests, encoding, shard_writer
 from gptchat.data.encoding import Encoder, read_documents
+from gptchat.data.scripts import WORDS, pre_tokenizer
 from gptchat.data.shard_writer import write
 from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import Tokenizer, train
@@ -41,7 +42,10 @@ WHITE = (
     "\u1680\u180e\u2003\u2028\u2029\u202f\u205f\u200b\u3000\ufeff"
 )
 texts = st.text(
-    st.one_of(st.sampled_from("ab's1.²日é" + WHITE), st.characters(exclude_categories=["Cs"])),
+    st.one_of(
+        st.sampled_from("ab's1.²日本のーケé\u0301" + WHITE),
+        st.characters(exclude_categories=["Cs"]),
+    ),
     max_size=40,
 )
 quick = settings(derandomize=True, deadline=None, max_examples=200)
@@ -195,9 +199,12 @@ def test_text_like_a_special_token_stays_text(lm, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_encoding_by_words_equals_encoding_whole_texts(folder, kind):
-    encoder = Encoder(Tokenizer.load(folder / kind))
-    assert encoder.by_words
+@pytest.mark.parametrize("pattern", ["gpt2", "script"])
+def test_encoding_by_words_equals_encoding_whole_texts(folder, kind, pattern):
+    backend = Tokenizer.load(folder / kind).backend
+    backend.pre_tokenizer = pre_tokenizer(pattern)
+    encoder = Encoder(Tokenizer(backend))
+    assert encoder.pattern is WORDS[pattern]
 
     @quick
     @given(st.lists(texts, max_size=4))
@@ -247,6 +254,24 @@ def test_a_document_longer_than_a_block_has_the_same_tokens(lm, tmp_path, monkey
     write(config)
     assert opened(config).tokens(0, opened(config).n_tokens).tolist() == whole
     assert opened(config).documents == 1
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "script"])
+def test_a_long_document_without_white_space_has_the_same_tokens(
+    lm, folder, tmp_path, monkeypatch, pattern
+):
+    backend = Tokenizer.load(folder / "bpe").backend
+    backend.pre_tokenizer = pre_tokenizer(pattern)
+    Tokenizer(backend).save(tmp_path / pattern)
+    lm = dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(tmp_path / pattern)))
+    text = "日本語の文章です。テスト、" * 30 + "it's,isn't.a_b-c" * 60
+    config = with_text(lm, tmp_path, text)
+    write(config)
+    whole = opened(config).tokens(0, opened(config).n_tokens).tolist()
+    for size in (100, 101, 102, 103, 350):
+        monkeypatch.setattr(encoding, "BLOCK", size)
+        write(config)
+        assert opened(config).tokens(0, opened(config).n_tokens).tolist() == whole
 
 
 def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
@@ -605,10 +630,10 @@ def test_memory_is_flat_in_the_size_of_the_input(lm, chat, tmp_path, monkeypatch
 def test_default_tokenizers_fall_back_where_words_would_differ(folder):
     tokenizer = Tokenizer.load(folder / "bpe")
     settings = json.loads(tokenizer.backend.to_str())
-    settings["pre_tokenizer"]["use_regex"] = False
+    settings["pre_tokenizer"] = settings["pre_tokenizer"]["pretokenizers"][1]  # no pattern
     changed = Tokenizer(type(tokenizer.backend).from_str(json.dumps(settings)))
     encoder = Encoder(changed)
-    assert not encoder.by_words
+    assert not encoder.pattern
     assert np.frombuffer(encoder.encode([PROSE])[0], encoder.dtype).tolist() == changed.encode(
         PROSE
     )

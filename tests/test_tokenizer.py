@@ -1,5 +1,6 @@
 """Round trips, special tokens, streaming, forbidden words, foreign vocabularies, training."""
 
+import codecs
 import json
 import os
 import random
@@ -9,20 +10,22 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
-from gptchat.data import corpora, reading
+from gptchat.data import corpora, reading, unigram
 from gptchat.data.reading import PIECE, sample
 from gptchat.data.tokenizer import SPECIAL, Tokenizer, main, tokenizer_for, train
-from gptchat.inference.text import StreamDecoder, WordFilter
+from gptchat.inference.text import BROKEN, CharacterFilter, StreamDecoder, WordFilter
 
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
 TYPED = (
@@ -134,8 +137,13 @@ def test_a_stream_never_holds_half_a_character(bpe: Tokenizer, text: str, single
 
 @PROPERTY
 @given(ids=st.lists(st.integers(0, 699) | st.integers(100, 262), max_size=30))
-def test_a_stream_of_any_ids_joins_to_the_plain_decode(bpe: Tokenizer, ids: list[int]) -> None:
-    assert "".join(streamed(bpe, ids)) == bpe.decode(ids)
+def test_a_stream_of_any_ids_joins_to_the_plain_decode_but_for_an_unfinished_end(
+    bpe: Tokenizer, ids: list[int]
+) -> None:
+    data = b"".join(bpe.token_bytes[id] for id in ids)
+    whole, _ = codecs.utf_8_decode(data, "replace", False)
+    assert "".join(streamed(bpe, ids)) == whole
+    assert bpe.decode(ids) in (whole, whole + "\ufffd")
 
 
 def tokenized(tokenizer: Tokenizer, text: str, seed: int) -> list[int]:
@@ -267,6 +275,57 @@ def test_only_the_end_of_a_long_text_is_looked_at(bpe: Tokenizer) -> None:
 
     WordFilter(bpe, ["forbidden", "words"]).banned(Counted(bpe.encode("word") * 10_000))
     assert 0 < Counted.reads <= 9
+    CharacterFilter(bpe, bpe.vocab_size).state(Counted(bpe.encode("word") * 10_000))
+    assert Counted.reads <= 9 + 4
+
+
+ENDS = (b"", b"\x80", b"\x80\x80", b"\xa0\x80", b"\x80\x80\x80", b"\x90\x80\x80")
+
+
+def is_beginning_of_text(data: bytes) -> bool:
+    """Whether UTF-8 text can begin with these bytes."""
+    for end in ENDS:
+        with suppress(UnicodeDecodeError):
+            (data + end).decode()
+            return True
+    return False
+
+
+@PROPERTY
+@given(text=st.text(max_size=6), cut=st.integers(0, 3))
+@example(text="\ud7ff\ue000\u0800", cut=1)
+@example(text="\U0010ffff", cut=2)
+@example(text="\U00010000", cut=3)
+def test_forbidden_are_the_ids_that_break_a_character(bpe: Tokenizer, text: str, cut: int) -> None:
+    data = text.encode()
+    data = data[: len(data) - cut]
+    ids = [bpe.token_bytes.index(bytes([byte])) for byte in data]
+    characters = CharacterFilter(bpe, bpe.vocab_size + 2)
+    forbidden = characters.forbidden[characters.state(ids)].tolist()
+    is_whole = codecs.utf_8_decode(data, "strict", False)[1] == len(data)
+    for piece, is_forbidden in zip([*bpe.token_bytes, b"", b""], forbidden, strict=True):
+        allowed = is_beginning_of_text(data + piece) if piece else is_whole
+        assert is_forbidden != allowed
+
+
+def test_every_first_and_second_byte_leads_where_python_leads(bpe: Tokenizer) -> None:
+    id_of = {piece: id for id, piece in enumerate(bpe.token_bytes)}
+    characters = CharacterFilter(bpe, bpe.vocab_size)
+    for first in range(256):
+        if not is_beginning_of_text(bytes([first])):
+            continue
+        forbidden = characters.forbidden[characters.state([id_of[bytes([first])]])]
+        for second in range(256):
+            allowed = is_beginning_of_text(bytes([first, second]))
+            assert forbidden[id_of[bytes([second])]] != allowed
+
+
+def test_a_special_token_ends_an_unfinished_character(bpe: Tokenizer) -> None:
+    characters = CharacterFilter(bpe, bpe.vocab_size)
+    half = [bpe.token_bytes.index(bytes([byte])) for byte in "\u65e5".encode()[:2]]
+    assert characters.state(half) == 1 and characters.state([*half, bpe.sep_id]) == 0
+    assert characters.state([half[1]]) == 0  # nothing that could be finished
+    assert not characters.forbidden[BROKEN].any()
 
 
 @pytest.fixture
@@ -387,6 +446,38 @@ def test_missing_and_broken_files_are_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").rename(tmp_path / "merges.txt")
     with pytest.raises(UserError, match="cannot be read as a tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_english_has_the_same_vocabulary_by_either_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "speech.txt"
+    path.write_text(corpora.speeches()[-1].encode("ascii", "ignore").decode())
+    models_trained = []
+    for pattern in ("gpt2", "script"):
+        config = TokenizerConfig(pattern=pattern, vocab_size=600, files=(str(path),))
+        tokenizer = train(config)
+        assert tokenizer.pattern == pattern
+        models_trained.append(json.loads(tokenizer.backend.to_str())["model"])
+    assert models_trained[0] == models_trained[1]
+
+
+def test_no_token_spans_two_scripts(trained: dict[str, Tokenizer]) -> None:
+    for tokenizer in trained.values():
+        ids = tokenizer.encode("\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3001caf\u00e9")
+        ends = list(accumulate(len(tokenizer.token_bytes[id]) for id in ids))
+        assert {12, 18, 21} <= set(ends)  # after the kana, the kanji and the comma
+
+
+def test_unigram_is_trained_on_the_most_frequent_words_in_proportion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = ["one two two ", "two\n", "three"]
+    expected = [(" two", 2), ("one", 1), (" ", 1), ("two", 1), ("\n", 1), ("three", 1)]
+    assert unigram.frequent_words(texts, "script") == expected
+    monkeypatch.setattr(unigram, "DISTINCT_BYTES", 8)
+    assert unigram.frequent_words(texts, "gpt2") == expected[:3]
+    monkeypatch.setattr(unigram, "OCCURRENCES", 10)
+    assert unigram.frequent_words(["a " * 40, "b " * 10], "gpt2")[:2] == [(" a", 8), (" b", 2)]
+    assert unigram.frequent_words([], "gpt2") == []
 
 
 def write_lines(path: Path, n: int, line: str = "line {} of a file, \u65e5\u672c\n") -> Path:

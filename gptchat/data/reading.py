@@ -11,9 +11,11 @@ Invariants, the same for all readers:
 
 import codecs
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from io import IncrementalNewlineDecoder
 from pathlib import Path
@@ -27,13 +29,34 @@ BYTE_ORDER_MARK = "\ufeff"
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a UTF-8 character, after its first byte
 
 
-def is_gzip(path: str | Path) -> bool:
+@dataclass(frozen=True)
+class Span:
+    """A file of whose text only the bytes start..stop-1 are read; elsewhere it is the file's path.
+
+    It begins and ends at a line end, or where the file does. Line numbers are those of the file.
+    """
+
+    path: Path
+    start: int
+    stop: int
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Source = str | os.PathLike[str]  # a path, or a Span
+
+
+def is_gzip(path: Source) -> bool:
     """Whether a file is compressed, which its ending says."""
     return Path(path).suffix.lower() == ".gz"
 
 
 @contextmanager
-def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
+def open_bytes(path: Source) -> Iterator[BinaryIO]:
     """The bytes of a file's text, to be read.
 
     Raises UserError where the file cannot be opened or read, or is no whole gzip file.
@@ -72,26 +95,30 @@ def _uncompressed_size(path: Path, size: int, mtime_ns: int) -> int:
 
 
 def read_text(
-    path: str | Path, size: int, on_invalid: Callable[[int, int], None] | None = None
+    path: Source, size: int, on_invalid: Callable[[int, int], None] | None = None
 ) -> Iterator[str]:
     """The text of a file, `size` bytes at a time.
 
     `on_invalid`, where given, gets byte and line of the file's first invalid UTF-8 instead of a
     UserError; what is invalid then becomes U+FFFD.
     """
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    start = path.start if isinstance(path, Span) else 0
+    utf8 = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
     decoder = IncrementalNewlineDecoder(utf8, translate=True)
     line_ends = 0  # so far
     is_last = False
     with open_bytes(path) as file:
+        file.seek(start)
         while not is_last:
+            if isinstance(path, Span):
+                size = min(size, path.stop - file.tell())
             data = file.read(size)
             is_last = not data
             try:
                 text = decoder.decode(data, is_last)
             except UnicodeDecodeError as error:
                 position = file.tell() - len(error.object) + error.start
-                line = 1 + line_ends + count_line_ends(error.object[: error.start])
+                line = first_line(path) + line_ends + count_line_ends(error.object[: error.start])
                 if on_invalid is None:
                     raise UserError(
                         f"{path}: byte {position}: found invalid UTF-8 in line {line}"
@@ -103,14 +130,12 @@ def read_text(
             yield text
 
 
-def read_lines(
-    path: str | Path, on_invalid: Callable[[int, int], None] | None = None
-) -> Iterator[str]:
+def read_lines(path: Source, on_invalid: Callable[[int, int], None] | None = None) -> Iterator[str]:
     """The lines of a file, without their ends. `on_invalid` is that of `read_text`.
 
     Raises UserError for a line of more than LONGEST_LINE characters, of which little more is read.
     """
-    number = 0  # lines so far
+    number = first_line(path) - 1  # lines so far
     rest = ""  # what follows the last line end
     for text in read_text(path, PIECE, on_invalid):
         *lines, rest = (rest + text).split("\n")
@@ -123,12 +148,20 @@ def read_lines(
         yield rest
 
 
-def _check_length(line: str, path: str | Path, number: int) -> None:
+def _check_length(line: str, path: Source, number: int) -> None:
     if len(line) > LONGEST_LINE:
         raise UserError(
             f"{path}:{number}: found a line of more than {LONGEST_LINE:,} characters; "
             "wanted a dialogue a line"
         )
+
+
+def first_line(path: Source) -> int:
+    """The number of the first line that is read; what stands before a Span is read for it."""
+    if not isinstance(path, Span) or path.start == 0:
+        return 1
+    before = Span(path.path, 0, path.start)
+    return 1 + sum(text.count("\n") for text in read_text(before, 1 << 20))
 
 
 def count_line_ends(data: bytes) -> int:

@@ -1,11 +1,13 @@
-"""Text to token ids on disk: `gptchat shards [--verify] --config FILE [section.key=value ...]`.
+"""Text to token ids on disk: `gptchat shards [--part 3/16] --config FILE [section.key=value ...]`.
 
-The text of each split is encoded once, on all cores, into the files that shards.py describes.
+The text of each split is encoded once, on all cores, into the files that shards.py describes. With
+`--part 3/16` only that part of the text (parts.py) is, into a folder of its own within, on any
+machine; a part that was killed is done again alone.
 
 Invariants:
 - Writing is all or nothing: files are written under temporary names; then `meta.json` is removed
   first and comes back last. What stands beside a `meta.json` belongs to it.
-- One process at a time writes a folder; it holds the folder's lock.
+- One process at a time writes a folder, or a part; it holds the lock of that folder.
 - Memory is flat: text is read, encoded and written in blocks.
 """
 
@@ -23,8 +25,16 @@ from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
 from gptchat.data.check import check, verdict
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
-from gptchat.data.reading import text_size
-from gptchat.data.shards import REMEDY, SHARD_TOKENS, header, split_patterns, verify
+from gptchat.data.parts import Part, parse_part, sources_of
+from gptchat.data.reading import Source, Span, text_size
+from gptchat.data.shards import (
+    REMEDY,
+    SHARD_TOKENS,
+    header,
+    part_folders,
+    split_patterns,
+    verify,
+)
 from gptchat.data.splits import SPLITS, describe_empty
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder
@@ -89,26 +99,33 @@ class Writer:
         return states
 
 
-def write(config: Config, only: str = "") -> dict[str, Any]:
+def write(config: Config, only: str = "", part: Part | None = None) -> dict[str, Any]:
     """Encode the config's splits into its folder of shards; returns the content of `meta.json`.
 
-    `only` names the one split that is wanted, "" all of them.
-
-    Raises UserError for files that are missing, hold no text, are not UTF-8 or (chatlm) have a line
-    that is no dialogue, where the folder cannot be written, and while another process writes there.
-    The old shards then stay.
+    `only` names the one split that is wanted, "" all of them. With `part` only that part of them is
+    encoded, into its own folder. Raises UserError for files that are missing, hold no text, are not
+    UTF-8 or (chatlm) have a line that is no dialogue, where the folder cannot be written or holds
+    other parts, and while another process writes there. The old shards then stay.
     """
-    folder = config.shards_dir
+    _check_kind(config.shards_dir, part)
+    folder = config.shards_dir / part.folder if part else config.shards_dir
     tokenizer = tokenizer_for(config)
-    sources: dict[str, list[Path]] = {}
+    paths: dict[str, list[Path]] = {}
     for split, patterns in split_patterns(config).items():
         if only in ("", split):
-            sources[split] = expand(patterns, f"[data] {split}")
+            paths[split] = expand(patterns, f"[data] {split}")
+    sources: dict[str, list[Source]] = {split: [*listed] for split, listed in paths.items()}
+    meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS}
+    if part:
+        sources = {split: sources_of(paths[split], part, config) for split in paths}
+        sizes = {split: {str(path): text_size(path) for path in paths[split]} for split in paths}
+        meta |= {"part": list(part), "text": sizes}
     with lock_folder(folder, "another process is writing shards here"):
         _remove_leftovers(folder)  # of a run that was killed
         try:
-            splits = _encode(config, tokenizer, sources)
-            meta = header(config, tokenizer) | {"shard_tokens": SHARD_TOKENS, "splits": splits}
+            meta["splits"] = _encode(config, tokenizer, sources, folder)
+            if not part:
+                _check_filled(config, meta["splits"])
             _publish(folder, digests.seal(meta))
         except OSError as error:
             raise UserError(
@@ -119,29 +136,59 @@ def write(config: Config, only: str = "") -> dict[str, Any]:
     return meta
 
 
+def _check_kind(folder: Path, part: Part | None) -> None:
+    """Raise UserError if a folder holds whole shards where a part is to be, or the reverse."""
+    if part and (folder / "meta.json").exists():
+        found = "whole shards"
+    else:
+        others = [name for name in part_folders(folder) if not part or not _is_of(name, part)]
+        if not others:
+            return
+        found = others[0]
+    wanted = f"parts of {part.total}" if part else "no parts"
+    raise UserError(
+        f"{folder}: found {found}; wanted {wanted} there: remove it, or name another data.shards"
+    )
+
+
+def _is_of(name: str, part: Part) -> bool:
+    """Whether a part's folder is one of `part.total`."""
+    return name.endswith(part.folder.partition("-of-")[2])
+
+
+def _check_filled(config: Config, splits: dict[str, dict[str, Any]]) -> None:
+    for split, counts in splits.items():
+        if counts["documents"] == 0:
+            raise UserError(
+                describe_empty(split_patterns(config)[split], split, config.data.held_out)
+            )
+
+
 def _encode(
-    config: Config, tokenizer: Tokenizer, sources: dict[str, list[Path]]
+    config: Config, tokenizer: Tokenizer, sources: dict[str, list[Source]], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Write each split's files under temporary names; returns what `meta.json` says of each."""
-    total = sum(text_size(path) for paths in sources.values() for path in paths)
+    total = sum(_n_bytes(source) for listed in sources.values() for source in listed)
     n_read = 0  # bytes of the files that are done
     splits: dict[str, dict[str, Any]] = {}
     with ParallelEncoder(config, total) as encoder, Progress(total, "shards", "B") as bar:
-        for split, paths in sources.items():
-            states = {str(path): digests.source_state(path) for path in paths}
-            n_read += sum(map(text_size, paths))
-            writer = Writer(f"{config.shards_dir}/{split}-", token_dtype(tokenizer))
-            for block in encoder.encode(read_blocks(paths, config, split)):
+        for split, listed in sources.items():
+            states = {str(source): digests.source_state(Path(source)) for source in listed}
+            n_read += sum(map(_n_bytes, listed))
+            writer = Writer(f"{folder}/{split}-", token_dtype(tokenizer))
+            for block in encoder.encode(read_blocks(listed, config, split)):
                 writer.append(block)
                 n_separators = max(len(block.documents), len(block.turns))  # a byte each
                 bar.update(block.n_bytes + n_separators)
             files = writer.finish()
             bar.update(n_read - bar.bar.n)  # what was no text: JSON's keys, blank lines
-            if writer.counts["documents"] == 0:
-                patterns = split_patterns(config)[split]
-                raise UserError(describe_empty(patterns, split, config.data.held_out))
             splits[split] = writer.counts | {"files": files, "sources": states}
     return splits
+
+
+def _n_bytes(source: Source) -> int:
+    """Bytes of text that are read."""
+    return source.stop - source.start if isinstance(source, Span) else text_size(Path(source))
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -182,15 +229,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     verify_help = "write nothing; compare all files with the digests taken when they were written"
     parser.add_argument("--verify", action="store_true", help=verify_help)
+    part_help = "write one of several parts of the work, which are opened as one"
+    parser.add_argument("--part", metavar="3/16", help=part_help)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     config = load_run_config(arguments.config, arguments.overrides)
     if arguments.verify:
         _report_verification(config)
         return
-    for split, counts in write(config)["splits"].items():
+    part = parse_part(arguments.part) if arguments.part else None
+    folder = config.shards_dir / part.folder if part else config.shards_dir
+    for split, counts in write(config, part=part)["splits"].items():
         print(
-            f"{config.shards_dir}: {split}: {counts['documents']:,} documents, "
+            f"{folder}: {split}: {counts['documents']:,} documents, "
             f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
         )
-    print(f"{config.shards_dir}: {verdict(check(config))}")
+    if not part:
+        print(f"{config.shards_dir}: {verdict(check(config))}")

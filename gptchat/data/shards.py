@@ -12,6 +12,11 @@ so on) has these files in a folder of shards, all numbers little-endian:
 and `meta.json`: format version, task, the tokenizer's hash, dtype, counts; size and digest of each
 file; size, modification time and digest of each source file; and a digest of all this.
 
+The files may also stand in folders `part-00003-of-00016`, one for each part of the text (parts.py),
+each with a `meta.json` of its own. This one also has the part's number, and all text files with
+their sizes; digests only of those that the part was made from. Parts are opened as one stream, with
+the ids that a single run writes.
+
 Invariants:
 - lm: each document is followed by [EOS]. Separators between documents (line ends, blank lines) are
   neither stored nor counted.
@@ -22,28 +27,29 @@ Invariants:
   files as they are now (see digests.py), with every file of the size that the counts give and of
   the digest that it was written with. That of a file of tokens is compared when its first token is
   asked for, so that opening is instant; `verify` compares all.
+- A folder holds either whole shards or parts of one total number. Parts are opened only if all are
+  there and were made from the same files by the same settings.
 """
 
 import json
 import os
-from itertools import chain, pairwise
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gptchat.config import Config
 from gptchat.console import UserError
 from gptchat.data import digests
-from gptchat.data.dialogue import Turn
 from gptchat.data.encoding import token_dtype
-from gptchat.data.splits import SPLITS, patterns_of
+from gptchat.data.parts import Part
+from gptchat.data.shard_files import REMEDY, Folder, Shards
+from gptchat.data.splits import SPLITS, describe_empty, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import matching_files, split_repeats
 
 FORMAT = 2  # 1 had no digests
 SHARD_TOKENS = 1 << 28  # ids in a file
-REMEDY = "run `gptchat shards --config FILE` with this run's config"
 
 
 def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -73,126 +79,56 @@ def split_patterns(config: Config) -> dict[str, tuple[str, ...]]:
     return patterns
 
 
-class Shards:
-    """One split, memory-mapped.
+def part_folders(folder: Path) -> list[str]:
+    """The names of the folders of parts in a folder of shards, in their order."""
+    return sorted(path.name for path in folder.glob("part-*-of-*"))
 
-    `n_tokens` ids form one stream, in `documents` documents, made of `n_bytes` of text. Document i
-    goes from `starts[i]` to `starts[i + 1]`: in tokens (lm) or in turns (chatlm). Turn j goes from
-    token `turns[j]` to `turns[j + 1]`, and `speakers[j]` is its speaker (both empty for lm).
-    `digest` stands for all of this: shards of equal digests are equal.
 
-    Raises UserError, naming the file, for one that is missing, of another size, or not what was
-    written; for files of tokens that is found out by `tokens`.
+def read_folders(config: Config, tokenizer: Tokenizer) -> list[Folder]:
+    """The folder of shards, or those of all its parts, in their order.
+
+    Raises UserError if one is missing or damaged, if task, tokenizer or format are others, or if
+    parts were made from different files.
     """
-
-    def __init__(self, folder: Path, split: str, meta: dict[str, Any]):
-        self.task = meta["task"]
-        self.shard_tokens = meta["shard_tokens"]
-        counts = meta["splits"][split]
-        self.n_tokens = counts["tokens"]
-        self.n_bytes = counts["bytes"]
-        self.documents = counts["documents"]
-        self.states = states = counts["files"]
-        self.digest = digests.seal(states)["digest"]
-        self.prefix = prefix = f"{folder}/{split}-"
-        self.files = []
-        for number, start in enumerate(range(0, self.n_tokens, self.shard_tokens)):
-            length = min(self.shard_tokens, self.n_tokens - start)
-            self.files.append(_open_array(f"{prefix}{number:05d}.bin", meta["dtype"], length))
-        self.unchecked = set(range(len(self.files)))  # whose digests have not been compared yet
-        self.turns = np.array([], np.int64)
-        self.speakers = np.array([], np.uint8)
-        n_units = self.n_tokens  # that the documents are counted in
-        if counts["turns"] > 0:
-            n_units = counts["turns"]
-            self.turns = _open_ends(f"{prefix}turns.bin", n_units, self.n_tokens, states)
-            self.speakers = _open_array(f"{prefix}speakers.bin", "u1", n_units)
-            _check_content(f"{prefix}speakers.bin", self.speakers, states)
-        self.starts = _open_ends(f"{prefix}documents.bin", self.documents, n_units, states)
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids start..stop-1 of the stream, (stop - start,); UserError for a damaged file."""
-        first_file, offset = divmod(start, self.shard_tokens)
-        last_file = (stop - 1) // self.shard_tokens
-        for number in self.unchecked.intersection(range(first_file, last_file + 1)):
-            _check_content(f"{self.prefix}{number:05d}.bin", self.files[number], self.states)
-            self.unchecked.discard(number)
-        if first_file == last_file:
-            ids = self.files[first_file]
-        else:
-            ids = np.concatenate(self.files[first_file : last_file + 1])
-        return ids[offset : offset + stop - start]
-
-    def dialogue(self, number: int) -> list[Turn]:
-        """The turns of a dialogue, oldest first."""
-        first, last = self.starts[number : number + 2].tolist()
-        bounds = self.turns[first : last + 1]
-        ids = self.tokens(int(bounds[0]), int(bounds[-1])).tolist()
-        offsets = (bounds - bounds[0]).tolist()  # of the turns in `ids`
-        speakers = self.speakers[first:last].tolist()
-        turns: list[Turn] = []
-        for speaker, (begin, end) in zip(speakers, pairwise(offsets), strict=True):
-            turns.append((speaker, ids[begin:end]))
-        return turns
-
-    def prompt(self, number: int, length: int) -> list[Turn]:
-        """A dialogue without its response, or the first `length` tokens from a document's start."""
-        if self.task == "chatlm":
-            return self.dialogue(number)[:-1]
-        start = int(self.starts[number])
-        stop = min(start + length, self.n_tokens)
-        return [(0, self.tokens(start, stop).tolist())]
+    folder = config.shards_dir
+    parts = part_folders(folder)
+    if not parts or (folder / "meta.json").exists():
+        return [Folder(folder, _read_meta(folder, config, tokenizer, REMEDY))]
+    total = int(parts[0].rpartition("-")[2])
+    folders = []
+    for number in range(1, total + 1):
+        part = Part(number, total)
+        remedy = (
+            f"run `gptchat shards --part {number}/{total} --config FILE` with this run's config"
+        )
+        meta = _read_meta(folder / part.folder, config, tokenizer, remedy)
+        folders.append(Folder(folder / part.folder, meta))
+        same = [meta.get(key) for key in ("text", "shard_tokens")]
+        first = [folders[0].meta.get(key) for key in ("text", "shard_tokens")]
+        if meta.get("part") != list(part) or same != first:
+            raise UserError(
+                f"{folder / part.folder}: found a part of other files than {folders[0].path.name}; "
+                f"wanted part {number} of the same; {remedy}"
+            )
+    return folders
 
 
-def _open_array(path: str, dtype: str, length: int) -> np.ndarray:
-    """A file as a memory-mapped array. Raises UserError if it is missing or has another size."""
-    expected = length * np.dtype(dtype).itemsize
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size != expected:
-        raise UserError(f"{path}: found {size:,} bytes; wanted {expected:,}; {REMEDY}")
-    return np.asarray(np.memmap(path, dtype, "r"))
-
-
-def _open_ends(
-    path: str, length: int, total: int, states: dict[str, digests.FileState]
-) -> np.ndarray:
-    """A file of 0 and `length` ends, the last of which is `total`.
-
-    Raises UserError if it is missing, of another size or content, or not in order.
-    """
-    ends = _open_array(path, "<i8", length + 1)
-    _check_content(path, ends, states)
-    in_order = bool((ends[1:] >= ends[:-1]).all())
-    if not in_order or ends[0] != 0 or ends[-1] != total:
-        raise UserError(f"{path}: found ends that are not in order from 0 to {total:,}; {REMEDY}")
-    return ends
-
-
-def _check_content(path: str, array: np.ndarray, states: dict[str, digests.FileState]) -> None:
-    """Raise UserError if a file is not what was written (about 1 GB is compared in a second)."""
-    if digests.new_digest(array).hexdigest() != states[Path(path).name]["digest"]:
-        raise UserError(f"{path}: found other content than was written; {REMEDY}")
-
-
-def read_meta(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of `meta.json`.
-
-    Raises UserError if it is missing or damaged, or if task, tokenizer or format are others.
-    """
-    path = config.shards_dir / "meta.json"
+def _read_meta(folder: Path, config: Config, tokenizer: Tokenizer, remedy: str) -> dict[str, Any]:
+    """The content of a `meta.json`; `remedy` ends the line of the UserErrors of `read_folders`."""
+    path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
         older = {"held_out": 0.0}  # what shards say that were made before there was the key
         found = {key: meta.get(key, older.get(key)) for key in header(config, tokenizer)}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: found no readable meta.json ({error}); {REMEDY}") from None
+        raise UserError(f"{path}: found no readable meta.json ({error}); {remedy}") from None
     for key, expected in header(config, tokenizer).items():
         if found[key] != expected:
             raise UserError(
-                f"{path}: found shards of {key} {found[key]!r}; wanted {expected!r}; {REMEDY}"
+                f"{path}: found shards of {key} {found[key]!r}; wanted {expected!r}; {remedy}"
             )
     if not digests.is_sealed(meta):
-        raise UserError(f"{path}: found other content than was written; {REMEDY}")
+        raise UserError(f"{path}: found other content than was written; {remedy}")
     return meta
 
 
@@ -206,9 +142,9 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     patterns = split_patterns(config).get(split)
     if not patterns:
         raise UserError(f"[data] {split}: found no files named; wanted some")
-    meta = read_meta(config, tokenizer)
+    folders = read_folders(config, tokenizer)
     place = f"{config.shards_dir / 'meta.json'}: found shards of"
-    sources = meta["splits"].get(split, {}).get("sources")
+    sources = _sources(folders, split)
     matched = chain.from_iterable(matching_files(pattern) for pattern in patterns)
     distinct, _ = split_repeats(matched)
     present = {str(path) for path in distinct}
@@ -217,7 +153,23 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     for name in sorted(present):
         if not digests.is_unchanged(name, sources[name]):
             raise UserError(f"{place} {name} as it was before it changed; {REMEDY}")
-    return Shards(config.shards_dir, split, meta)
+    if not any(folder.meta["splits"][split]["documents"] for folder in folders):
+        raise UserError(describe_empty(patterns, split, config.data.held_out))
+    return Shards(folders, split)
+
+
+def _sources(folders: Sequence[Folder], split: str) -> dict[str, digests.FileState]:
+    """The state of each source file. Raises UserError where parts have read it in two states."""
+    sources: dict[str, digests.FileState] = {}
+    for folder in folders:
+        for name, state in folder.meta["splits"].get(split, {}).get("sources", {}).items():
+            known = sources.setdefault(name, state)
+            if known["digest"] != state["digest"]:
+                raise UserError(
+                    f"{folder.path}: found a part of {name} as it was before or after it changed; "
+                    "wanted all parts of one file as it was at one time"
+                )
+    return sources
 
 
 def open_sources(config: Config, split: str, tokenizer: Tokenizer) -> list[Shards]:
@@ -236,17 +188,18 @@ def verify(config: Config) -> dict[str, str]:
 
     Raises UserError if there is no `meta.json` that fits the config.
     """
-    meta = read_meta(config, tokenizer_for(config))
     wrong: dict[str, str] = {}
-    for split, content in meta["splits"].items():
+    folders = read_folders(config, tokenizer_for(config))
+    for split in folders[0].meta["splits"]:
         problems = {}
-        for name, state in content["files"].items():
-            path = str(config.shards_dir / name)
-            if not _has_digest(path, state):
-                problems[path] = "found other content than was written, or none"
+        for folder in folders:
+            for name, state in folder.meta["splits"][split]["files"].items():
+                if not _has_digest(str(folder.path / name), state):
+                    problem = "found other content than was written, or none"
+                    problems[str(folder.path / name)] = problem
         if not problems:
-            Shards(config.shards_dir, split, meta)
-        for name, state in content["sources"].items():
+            Shards(folders, split)
+        for name, state in _sources(folders, split).items():
             if os.path.isfile(name) and not _has_digest(name, state):
                 problems[name] = f"has changed since {split} was made from it"
         wrong |= problems

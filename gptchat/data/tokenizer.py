@@ -36,6 +36,8 @@ from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import vocabulary
 from gptchat.data.plain_text import plain_text
 from gptchat.data.reading import sample, text_size
+from gptchat.data.scripts import pattern_of, pre_tokenizer
+from gptchat.data.unigram import frequent_words, train_unigram
 from gptchat.files import atomic_write, expand
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
@@ -139,6 +141,11 @@ class Tokenizer:
         return cls(backend, str(directory))
 
     @property
+    def pattern(self) -> str:
+        """How it splits text into pieces: "gpt2", "script" (scripts.py), or "" for otherwise."""
+        return pattern_of(json.loads(self.backend.to_str()))
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the canonical `tokenizer.json`: equal hashes mean equal ids for every text."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
@@ -239,10 +246,10 @@ def _sort_tokens(token_bytes: list[bytes]) -> SortedTokens:
     return SortedTokens(pieces, ids, b"\xff".join(pieces), ends)
 
 
-def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+def _byte_level(model: models.Model, pattern: str = "gpt2") -> tokenizers.Tokenizer:
     """A library tokenizer around `model` that reads and writes the byte alphabet."""
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizer(pattern)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -267,38 +274,40 @@ def train(settings: TokenizerConfig) -> Tokenizer:
     """
     paths = expand(settings.files, "[tokenizer] files")
     limit = int(settings.sample_mb * 1e6)
-    options: dict[str, Any] = {
+    has_text = False
+
+    def texts(bar: Progress) -> Iterator[str]:
+        nonlocal has_text
+        for text, n_bytes in sample(paths, limit, plain_text):
+            has_text = has_text or bool(text.strip())
+            yield text
+            bar.update(n_bytes)
+
+    total = sum(map(text_size, paths))
+    with ended_by_ctrl_c():
+        with Progress(min(limit, total), "tokenizer", "B") as bar:
+            if settings.kind == "bpe":
+                backend = _byte_level(models.BPE(), settings.pattern)
+                backend.train_from_iterator(texts(bar), trainers.BpeTrainer(**_options(settings)))
+            else:
+                words = frequent_words(texts(bar), settings.pattern)
+        if not has_text:
+            names = ", ".join(settings.files)
+            raise UserError(f"{names}: found no text; wanted some for [tokenizer] files")
+        if settings.kind == "unigram":
+            empty = _byte_level(models.Unigram(), settings.pattern)
+            backend = train_unigram(empty, words, _options(settings))
+    return Tokenizer(backend)
+
+
+def _options(settings: TokenizerConfig) -> dict[str, Any]:
+    """What both trainers of the library are told."""
+    return {
         "vocab_size": settings.vocab_size,
         "special_tokens": list(SPECIAL),
         "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
         "show_progress": False,
     }
-    trainer: Any
-    if settings.kind == "bpe":
-        backend = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(**options)
-    else:
-        backend = _byte_level(models.Unigram())
-        trainer = trainers.UnigramTrainer(unk_token="[UNK]", **options)
-
-    found_text = False
-
-    def texts(bar: Progress) -> Iterator[str]:
-        nonlocal found_text
-        for text, n_bytes in sample(paths, limit, plain_text):
-            found_text = found_text or bool(text.strip())
-            yield text
-            bar.update(n_bytes)
-
-    total = sum(map(text_size, paths))
-    with Progress(min(limit, total), "tokenizer", "B") as bar, ended_by_ctrl_c():
-        backend.train_from_iterator(texts(bar), trainer)
-    if not found_text:
-        names = ", ".join(settings.files)
-        raise UserError(f"{names}: found no text; wanted some for [tokenizer] files")
-    if settings.kind == "unigram":
-        backend = _round_scores(backend)
-    return Tokenizer(backend)
 
 
 @contextmanager
@@ -317,17 +326,6 @@ def ended_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _round_scores(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Round Unigram's scores to 6 digits.
-
-    The library does not read longer ones back exactly, so the hash would change with a reload.
-    """
-    state = json.loads(backend.to_str())
-    model = state["model"]
-    model["vocab"] = [[entry, round(score, 6)] for entry, score in model["vocab"]]
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

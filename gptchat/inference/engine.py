@@ -50,6 +50,7 @@ from gptchat.inference.linear import prepare_for_inference, without_torch_functi
 from gptchat.inference.prefix_cache import Prefix, PrefixCache
 from gptchat.inference.request import Ids, Output, Request, check_request
 from gptchat.inference.sampling import Row, Scored, draw, score
+from gptchat.inference.text import CharacterFilter
 from gptchat.model.gpt2 import GPT2
 
 SCORED_AT_ONCE = 32  # prompt positions whose logits (x V) are in memory together
@@ -96,10 +97,10 @@ class Engine:
 
     `dtype`, one of `linear.DTYPES` or "auto", packs the layers for speed; None takes them as they
     are. The engine has its own copy of the model, which shares parameters but can be packed without
-    harm to the original. `suppress` are ids that are never drawn. A step prefills at most
-    `prefill_chunk` prompt tokens, so that long prompts do not stall the live sequences.
-    `prefix_cache` uses keys and values of ended sequences again, at the price that answers depend
-    on earlier requests, by rounding.
+    harm to the original. `suppress` are ids that are never drawn; `characters` is what the setting
+    `whole_characters` needs. A step prefills at most `prefill_chunk` prompt tokens, so that long
+    prompts do not stall the live sequences. `prefix_cache` uses keys and values of ended sequences
+    again, at the price that answers depend on earlier requests, by rounding.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Engine:
         dtype: str | None = None,
         suppress: Ids = (),
         prefill_chunk: int = 256,
+        characters: CharacterFilter | None = None,
         prefix_cache: bool = False,
     ):
         shared = {id(parameter): parameter for parameter in model.parameters()}
@@ -122,6 +124,7 @@ class Engine:
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.device = self.model.wte.weight.device
         self.suppress = torch.tensor(suppress, dtype=torch.int64, device=self.device)
+        self.characters = characters
         self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
         self.prefix_cache = PrefixCache(self.cache, slots, prefix_cache)
         self.waiting: deque[QueuedRequest] = deque()
@@ -323,7 +326,7 @@ class Engine:
     def _draw(self, first_slot: int, logits: Tensor) -> list[Output]:
         """Draw a token for the live sequences from `first_slot` on; those that end leave."""
         sequences = self.running[first_slot:]
-        drawn = draw(logits, sequences, self.suppress)
+        drawn = draw(logits, sequences, self.suppress, self.characters)
         outputs = [_accept(*pair) for pair in zip(sequences, drawn, strict=True)]
         for index in reversed(range(len(outputs))):
             if outputs[index].finish_reason:

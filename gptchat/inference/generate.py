@@ -11,8 +11,10 @@ Promises and invariants:
   except the one that ends a text: [CLS] for a ChatLM, [EOS] for an LM.
 - A prompt leaves room for the answer (`prompt_room`): an LM's text that is longer is refused, a
   ChatLM's dialogue loses its oldest turns and is refused only if its last turn is too long.
-- Text holds whole characters and no stop string. What may become either is held back; at the end of
-  an answer an incomplete character is U+FFFD.
+- Text holds whole characters and no stop string. What may become either is held back; an incomplete
+  character at the end of an answer, which its length has cut, is left out.
+- No U+FFFD stands for broken characters in an answer, unless its setting `whole_characters` is 0 or
+  its prompt is ids that end inside a character.
 - An answer depends on its prompt, settings and seed, not on the requests that run beside it, and
   with `prefix_cache` not on earlier ones, except for rounding, which matters with bfloat16 and int8
   (`engine` says how much).
@@ -31,7 +33,7 @@ from gptchat.data.dialogue import Turn, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.engine import Engine, Output, Request
 from gptchat.inference.sampling import Sampling
-from gptchat.inference.text import StreamDecoder
+from gptchat.inference.text import CharacterFilter, StreamDecoder
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS
 
@@ -140,8 +142,14 @@ class TextGenerator:
         self.stop_id = pretrained.stop_id(tokenizer, task)
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         never_generated = pretrained.never_generated(model.config, tokenizer, task)
+        characters = CharacterFilter(tokenizer, model.config.vocab_size, model.wte.weight.device)
         self.engine = Engine(
-            model, slots, dtype=dtype, suppress=never_generated, prefix_cache=prefix_cache
+            model,
+            slots,
+            dtype=dtype,
+            suppress=never_generated,
+            characters=characters,
+            prefix_cache=prefix_cache,
         )
         self.n_ctx = self.engine.length
 

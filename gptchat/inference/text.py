@@ -1,8 +1,9 @@
-"""Text and token ids while an answer grows: streaming decode, stop strings, forbidden words.
+"""Text and token ids while an answer grows: streaming decode, stop strings, forbidden ids.
 
-Token boundaries fall anywhere, also inside a character, so both classes work on the tokens' bytes.
+Token boundaries fall anywhere, also inside a character, so all classes work on the tokens' bytes.
 `StreamDecoder` turns the ids of one answer into text, and gives out only what later ids cannot
-change. `WordFilter` says which ids must not come next; it has no state between calls.
+change. `CharacterFilter` and `WordFilter` say which ids must not come next, lest a character be
+broken or a forbidden word completed; both have no state between calls.
 """
 
 import codecs
@@ -10,7 +11,52 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from gptchat.data.tokenizer import Tokenizer
+
+CONTINUATION = range(0x80, 0xC0)  # bytes of a UTF-8 character after its first one
+# The states of a reader of UTF-8 (Unicode 17.0, table 3-7): the bytes that may follow, and the
+# state behind them. Between characters it is in state 0; the last state is that of broken text.
+UTF8_STATES: tuple[dict[range, int], ...] = (
+    {
+        range(0x00, 0x80): 0,
+        range(0xC2, 0xE0): 1,
+        range(0xE0, 0xE1): 3,
+        range(0xE1, 0xED): 2,
+        range(0xED, 0xEE): 4,
+        range(0xEE, 0xF0): 2,
+        range(0xF0, 0xF1): 6,
+        range(0xF1, 0xF4): 5,
+        range(0xF4, 0xF5): 7,
+    },
+    {CONTINUATION: 0},  # one byte is missing
+    {CONTINUATION: 1},  # two are missing
+    {range(0xA0, 0xC0): 1},  # two, after 0xe0, whose characters have no shorter form
+    {range(0x80, 0xA0): 1},  # two, after 0xed: no surrogates
+    {CONTINUATION: 2},  # three are missing
+    {range(0x90, 0xC0): 2},  # three, after 0xf0, whose characters have no shorter form
+    {range(0x80, 0x90): 2},  # three, after 0xf4: none above U+10FFFF
+    {},
+)
+BROKEN = len(UTF8_STATES) - 1
+
+
+def _following() -> list[bytes]:
+    """`_following()[state][byte]` is the state after a byte."""
+    table = []
+    for successors in UTF8_STATES:
+        row = bytearray([BROKEN]) * 256
+        for allowed, successor in successors.items():
+            for byte in allowed:
+                row[byte] = successor
+        table.append(bytes(row))
+    return table
+
+
+FOLLOWING = _following()
 
 
 class StreamDecoder:
@@ -18,8 +64,9 @@ class StreamDecoder:
 
     A piece holds no half character and no part of a stop string. The joined pieces are the decoded
     text up to the stop string that is complete first (the longest, if several end there); `stopped`
-    is then true. The end of the text is held back as long as it may become a stop string. Raises
-    ValueError for an empty stop string.
+    is then true. The end of the text is held back as long as it may become a stop string. A
+    character that is unfinished when the stream ends is left out. Raises ValueError for an empty
+    stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -37,7 +84,7 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """The text that was held back, now that the stream has ended."""
-        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        text = self._held
         self._held = ""
         return text
 
@@ -77,6 +124,52 @@ class StreamDecoder:
         return longest
 
 
+class CharacterFilter:
+    """Which ids must not come next if the text of an answer shall be valid UTF-8.
+
+    `forbidden[state]` (V,), bool, says it for each state of `UTF8_STATES`; `forbidden[BROKEN]`
+    forbids nothing. While a character is unfinished, special tokens are forbidden, too, and rows of
+    a model that stand for no token. There is always an id that goes on, since the vocabulary has an
+    entry for each byte. V is the model's `vocab_size`, which need not be the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, device: torch.device | str = "cpu"):
+        self._token_bytes = tokenizer.token_bytes
+        token_bytes = tokenizer.token_bytes[:vocab_size]
+        token_bytes += [b""] * (vocab_size - len(token_bytes))
+        forbidden = _end_states(token_bytes) == BROKEN  # (states, V)
+        forbidden[1:] |= np.array([not data for data in token_bytes])
+        forbidden[BROKEN] = False
+        self.forbidden: Tensor = torch.from_numpy(forbidden).to(device)
+        self.forbidden_between = self.forbidden[0].nonzero()[:, 0]  # the ids that state 0 forbids
+
+    def state(self, ids: Sequence[int]) -> int:
+        """The state after the text of `ids`, of which only the last three bytes are read."""
+        tail = _tail(self._token_bytes, ids, 3)
+        for n in range(1, len(tail) + 1):
+            if tail[-n] not in CONTINUATION:  # the first byte of the last character
+                state = 0
+                for byte in tail[-n:]:
+                    state = FOLLOWING[state][byte]
+                return state if state != BROKEN else 0
+        return 0
+
+
+def _end_states(token_bytes: Sequence[bytes]) -> np.ndarray:
+    """The state (states, V) after each token's bytes, from each of `UTF8_STATES` before them."""
+    following = np.array([list(row) for row in FOLLOWING], np.uint8)  # (states, 256)
+    lengths = np.array([len(data) for data in token_bytes])
+    starts = np.cumsum(lengths) - lengths
+    joined = np.frombuffer(b"".join(token_bytes), np.uint8)
+    states = np.repeat(
+        np.arange(len(UTF8_STATES), dtype=np.uint8)[:, None], len(token_bytes), axis=1
+    )
+    for place in range(lengths.max()):
+        longer = np.flatnonzero(lengths > place)
+        states[:, longer] = following[states[:, longer], joined[starts[longer] + place]]
+    return states
+
+
 class WordFilter:
     """The ids that must not come next if none of `words` may ever be completed.
 
@@ -109,7 +202,7 @@ class WordFilter:
 
     def banned(self, ids: Sequence[int]) -> list[int]:
         """The ids that would complete a word after `ids`; only the end of their text is read."""
-        tail = self._tail(ids)
+        tail = _tail(self._token_bytes, ids, self._lengths[-1] if self._lengths else 0)
         banned = set(self._containing)
         for n in self._lengths:
             if n > len(tail):
@@ -118,12 +211,15 @@ class WordFilter:
                 banned.update(completing)
         return list(banned)
 
-    def _tail(self, ids: Sequence[int]) -> bytes:
-        """The last bytes of the text of `ids`, as many as the longest beginning of a word."""
-        longest = self._lengths[-1] if self._lengths else 0
-        tail = b""
-        for id in reversed(ids):
-            if len(tail) >= longest or not self._token_bytes[id]:
-                break
-            tail = self._token_bytes[id] + tail
-        return tail
+
+def _tail(token_bytes: Sequence[bytes], ids: Sequence[int], length: int) -> bytes:
+    """The last bytes of the text of `ids`, at least `length` if there are as many.
+
+    A special token, which has no text, ends the text before it.
+    """
+    tail = b""
+    for id in reversed(ids):
+        if len(tail) >= length or not token_bytes[id]:
+            break
+        tail = token_bytes[id] + tail
+    return tail
