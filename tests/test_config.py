@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gptchat.config import RENAMED, Config, TrainConfig, build, load_config, setting
+from gptchat.config import Config, TrainConfig, load_config
 from gptchat.console import UserError
+from gptchat.settings import RENAMED, build, setting
 from gptchat.training.metrics import PRECISIONS
 from gptchat.training.optim import SCHEDULES
 from gptchat.training.saved_config import FREE_KEYS

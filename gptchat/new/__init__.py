@@ -24,6 +24,7 @@ import gptchat.new.sizing as sizing
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
+from gptchat.data.dialogue import is_jsonl
 from gptchat.files import atomic_write, shipped
 from gptchat.new.sizing import Plan, Speed
 
@@ -134,6 +135,15 @@ def head_lines(task: str, name: str, minutes: float, speed: Speed, start: str) -
     return [*lines, f'init_from = "{start}"'] if start else lines
 
 
+def targets_line(chat: Sequence[str], is_first: bool) -> str:
+    """What a ChatLM learns of own dialogues."""
+    if is_first:
+        return 'targets = "all"  # without an LM before it, it learns from every turn'
+    if all(is_jsonl(pattern) for pattern in chat):
+        return 'targets = "responder"  # every message of the assistant; "turns": of both'
+    return 'targets = "response"  # rows may repeat earlier turns; "responder" learns those, too'
+
+
 def plan_configs(
     name: str, text: Sequence[str], chat: Sequence[str], minutes: float
 ) -> dict[str, str]:
@@ -165,9 +175,9 @@ def plan_configs(
             lines += tokenizer_lines(name, files, plan, recipe_files["lm"])
         patterns = text if task == "lm" else chat
         data = data_lines(name, patterns, document, reports[task], plan, recipe_file)
-        if task == "chatlm" and is_first:
+        if task == "chatlm":
             data = [line for line in data if not line.startswith("targets")]
-            data.append('targets = "all"  # without an LM before it, it learns from every turn')
+            data.append(targets_line(chat, is_first))
         lines += data + model_lines(plan, recipe_file, is_first) + train_lines(plan, recipe_file)
         contents[f"{task}.toml"] = "\n".join(lines) + "\n"
     return contents

@@ -15,9 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptchat.config import RENAMED, Config
+from gptchat.config import Config
 from gptchat.console import UserError
 from gptchat.files import atomic_write
+from gptchat.settings import RENAMED
 
 # Keys that may change between two starts of a run: what the checkpoint holds means the same under
 # any value.
