@@ -149,5 +149,5 @@ def test_the_documented_way_to_pass_token_types_answers_as_we_do(
     rows = load_model(directory)[0].config.type_rows
     assert seen["input_ids"].tolist() == [ids]
     assert seen["token_type_ids"].tolist() == [[rows[type] for type in types]]
-    sampling = Sampling(temperature=0, max_new_tokens=20)
+    sampling = Sampling(temperature=0, max_new_tokens=20, whole_characters=0)
     assert variables["answer"] == generator.complete([generator.request(prompt, sampling)])[0]

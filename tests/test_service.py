@@ -281,7 +281,7 @@ def test_stream_is_the_whole_answer_in_pieces(chat):
 
 
 def test_stop_strings_end_and_are_left_out(chat):
-    body = {"context": "hello", "temperature": 0, "max_tokens": 30, "n": 1}
+    body = {"context": "hello", "temperature": 0, "max_tokens": 30, "n": 1, "whole_characters": 0}
     text = chat.ask(body)[1]["response"]
     stop = re.findall("[a-z]{3}", text)[1]
     for stream in (False, True):
@@ -478,6 +478,7 @@ def test_chat_log_probabilities_list_each_token_with_its_bytes_and_the_best(chat
         "max_tokens": 3,
         "logprobs": True,
         "top_logprobs": 2,
+        "whole_characters": 0,
     }
     status, answer = chat.ask(body | LONG, "v1/chat/completions")
     choice = answer["choices"][0]

@@ -25,7 +25,7 @@ from gptchat.config import Config, load_config
 from gptchat.console import UserError
 from gptchat.data.batches import Batch, Batches
 from gptchat.data.shards import open_shards
-from gptchat.data.tokenizer import Tokenizer, tokenizer_for
+from gptchat.data.tokenizer import tokenizer_for
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.train import Run
@@ -689,22 +689,9 @@ def test_wrong_use_is_one_line_and_exit_status_2(
 
 
 def test_shards_of_another_tokenizer_are_refused(small: Path, tmp_path: Path) -> None:
-    Tokenizer.load(small / "tokenizer").save(tmp_path)
-    text = (tmp_path / "tokenizer.json").read_text()
-    run(
-        "tokenizer",
-        "--config",
-        small / "lm.toml",
-        f"tokenizer.dir={tmp_path}",
-        "tokenizer.vocab_size=390",
-    )
-    assert text != (tmp_path / "tokenizer.json").read_text()
-    output = run(
-        "train",
-        "--config",
-        small / "lm.toml",
-        f"run={tmp_path}/run",
-        f"tokenizer.dir={tmp_path}",
-        status=2,
-    )
+    other = f"tokenizer.dir={tmp_path}/tokenizer"
+    run("tokenizer", "--config", small / "lm.toml", other, "tokenizer.vocab_size=390")
+    text = (tmp_path / "tokenizer/tokenizer.json").read_text()
+    assert text != (small / "tokenizer/tokenizer.json").read_text()
+    output = run("train", "--config", small / "lm.toml", f"run={tmp_path}/run", other, status=2)
     assert "found shards of tokenizer" in output and output.count("\n") == 1, output
