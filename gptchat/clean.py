@@ -25,6 +25,7 @@ RUN_FILES = (
     "checkpoint.safetensors",
     "config.json",
     "log.jsonl",
+    "speed.jsonl",
     "test.txt",
     "prompts.tsv",
     "answers.tsv",
@@ -41,6 +42,7 @@ RUN_FILES = (
     ".lock",
 )
 SHARD_FILES = ("meta.json", "train-*.bin", "valid-*.bin", "test-*.bin", "*.tmp", ".*.tmp", ".lock")
+PART_FILES = tuple(f"part-*-of-*/{name}" for name in SHARD_FILES)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", vocabulary.RECORD, ".lock")
 SERVE_FILES = ("config.properties", "key_file.json", "draining")
 SERVE_FOLDERS = ("store", "staging", "tmp", "logs")  # their whole content is TorchServe's
@@ -52,8 +54,9 @@ def clean_config(config: Config, config_file: str) -> None:
     if _holds(run / "config.json", {"task", "run", "train", "text"}):
         remove(run, RUN_FILES)
     shards = config.shards_dir
-    if _holds(shards / "meta.json", {"format", "splits"}):
-        remove(shards, SHARD_FILES)
+    metas = [shards / "meta.json", *shards.glob("part-*-of-*/meta.json")]
+    if any(_holds(meta, {"format", "splits"}) for meta in metas):
+        remove(shards, SHARD_FILES + PART_FILES)
     folder = config.tokenizer.dir
     record = vocabulary.read_record(folder)
     if record and not config.init_from and record["config"] == config_file:

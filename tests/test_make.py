@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import run as run_command
 
 from gptchat import paths
+from gptchat.clean import clean_config
+from gptchat.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 # Commands that make runs are noted. Those that take long are replaced by what they leave behind.
@@ -369,6 +372,21 @@ def test_clean_data_removes_the_default_corpora_that_nobody_changed(
     left = {str(path.relative_to(project.folder)) for path in project.folder.glob("data/**/*.t*")}
     assert left == {"data/lm/mine.txt", "data/chatlm/train.tsv"}
     assert "data/chatlm/train.tsv: kept" in output
+
+
+@pytest.mark.slow
+def test_clean_removes_all_that_a_run_and_its_shards_in_parts_leave(
+    small: Path, tmp_path: Path
+) -> None:
+    config, folder = small / "lm.toml", tmp_path / "out"
+    overrides = [f"run={folder}/run", "train.num_steps=2", "train.eval_interval=1"]
+    run_command("train", "--config", config, *overrides)
+    for part in ("1/2", "2/2"):
+        shards = f"data.shards={folder}/shards"
+        run_command("shards", "--config", config, "--part", part, shards)
+    own = [f"run={folder}/run", f"data.shards={folder}/shards"]  # the vocabulary is another's
+    clean_config(load_config(str(config), own), "another.toml")
+    assert not folder.exists()
 
 
 @pytest.fixture
