@@ -59,7 +59,7 @@ def clean_config(config: Config, config_file: str) -> None:
         remove(shards, SHARD_FILES + PART_FILES)
     folder = config.tokenizer.dir
     record = vocabulary.read_record(folder)
-    if record and not config.init_from and record["config"] == config_file:
+    if record and not config.init_from and vocabulary.is_by(record, config_file):
         remove(Path(folder), TOKENIZER_FILES)
 
 

@@ -47,6 +47,15 @@ def test_a_vocabulary_is_trained_once(own: Path) -> None:
     assert standing(own) == (True, False, "")
 
 
+def test_a_config_is_the_same_however_its_path_is_spelled(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own)
+    (own / "b.txt").write_text("More.")
+    for name in ("own.toml", "./own.toml", f"../{own.name}/own.toml"):
+        assert vocabulary.standing(load_config(name), name) == (True, True, "")
+
+
 def test_new_text_trains_it_again_unless_a_run_has_begun(own: Path) -> None:
     (own / "b.txt").write_text("More.")
     assert standing(own) == (True, True, "")

@@ -11,6 +11,7 @@ has begun to train with, since that run could not go on with another.
 
 import dataclasses
 import json
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def standing(config: Config, config_file: str) -> Standing:
     if record is None:
         return Standing(False, False, f"{settings.dir}: kept as it is; it was not trained here")
     change = _describe_change(record, settings)
-    if record["config"] != config_file:
+    if not is_by(record, config_file):
         note = f"{settings.dir}: kept as it is; {record['config']} trained it"
         return Standing(False, False, f"{note}, and {change}" if change else "")
     has_begun = Path(config.run, "checkpoint.safetensors").is_file()
@@ -57,6 +58,11 @@ def standing(config: Config, config_file: str) -> Standing:
         note = f"{settings.dir}: kept, although {change}: {config.run} was trained with it"
         return Standing(True, False, note)
     return Standing(True, bool(change), "")
+
+
+def is_by(record: dict[str, Any], config_file: str) -> bool:
+    """Whether a record names this config file, however the path is spelled."""
+    return os.path.abspath(record["config"]) == os.path.abspath(config_file)
 
 
 def source_states(settings: TokenizerConfig) -> dict[str, digests.FileState]:
