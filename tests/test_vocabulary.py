@@ -66,6 +66,21 @@ def test_new_text_trains_it_again_unless_a_run_has_begun(own: Path) -> None:
     assert f"{own}/b.txt is new: {own}/run was trained with it" in found.note
 
 
+def test_a_training_that_is_killed_between_its_files_can_be_done_again(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    (own / "b.txt").write_text("More. " * 20)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenizer.Tokenizer, "save", killed)
+        tokenizer.main(["--config", str(own / "own.toml")])
+    assert standing(own) == (True, True, "")  # the old one is still there
+    tokenizer.main(["--config", str(own / "own.toml")])
+    assert standing(own) == (True, False, "")
+
+
 def test_a_vocabulary_whose_text_is_gone_stays(own: Path) -> None:
     (own / "a.txt").unlink()
     assert standing(own) == (True, False, "")

@@ -151,6 +151,11 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @property
+    def json(self) -> str:
+        """The content of `tokenizer.json`."""
+        return self.backend.to_str(pretty=True)
+
+    @property
     def pieces(self) -> SortedTokens:
         """All tokens, sorted by their bytes."""
         if self._pieces is None:
@@ -214,7 +219,7 @@ class Tokenizer:
                 settings[key] = self.backend.id_to_token(id)
         with atomic_write(Path(directory) / "tokenizer.json") as vocabulary_file:
             # Not `backend.save`, whose error for a full disk is no OSError.
-            vocabulary_file.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+            vocabulary_file.write_text(self.json, encoding="utf-8")
             with atomic_write(Path(directory) / "tokenizer_config.json") as settings_file:
                 settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -346,6 +351,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     sources = vocabulary.source_states(settings)
     tokenizer = train(settings)
+    vocabulary.write_record(settings, arguments.config, sources, tokenizer.json.encode())
     tokenizer.save(settings.dir)
-    vocabulary.write_record(settings, arguments.config, sources)
     print(f"{settings.dir}: {settings.kind}, {tokenizer.vocab_size:,} entries")

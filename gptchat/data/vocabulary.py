@@ -2,7 +2,8 @@
 
 `gptchat tokenizer` writes a record, `trained.json`, beside `tokenizer.json`: the config and the
 settings that it was trained by, size, time and digest of each text file, and the digest of
-`tokenizer.json` itself.
+`tokenizer.json` itself. The record is written first, with the one that it replaces inside: whenever
+the process is killed, the vocabulary that is there has its record.
 
 Invariants: a vocabulary is trained over only by the config that it was trained by. One without a
 record, or that is not what the record says, came from elsewhere and stays; so does one that a run
@@ -71,14 +72,21 @@ def source_states(settings: TokenizerConfig) -> dict[str, digests.FileState]:
 
 
 def write_record(
-    settings: TokenizerConfig, config_file: str, sources: dict[str, digests.FileState]
+    settings: TokenizerConfig,
+    config_file: str,
+    sources: dict[str, digests.FileState],
+    content: bytes,
 ) -> None:
-    """Note how the vocabulary that was just saved in the settings' folder was trained."""
+    """Note how a vocabulary was trained, before its tokenizer.json, `content`, is written."""
+    replaced = read_record(settings.dir)
+    if replaced:
+        replaced.pop("replaced", None)
     record = {
         "config": config_file,
         "settings": _settings_of(settings),
         "sources": sources,
-        "digest": digests.file_digest(Path(settings.dir, "tokenizer.json")),
+        "digest": digests.new_digest(content).hexdigest(),
+        "replaced": replaced,
     }
     with atomic_write(Path(settings.dir, RECORD)) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
@@ -87,12 +95,15 @@ def write_record(
 def read_record(folder: str) -> dict[str, Any] | None:
     """The record of the vocabulary in a folder; None if there is none that belongs to it."""
     try:
-        record = json.loads(Path(folder, RECORD).read_text())
-        is_of_this = record["digest"] == digests.file_digest(Path(folder, "tokenizer.json"))
-        is_complete = {"config", "settings", "sources"} <= record.keys()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record if is_of_this and is_complete else None
+        digest = digests.file_digest(Path(folder, "tokenizer.json"))
+        newest = json.loads(Path(folder, RECORD).read_text())
+        for record in (newest, newest.get("replaced")):
+            is_complete = record and {"config", "settings", "sources"} <= record.keys()
+            if is_complete and record["digest"] == digest:
+                return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def _describe_change(record: dict[str, Any], settings: TokenizerConfig) -> str:
