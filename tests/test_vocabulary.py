@@ -41,8 +41,11 @@ def standing(folder: Path, name: str = "own.toml") -> vocabulary.Standing:
     return vocabulary.standing(load_config(path), path)
 
 
-def test_a_vocabulary_is_trained_once(own: Path) -> None:
+def test_a_vocabulary_is_trained_once(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert standing(own) == (True, False, "")
+    capsys.readouterr()
+    tokenizer.main(["--config", str(own / "own.toml")])
+    assert capsys.readouterr().out.startswith(f"{own}/tokenizer: kept as it is; it was trained by")
     os.utime(own / "a.txt")  # touched, not changed
     assert standing(own) == (True, False, "")
 
@@ -64,6 +67,10 @@ def test_new_text_trains_it_again_unless_a_run_has_begun(own: Path) -> None:
     found = standing(own)
     assert (found.is_own, found.needs_training) == (True, False)
     assert f"{own}/b.txt is new: {own}/run was trained with it" in found.note
+    before = (own / "tokenizer/tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match="b.txt is new: .*/run was trained with it; wanted another"):
+        tokenizer.main(["--config", str(own / "own.toml")])
+    assert (own / "tokenizer/tokenizer.json").read_bytes() == before
 
 
 def test_a_training_that_is_killed_between_its_files_can_be_done_again(

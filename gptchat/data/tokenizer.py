@@ -5,7 +5,8 @@ the `tokenizers` library. Both work on the bytes of UTF-8, so that no text is un
 vocabulary made elsewhere, such as GPT-2's, loads as it is; the special tokens that it lacks can be
 appended.
 
-A vocabulary that was not trained by the same config is never trained over (`vocabulary.py`).
+A vocabulary is trained over only if the same config has trained it, settings or text have changed
+since, and no run has begun with it (`vocabulary.py`).
 
 A tokenizer's directory is one that transformers' AutoTokenizer loads: `tokenizer.json` and
 `tokenizer_config.json`. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
@@ -344,11 +345,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     settings = config.tokenizer
-    if not vocabulary.standing(config, arguments.config).is_own:
+    standing = vocabulary.standing(config, arguments.config)
+    if not standing.is_own:
         raise UserError(
             f"{settings.dir}: found a vocabulary that {arguments.config} has not trained; "
             "wanted another [tokenizer] dir, or that one moved away"
         )
+    if standing.note:
+        raise UserError(f"{standing.note}; wanted another [tokenizer] dir")
+    if not standing.needs_training:
+        print(f"{settings.dir}: kept as it is; it was trained by these settings on this text")
+        return
     sources = vocabulary.source_states(settings)
     tokenizer = train(settings)
     vocabulary.write_record(settings, arguments.config, sources, tokenizer.json.encode())
