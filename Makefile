@@ -49,12 +49,21 @@ WITHOUT_CONFIGS := help setup corpora check test soak fuzz constraints tensorboa
 WITHOUT_DATA    := chat evaluate mar serve
 WITHOUT_CHATLM  := tokenizer lm bench
 GOALS           := $(filter-out $(WITHOUT_CONFIGS),$(or $(MAKECMDGOALS),help))
+
+# One of the two configs may be missing. It is a mistake, which gptchat tells, where its own name
+# was given, where nothing else is asked for, and where the other one is missing, too.
+NO_CONFIG       := $(if $(wildcard $(LM) $(CHATLM)),,none)
+given            = $(filter command environment,$(origin $(1)))
+only             = $(if $(filter-out $(1),$(GOALS)),,$(GOALS))
+LM_FILE         := $(if $(wildcard $(LM))$(call given,LM)$(call only,lm)$(NO_CONFIG),$(LM))
+CHATLM_FILE     := $(if $(wildcard $(CHATLM))$(call given,CHATLM)$(call only,chatlm)$(NO_CONFIG),$(CHATLM))
+
 ifneq ($(GOALS),)
 # An empty file. Where it is missing, make sets up $(VENV) first and then reads this file again.
 include $(VENV)/.base
 ifneq ($(wildcard $(VENV)/.base),)
-$(foreach word,$(shell $(GPTCHAT) paths --lm $(LM) \
-  $(if $(filter-out $(WITHOUT_CHATLM),$(GOALS))$(if $(wildcard $(LM)),,no LM),--chatlm $(CHATLM)) \
+$(foreach word,$(shell $(GPTCHAT) paths $(LM_FILE:%=--lm %) \
+  $(if $(filter-out $(WITHOUT_CHATLM),$(GOALS))$(if $(LM_FILE),,no LM),$(CHATLM_FILE:%=--chatlm %)) \
   $(if $(filter-out $(WITHOUT_DATA),$(GOALS)),--data)),$(eval $(word)))
 ifndef PATHS_READ
 $(error stopped by the mistake above; nothing was done)
@@ -81,6 +90,7 @@ $(CHATLM_VOCABULARY): $(if $(CHATLM_VOCABULARY_IS_OLD),always) | $(CHATLM_VOCABU
 	$(GPTCHAT) tokenizer --config $(CHATLM)
 
 lm: $(LM_TEST)  ## pre-train the LM; resumes a run that was stopped
+	$(if $(LM_RUN),,@echo '$(LM): no such file, so there is no LM to train')
 $(LM_TEST): $(LM) $(LM_DATA) $(LM_START)
 	$(GPTCHAT) shards --config $(LM)
 	$(GPTCHAT) train --config $(LM)
@@ -88,6 +98,7 @@ $(LM_TEST): $(LM) $(LM_DATA) $(LM_START)
 	@cat $@
 
 chatlm: $(CHATLM_TEST)  ## fine-tune the LM to answer
+	$(if $(CHATLM_RUN),,@echo '$(CHATLM): no such file, so there is no ChatLM to train')
 $(CHATLM_TEST): $(CHATLM) $(CHATLM_DATA) $(CHATLM_START)
 	$(GPTCHAT) shards --config $(CHATLM)
 	$(GPTCHAT) train --config $(CHATLM)
@@ -146,7 +157,7 @@ constraints: | $(VENV)/.test  ## the newest versions of all packages, if all tes
 
 # Without a set-up nothing can have been made.
 clean:  ## remove what was trained from these configs, and archives; own files stay
-	$(if $(wildcard $(VENV)/.base),$(GPTCHAT) clean $(addprefix --config ,$(wildcard $(LM) $(CHATLM))))
+	$(if $(wildcard $(VENV)/.base),$(GPTCHAT) clean $(addprefix --config ,$(LM_FILE) $(CHATLM_FILE)))
 
 clean-data:  ## remove the default texts from data/; own files stay
 	$(if $(wildcard $(VENV)/.base),$(GPTCHAT) clean --corpora)

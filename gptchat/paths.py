@@ -13,8 +13,7 @@ The Makefile evaluates each word that is printed. PREFIX is LM or CHATLM:
     CORPORA+=FILE                   --data: a file that `gptchat corpora` writes
     PATHS_READ:=yes                 all went well
 
-A config file that does not exist is passed over if the other one does. Nothing here imports torch,
-since make waits for it at every call.
+Nothing here imports torch, since make waits for it at every call.
 
 Raises UserError for what would stop the run later: a config or a file that is missing, no valid
 data, folders that make cannot handle. A data file whose name make cannot handle is left out, with a
@@ -156,12 +155,10 @@ def _folder(name: str, key: str) -> str:
 
 
 def read_configs(args: argparse.Namespace) -> dict[str, tuple[str, Config]]:
-    """Prefix -> (file, config) of the configs that there are."""
+    """Prefix -> (file, config) of the configs that are named."""
     files = {"LM": args.lm, "CHATLM": args.chatlm}
-    named = {prefix: file for prefix, file in files.items() if file}
-    existing = {prefix: file for prefix, file in named.items() if os.path.exists(file)}
     load = load_run_config if args.data else load_config
-    return {prefix: (file, load(file)) for prefix, file in (existing or named).items()}
+    return {prefix: (file, load(file)) for prefix, file in files.items() if file}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

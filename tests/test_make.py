@@ -287,6 +287,37 @@ def test_a_missing_config_is_one_error_and_no_work(project: Project) -> None:
     assert "error: configs/typo/lm.toml: cannot be read: No such file" in output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("lm", BARD, "LM=configs/typo.toml"),
+        ("chat", BARD, "LM=configs/typo.toml"),
+        ("lm", "chatlm", BARD, "CHATLM=configs/typo.toml"),
+        ("clean", BARD, "CHATLM=configs/typo.toml"),
+    ],
+)
+def test_a_misspelt_config_is_an_error_although_the_other_one_is_there(
+    project: Project, arguments: tuple[str, ...]
+) -> None:
+    output = project.make(*arguments, status=2)
+    assert "error: configs/typo.toml: cannot be read: No such file" in output
+    assert project.commands == [] or arguments[0] == "clean"
+
+
+def test_a_target_whose_config_is_missing_is_an_error(project: Project) -> None:
+    for target, name in (("chatlm", "chatlm.toml"), ("lm", "lm.toml")):
+        moved = (project.folder / "configs/bard" / name).rename(project.folder / name)
+        output = project.make(target, BARD, status=2)
+        assert f"error: configs/bard/{name}: cannot be read: No such file" in output
+        assert project.commands == []
+        moved.rename(project.folder / "configs/bard" / name)
+
+
+def test_clean_names_a_folder_of_configs_that_is_not_there(project: Project) -> None:
+    output = project.make("clean", "CONFIGS=configs/mien", status=2)
+    assert "error: configs/mien/lm.toml: cannot be read: No such file" in output
+
+
 def test_a_file_whose_name_make_cannot_handle_is_told_and_used_all_the_same(
     project: Project,
 ) -> None:
@@ -303,7 +334,8 @@ def test_a_chatlm_without_an_lm_trains_its_own_vocabulary(project: Project) -> N
     alone = LM.replace("out/bard", "out/chat").replace("mine/*.txt", "talks/*.tsv")
     alone = alone.replace("valid.txt", "valid.tsv").replace("test.txt", "test.tsv")
     project.write("configs/bard/chatlm.toml", 'task = "chatlm"\n' + alone)
-    project.make("tokenizer", "lm", "chatlm", BARD)
+    output = project.make("tokenizer", "lm", "chatlm", BARD)
+    assert "configs/bard/lm.toml: no such file, so there is no LM to train" in output
     assert project.commands[:3] == [
         "tokenizer configs/bard/chatlm.toml",
         "shards configs/bard/chatlm.toml",
