@@ -110,16 +110,18 @@ $(CHATLM_TEST): $(CHATLM) $(CHATLM_DATA) $(CHATLM_START)
 
 # --- using it
 
-chat: | $(VENV)/.base  ## talk to the ChatLM in the terminal
-	$(GPTCHAT) chat --model $(CHATLM_RUN)/model $(ARGS)
+chat: | $(VENV)/.base  ## talk to the ChatLM in the terminal; to the LM if there is no ChatLM
+	$(GPTCHAT) chat --model $(or $(CHATLM_RUN),$(LM_RUN))/model $(ARGS)
 
 evaluate: | $(VENV)/.base  ## test figures of both models
 	$(if $(LM_RUN),$(GPTCHAT) evaluate --config $(LM))
 	$(if $(CHATLM_RUN),$(GPTCHAT) evaluate --config $(CHATLM))
 
-# The models that were trained, unless ARGS names others.
-model   = $(if $(wildcard $(2)/model/model.safetensors),--model $(1)=$(2)/model)
-MODELS  = $(if $(findstring --model,$(ARGS)),,$(call model,chatlm,$(CHATLM_RUN)) $(call model,lm,$(LM_RUN)))
+# The models that were trained, unless ARGS names others. If there is none, all are named, so that
+# gptchat says what is missing, and does not take the models of other configs.
+ALL     = $(CHATLM_RUN:%=chatlm=%/model) $(LM_RUN:%=lm=%/model)
+trained = $(strip $(foreach model,$(ALL),$(if $(wildcard $(lastword $(subst =, ,$(model)))/model.safetensors),$(model))))
+MODELS  = $(if $(findstring --model,$(ARGS)),,$(addprefix --model ,$(or $(trained),$(ALL))))
 
 mar: | $(VENV)/.serve  ## TorchServe archives of what was trained, in out/serve/
 	$(GPTCHAT) serve --archive-only $(MODELS) $(ARGS)

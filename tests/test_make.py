@@ -30,6 +30,7 @@ STUBS = """
 train) run=$(sed -n 's/^run = "\\(.*\\)"/\\1/p' "$5"); mkdir -p "$run"; touch "$run/model"; exit 0;;
 shards) exit 0;;
 evaluate) echo "figures of $5"; exit 0;;
+serve) exit 0;;
 chat) for last; do :; done; printf 'Hi\\tHello\\n' > "$last"; exit 0;;
 corpora) mkdir -p data/lm data/chatlm
   for name in {corpora}; do echo text > $name; done; exit 0;;
@@ -341,6 +342,22 @@ def test_a_chatlm_without_an_lm_trains_its_own_vocabulary(project: Project) -> N
         "shards configs/bard/chatlm.toml",
         "train configs/bard/chatlm.toml",
     ]
+
+
+def test_chat_and_serve_take_what_these_configs_have_trained(project: Project) -> None:
+    project.write("out/lm/model/model.safetensors", "of other configs")
+    project.write("venv/.serve", "")
+    chatlm, lm = "--model chatlm=out/bard-chat/model", "--model lm=out/bard/model"
+    project.make("serve", BARD)
+    assert project.commands == [f"serve --host 127.0.0.1 {chatlm} {lm}"]
+    project.write("out/bard/model/model.safetensors", "")
+    project.make("mar", BARD)
+    assert project.commands == [f"serve --archive-only {lm}"]
+    project.make("chat", BARD)
+    assert project.commands == ["chat --model out/bard-chat/model"]
+    (project.folder / "configs/bard/chatlm.toml").unlink()
+    project.make("chat", BARD)
+    assert project.commands == ["chat --model out/bard/model"]
 
 
 def test_without_test_files_a_run_ends_well(project: Project) -> None:
