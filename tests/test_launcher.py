@@ -14,6 +14,7 @@ import torch
 from serving import ROOT, Server, free_ports, tiny_model
 
 from gptchat.console import UserError
+from gptchat.files import lock_folder
 from gptchat.serve import torchserve
 from gptchat.serve.options import Options, parse_models
 from gptchat.serve.torchserve import TorchServe
@@ -206,3 +207,12 @@ def test_last_error_can_be_read_while_the_output_goes_on(tmp_path):
 
     server.last_lines += [Growing("W-1-lm_1.0-stdout OSError: first"), Growing("x"), Growing("y")]
     assert "first" in server.last_error("lm")
+
+
+def test_a_run_folder_in_which_another_launcher_works_is_refused(model, tmp_path):
+    with lock_folder(tmp_path / "run", "another process works here"):
+        done = run_launcher(
+            "--model", f"lm={model}", "--run", tmp_path / "run", "--port", free_ports()
+        )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{tmp_path / 'run'}: another `gptchat serve` works here" in done.stderr

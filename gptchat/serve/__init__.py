@@ -10,6 +10,8 @@ file named `draining` in RUN), gives live ones DRAIN_SECONDS, stops Java, and ki
 the group: nothing outlives it. If the launcher itself is killed, a watcher process kills the group.
 Only the API may leave loopback.
 
+One launcher works in RUN at a time, which it locks.
+
 Exit status: 0 after a stop that was asked for; 2 with one line if something is wrong, or TorchServe
 ended by itself; 130 if it was stopped before TorchServe was started, or a second time, which ends
 the draining at once.
@@ -21,6 +23,7 @@ the draining at once.
 from collections.abc import Sequence
 
 from gptchat.console import UserError
+from gptchat.files import lock_folder
 from gptchat.serve.archive import archive, check_settings
 from gptchat.serve.options import EVERYWHERE, LOOPBACK, Options, read_options
 from gptchat.serve.signals import ignore_stop_signals, stop_on_signals
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop_on_signals()
     options = read_options(argv)
     check_settings(options.configs / "model-config.yaml")
+    lock = lock_folder(options.run, "another `gptchat serve` works here")
     archives = [archive(name, model, options) for name, model in options.models.items()]
     if options.archive_only:
         print("\n".join(str(options.run / "store" / name) for name in archives))
@@ -63,3 +67,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         ignore_stop_signals()
         server.stop()
+        lock.close()

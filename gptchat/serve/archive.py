@@ -69,8 +69,11 @@ def archive(name: str, model: Path, options: Options) -> str:
             (staging / part).symlink_to(source.resolve())
     except OSError as error:
         raise UserError(f"--run {options.run}: cannot be written: {error}") from None
-    run_archiver(name, model, options, unpacked)
-    shutil.rmtree(staging)
+    try:
+        run_archiver(name, model, options, unpacked)
+    finally:
+        for folder in (staging, temporary / name):  # the latter is the archiver's copy
+            shutil.rmtree(folder, ignore_errors=True)
     return name if unpacked else f"{name}.mar"
 
 
