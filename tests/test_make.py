@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import pytest
 from conftest import run as run_command
 
 from gptchat import paths
-from gptchat.clean import clean_config
+from gptchat.clean import clean, main
 from gptchat.config import load_config
+from gptchat.console import UserError
+from gptchat.files import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 # Commands that make runs are noted. Those that take long are replaced by what they leave behind.
@@ -396,7 +399,7 @@ def test_clean_removes_what_was_made_and_nothing_else(project: Project) -> None:
         "out/elsewhere",
         "out/elsewhere/config.json",
     }
-    assert "out/bard: kept notes.txt, which gptchat did not write" in output
+    assert "out/bard: kept notes.txt (not made from these configs" in output
     assert project.exists("mine/a.txt")
 
 
@@ -434,8 +437,83 @@ def test_clean_removes_all_that_a_run_and_its_shards_in_parts_leave(
         shards = f"data.shards={folder}/shards"
         run_command("shards", "--config", config, "--part", part, shards)
     own = [f"run={folder}/run", f"data.shards={folder}/shards"]  # the vocabulary is another's
-    clean_config(load_config(str(config), own), "another.toml")
+    clean({"another.toml": load_config(str(config), own)}, tmp_path / "serve")
     assert not folder.exists()
+
+
+RUN = '{"task": 0, "run": 0, "train": 0, "text": 0}'
+META = '{"format": 2, "splits": {}}'
+MANIFEST = '{"model": {"handler": "gptchat_handler.py"}}'
+
+
+def test_clean_spares_data_in_the_runs_folder_and_says_so_once(project: Project) -> None:
+    config = LM.replace("out/bard-shards/lm", "out/bard/shards").replace(
+        "held/test", "out/bard/test"
+    )
+    project.write("configs/bard/lm.toml", config)
+    for name in ("config.json", "test.txt", "log.jsonl", "shards/train-00000.bin"):
+        project.write(f"out/bard/{name}", RUN)
+    project.write("out/bard/shards/meta.json", META)
+    output = project.make("clean", BARD)
+    left = [path for path in (project.folder / "out/bard").rglob("*")]
+    assert left == [project.folder / "out/bard/test.txt"]
+    assert [line for line in output.splitlines() if line.startswith("out/bard: ")] == [
+        "out/bard: kept test.txt (not made from these configs, or named as their data)"
+    ]
+    assert "out/bard/shards: removed" in output
+
+
+def test_clean_of_shards_in_parts_takes_each_parts_lock(project: Project) -> None:
+    shards = project.folder / "out/bard-shards/lm"
+    for part in ("part-00001-of-00002", "part-00002-of-00002", "part-of-mine-of-00002"):
+        project.write(f"out/bard-shards/lm/{part}/train-00000.bin", "")
+        project.write(f"out/bard-shards/lm/{part}/meta.json", META)
+    with lock_folder(shards / "part-00002-of-00002", "busy"):
+        output = project.make("clean", BARD, status=2)
+        assert "part-00002-of-00002: another process works here" in output
+        assert (shards / "part-00002-of-00002/train-00000.bin").exists()
+    project.make("clean", BARD)
+    assert [path.name for path in shards.iterdir()] == ["part-of-mine-of-00002"]
+    assert (shards / "part-of-mine-of-00002/train-00000.bin").exists()
+
+
+def test_clean_removes_archives_that_the_launcher_made_and_follows_no_link(
+    project: Project,
+) -> None:
+    store, elsewhere = project.folder / "out/serve/store", project.folder / "elsewhere"
+    for name in ("store/mine.mar", "logs/mine.log", "tmp/mine", "staging/mine", "draining"):
+        project.write(f"out/serve/{name}", "")
+    for name in ("MAR-INF/MANIFEST.json", "gptchat/clean.py", "model/model.safetensors"):
+        project.write(f"out/serve/store/large/{name}", MANIFEST)
+        project.write(f"elsewhere/{name}", MANIFEST)
+    with zipfile.ZipFile(store / "lm.mar", "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", MANIFEST)
+    (store / "linked").symlink_to(elsewhere)
+    (store / "large/handlers").symlink_to(elsewhere)
+    with lock_folder(project.folder / "out/serve", "busy"):
+        assert "out/serve: another process works" in project.make("clean", BARD, status=2)
+        assert (store / "lm.mar").exists()
+    output = project.make("clean", BARD)
+    kept = ["logs/mine.log", "staging/mine", "store/large/handlers", "store/linked"]
+    kept += ["store/mine.mar", "tmp/mine"]
+    serve = project.folder / "out/serve"
+    left = [path for path in serve.rglob("*") if path.is_symlink() or path.is_file()]
+    assert sorted(str(path.relative_to(serve)) for path in left) == kept
+    assert len(list(elsewhere.rglob("*.*"))) == 3
+    assert f"out/serve: kept {', '.join(kept[:3])} ..." in output
+
+
+def test_clean_tells_in_a_line_of_what_cannot_be_removed(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    project.write("out/bard/config.json", RUN)
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match="^out/bard/config.json: cannot be removed: Permission "):
+        main(["--config", "configs/bard/lm.toml"])
 
 
 @pytest.fixture
