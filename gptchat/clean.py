@@ -38,7 +38,6 @@ MODEL_FILES = (
 TEMPORARY = ".*.[0-9]*.tmp"  # what a killed `atomic_write` leaves
 RUN_FILES = (
     "checkpoint.safetensors",
-    "config.json",
     "log.jsonl",
     "speed.jsonl",
     "test.txt",
@@ -49,6 +48,7 @@ RUN_FILES = (
     *MODEL_FILES,
     f"model/{TEMPORARY}",
     TEMPORARY,
+    "config.json",  # late, so that a clean that was stopped can be repeated
     ".lock",
 )
 SPLIT_FILES = ("train-*.bin", "valid-*.bin", "test-*.bin")
