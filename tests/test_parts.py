@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hf_models import byte_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
@@ -91,8 +91,9 @@ def test_windows_across_parts_are_those_of_one_stream(config, tmp_path):
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
+@example(text="\ufeff \na\rb \nb \n\r\n \r\n\v", total=2, document="block", block=9)
 @given(
-    text=st.text("ab\n\r é", max_size=40),
+    text=st.text("ab\n\r\v é\ufeff", max_size=40),
     total=st.integers(1, 9),
     document=st.sampled_from(["block", "line", "file"]),
     block=st.integers(1, 9),
