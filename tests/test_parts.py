@@ -161,6 +161,17 @@ def test_parts_of_a_file_that_changed_between_them_are_refused(config, tmp_path)
         content(config)
 
 
+def test_folders_of_other_names_are_no_parts(config, tmp_path):
+    others = ("part-00000-of-old", "part-00001-of-00002-backup", "part-00000-of-00000")
+    for name in others:
+        (tmp_path / "out" / name).mkdir(parents=True)
+    assert parts.parts_in(tmp_path / "out") == []
+    write(config, part=Part(2, 2))
+    write(config, part=Part(1, 2))
+    assert parts.parts_in(tmp_path / "out") == [Part(1, 2), Part(2, 2)]
+    assert content(config) and verify(config) == {}
+
+
 def test_whole_shards_and_parts_do_not_mix(config):
     write(config, part=Part(1, 2))
     for part in (None, Part(1, 3)):

@@ -25,13 +25,12 @@ from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
 from gptchat.data.check import check, verdict
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
-from gptchat.data.parts import Part, parse_part, sources_of
+from gptchat.data.parts import Part, parse_part, parts_in, sources_of
 from gptchat.data.reading import Source, Span, text_size
 from gptchat.data.shards import (
     REMEDY,
     SHARD_TOKENS,
     header,
-    part_folders,
     split_patterns,
     verify,
 )
@@ -141,19 +140,14 @@ def _check_kind(folder: Path, part: Part | None) -> None:
     if part and (folder / "meta.json").exists():
         found = "whole shards"
     else:
-        others = [name for name in part_folders(folder) if not part or not _is_of(name, part)]
+        others = [p for p in parts_in(folder) if not part or p.total != part.total]
         if not others:
             return
-        found = others[0]
+        found = others[0].folder
     wanted = f"parts of {part.total}" if part else "no parts"
     raise UserError(
         f"{folder}: found {found}; wanted {wanted} there: remove it, or name another data.shards"
     )
-
-
-def _is_of(name: str, part: Part) -> bool:
-    """Whether a part's folder is one of `part.total`."""
-    return name.endswith(part.folder.partition("-of-")[2])
 
 
 def _check_filled(config: Config, splits: dict[str, dict[str, Any]]) -> None:

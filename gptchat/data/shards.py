@@ -42,7 +42,7 @@ from gptchat.config import Config
 from gptchat.console import UserError
 from gptchat.data import digests
 from gptchat.data.encoding import token_dtype
-from gptchat.data.parts import Part
+from gptchat.data.parts import Part, parts_in
 from gptchat.data.shard_files import REMEDY, Folder, Shards
 from gptchat.data.splits import SPLITS, describe_empty, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
@@ -79,11 +79,6 @@ def split_patterns(config: Config) -> dict[str, tuple[str, ...]]:
     return patterns
 
 
-def part_folders(folder: Path) -> list[str]:
-    """The names of the folders of parts in a folder of shards, in their order."""
-    return sorted(path.name for path in folder.glob("part-*-of-*"))
-
-
 def read_folders(config: Config, tokenizer: Tokenizer) -> list[Folder]:
     """The folder of shards, or those of all its parts, in their order.
 
@@ -91,10 +86,10 @@ def read_folders(config: Config, tokenizer: Tokenizer) -> list[Folder]:
     parts were made from different files.
     """
     folder = config.shards_dir
-    parts = part_folders(folder)
+    parts = parts_in(folder)
     if not parts or (folder / "meta.json").exists():
         return [Folder(folder, _read_meta(folder, config, tokenizer, REMEDY))]
-    total = int(parts[0].rpartition("-")[2])
+    total = parts[0].total
     folders = []
     for number in range(1, total + 1):
         part = Part(number, total)
