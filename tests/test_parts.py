@@ -172,6 +172,14 @@ def test_folders_of_other_names_are_no_parts(config, tmp_path):
     assert content(config) and verify(config) == {}
 
 
+def test_a_split_that_is_empty_in_all_parts_is_verified_and_not_opened(config):
+    config = moved(config, config.shards_dir, held_out=1e-9)
+    write(config, part=Part(1, 1))
+    assert verify(config) == {}
+    with pytest.raises(UserError, match="found no document for test with"):
+        content(config, "test")
+
+
 def test_whole_shards_and_parts_do_not_mix(config):
     write(config, part=Part(1, 2))
     for part in (None, Part(1, 3)):

@@ -148,9 +148,14 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     for name in sorted(present):
         if not digests.is_unchanged(name, sources[name]):
             raise UserError(f"{place} {name} as it was before it changed; {REMEDY}")
-    if not any(folder.meta["splits"][split]["documents"] for folder in folders):
+    if not _has_documents(folders, split):
         raise UserError(describe_empty(patterns, split, config.data.held_out))
     return Shards(folders, split)
+
+
+def _has_documents(folders: Sequence[Folder], split: str) -> bool:
+    """Whether a split has a document in any of the parts; of whole shards each split has."""
+    return any(folder.meta["splits"][split]["documents"] for folder in folders)
 
 
 def _sources(folders: Sequence[Folder], split: str) -> dict[str, digests.FileState]:
@@ -192,7 +197,7 @@ def verify(config: Config) -> dict[str, str]:
                 if not _has_digest(str(folder.path / name), state):
                     problem = "found other content than was written, or none"
                     problems[str(folder.path / name)] = problem
-        if not problems:
+        if not problems and _has_documents(folders, split):
             Shards(folders, split)
         for name, state in _sources(folders, split).items():
             if os.path.isfile(name) and not _has_digest(name, state):
