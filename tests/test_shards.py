@@ -302,6 +302,8 @@ def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
     monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 1 << 20)
     write(lm)
     assert len(list(lm.shards_dir.glob("train-0*"))) == 1  # the other files are gone
+    across = found.tokens(99, 101)
+    assert across.base is None or across.base.nbytes == across.nbytes  # no copies of whole files
 
 
 def test_processes_and_a_thread_write_the_same_bytes(lm, tmp_path, monkeypatch):
