@@ -90,6 +90,17 @@ def test_duplicates_and_overlap_are_counted(text: Data) -> None:
     assert "1 documents of valid are in train, too" in report["warnings"]
 
 
+def test_long_documents_that_are_cut_at_other_places_are_duplicates(
+    text: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "BLOCK", 64)
+    long = "Words of a long document. " * 20 + "End."
+    text.write("train.txt", f"One.\n\n{long}\n\nTwo and three.\n\n{long}\n")
+    text.write("valid.txt", f"A first one.\n\n{long}\n")
+    report = text.as_json()
+    assert (report["duplicates"], report["overlap"]["valid"]) == (1, 1)
+
+
 def test_duplicate_dialogues_are_found_whatever_their_format(talks: Data) -> None:
     messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
     talks.write("train.jsonl", json.dumps({"messages": messages}))

@@ -41,9 +41,19 @@ def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
     return f"{names}: found no text; wanted some for [data] {split}"
 
 
+def new_hash(data: bytes = b"") -> blake2b:
+    """A hash to which a text's UTF-8 bytes are given, all at once or piece by piece."""
+    return blake2b(data, digest_size=8)
+
+
+def as_number(text_hash: blake2b) -> int:
+    """The hash as a number below 2**64."""
+    return int.from_bytes(text_hash.digest())
+
+
 def hash_of(text: str) -> int:
     """A number below 2**64 that stands for the text."""
-    return int.from_bytes(blake2b(text.encode(errors="replace"), digest_size=8).digest())
+    return as_number(new_hash(text.encode(errors="replace")))
 
 
 def split_of(text: str, held_out: float) -> str:
