@@ -66,16 +66,21 @@ def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """(each file under its first name, further names of the same files)."""
     distinct: list[Path] = []
     repeated: list[Path] = []
-    seen: set[tuple[int, int]] = set()  # files, as (device, inode)
+    seen: set[tuple[int, int]] = set()
     for path in paths:
-        status = path.stat()
-        file = (status.st_dev, status.st_ino)
+        file = file_id(path)
         if file in seen:
             repeated.append(path)
         else:
             seen.add(file)
             distinct.append(path)
     return distinct, repeated
+
+
+def file_id(path: Path) -> tuple[int, int]:
+    """What all names of a file have in common: (device, inode)."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def why_no_file(pattern: str) -> str:

@@ -198,6 +198,20 @@ def test_an_empty_split_would_be_refused(text: Data) -> None:
     assert refusals == [f"{text.folder}/valid*: found no text; wanted some for [data] valid"]
 
 
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_an_empty_entry_of_weighted_files_would_be_refused(text: Data, held_out: float) -> None:
+    names = [
+        text.write("train.txt", "\n\n".join(f"Document {i}." for i in range(100))),
+        text.write("train-empty.txt", "\n  \n"),
+    ]
+    own = [f"data.train={json.dumps(names)}", "data.weights=[1.0, 1.0]"]
+    if held_out:
+        own += [f"data.held_out={held_out}", "data.valid=[]"]
+    (refusal,) = text.as_json(*own, status=2)["refusals"]
+    assert refusal.startswith(f"{names[1]}: found no ") and "train-1" in refusal
+    assert text.as_json(own[0], *own[2:])["refusals"] == []
+
+
 def test_a_held_out_share_is_counted_by_split(text: Data) -> None:
     text.write("train.txt", "\n\n".join(f"Document {i}." for i in range(1000)))
     report = text.as_json("data.valid=[]", "data.held_out=0.1")

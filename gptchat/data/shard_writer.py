@@ -31,10 +31,9 @@ from gptchat.data.shards import (
     REMEDY,
     SHARD_TOKENS,
     header,
-    split_patterns,
     verify,
 )
-from gptchat.data.splits import SPLITS, describe_empty
+from gptchat.data.splits import SPLITS, empty_splits, split_patterns
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder
 
@@ -110,7 +109,7 @@ def write(config: Config, only: str = "", part: Part | None = None) -> dict[str,
     folder = config.shards_dir / part.folder if part else config.shards_dir
     tokenizer = tokenizer_for(config)
     paths: dict[str, list[Path]] = {}
-    for split, patterns in split_patterns(config).items():
+    for split, patterns in split_patterns(config.data).items():
         if only in ("", split):
             paths[split] = expand(patterns, f"[data] {split}")
     sources: dict[str, list[Source]] = {split: [*listed] for split, listed in paths.items()}
@@ -151,11 +150,9 @@ def _check_kind(folder: Path, part: Part | None) -> None:
 
 
 def _check_filled(config: Config, splits: dict[str, dict[str, Any]]) -> None:
-    for split, counts in splits.items():
-        if counts["documents"] == 0:
-            raise UserError(
-                describe_empty(split_patterns(config)[split], split, config.data.held_out)
-            )
+    documents = {split: counts["documents"] for split, counts in splits.items()}
+    for problem in empty_splits(config.data, documents):
+        raise UserError(problem)
 
 
 def _encode(

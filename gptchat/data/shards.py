@@ -44,7 +44,7 @@ from gptchat.data import digests
 from gptchat.data.encoding import token_dtype
 from gptchat.data.parts import Part, parts_in
 from gptchat.data.shard_files import REMEDY, Folder, Shards
-from gptchat.data.splits import SPLITS, describe_empty, patterns_of
+from gptchat.data.splits import describe_empty, split_patterns
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import matching_files, split_repeats
 
@@ -62,21 +62,6 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         "dtype": token_dtype(tokenizer).str,
         "held_out": config.data.held_out,
     }
-
-
-def split_patterns(config: Config) -> dict[str, tuple[str, ...]]:
-    """The files of each split that the config names: train, valid, test.
-
-    With `weights` each entry of `train` is a split of its own: train-0, train-1 and so on.
-    """
-    patterns: dict[str, tuple[str, ...]] = {}
-    for split in SPLITS:
-        named = patterns_of(config.data, split)
-        if split == "train" and config.data.weights:
-            patterns |= {f"train-{i}": (pattern,) for i, pattern in enumerate(named)}
-        elif named:
-            patterns[split] = named
-    return patterns
 
 
 def read_folders(config: Config, tokenizer: Tokenizer) -> list[Folder]:
@@ -134,7 +119,7 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     another tokenizer or format, other source files, or source files that have changed since. Shards
     whose source files are all gone are opened.
     """
-    patterns = split_patterns(config).get(split)
+    patterns = split_patterns(config.data).get(split)
     if not patterns:
         raise UserError(f"[data] {split}: found no files named; wanted some")
     folders = read_folders(config, tokenizer)

@@ -14,7 +14,7 @@ Invariants:
   is below `held_out` for valid, and below twice that for test.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 
 from gptchat.config import DataConfig
@@ -28,6 +28,31 @@ Piece = tuple[str, bool]  # (text of a document, whether the document ends with 
 def patterns_of(data: DataConfig, split: str) -> tuple[str, ...]:
     """The patterns of the files that hold a split."""
     return data.train if data.held_out > 0 else getattr(data, split)
+
+
+def split_patterns(data: DataConfig) -> dict[str, tuple[str, ...]]:
+    """The files of each split that the config names: train, valid, test.
+
+    With `weights` each entry of `train` is a split of its own: train-0, train-1 and so on.
+    """
+    patterns: dict[str, tuple[str, ...]] = {}
+    for split in SPLITS:
+        named = patterns_of(data, split)
+        if split == "train" and data.weights:
+            patterns |= {f"train-{i}": (pattern,) for i, pattern in enumerate(named)}
+        elif named:
+            patterns[split] = named
+    return patterns
+
+
+def empty_splits(data: DataConfig, documents: Mapping[str, int]) -> list[str]:
+    """A line for each of these splits of `split_patterns` that has no document."""
+    patterns = split_patterns(data)
+    return [
+        describe_empty(patterns[split], split, data.held_out)
+        for split, n in documents.items()
+        if not n
+    ]
 
 
 def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
