@@ -84,6 +84,13 @@ def test_a_vocabulary_that_the_config_has_not_trained_is_never_trained_over(
     assert file.read_bytes() == before
 
 
+def test_no_folder_has_no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert vocabulary.find("") is None
+    assert vocabulary.find(".") == Path("tokenizer.json")
+
+
 def test_dialogues_are_plain_text_to_a_vocabulary() -> None:
     line = '{"messages": [{"role": "user", "content": "Say \\"hi\\".\\n"}, {"content" : "日本"}]}'
     half = (
