@@ -17,6 +17,7 @@ from gptchat.data.parts import Part, parse_part, sources_of
 from gptchat.data.reading import Span
 from gptchat.data.shard_writer import write
 from gptchat.data.shards import open_shards, verify
+from gptchat.files import lock_folder
 
 PROSE = "First lines\r\nof a document.\r\n\r\nSecond,\n  in é日\n \n\nThird\n\n\n\nlast one\n" * 5
 ROWS = "Hi!\tHello, you.\nHow are you?\tFine.\tGood to hear\\nthat.\r\n\nä\tb\n" * 9
@@ -189,6 +190,18 @@ def test_whole_shards_and_parts_do_not_mix(config):
     write(config)
     with pytest.raises(UserError, match="found whole shards; wanted parts of 2"):
         write(config, part=Part(1, 2))
+
+
+def test_parts_are_written_at_the_same_time_but_not_with_whole_shards(config):
+    busy = "another process is writing shards here"
+    with lock_folder(config.shards_dir, "busy", shared=True):
+        write(config, part=Part(2, 2))
+        shutil.rmtree(config.shards_dir / "part-00002-of-00002")
+        with pytest.raises(UserError, match=busy):
+            write(config)
+    with lock_folder(config.shards_dir, "busy"), pytest.raises(UserError, match=busy):
+        write(config, part=Part(1, 2))
+    write(config)
 
 
 def test_an_error_in_a_part_names_the_line_of_the_file(config, tmp_path):

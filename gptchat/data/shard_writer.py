@@ -7,14 +7,16 @@ machine; a part that was killed is done again alone.
 Invariants:
 - Writing is all or nothing: files are written under temporary names; then `meta.json` is removed
   first and comes back last. What stands beside a `meta.json` belongs to it.
-- One process at a time writes a folder, or a part; it holds the lock of that folder.
+- One process at a time writes a folder, or a part; it holds the lock of that folder. Writers of
+  parts also share that of the folder around them, where none writes whole shards then.
 - Memory is flat: text is read, encoded and written in blocks.
 """
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,8 +107,6 @@ def write(config: Config, only: str = "", part: Part | None = None) -> dict[str,
     UTF-8 or (chatlm) have a line that is no dialogue, where the folder cannot be written or holds
     other parts, and while another process writes there. The old shards then stay.
     """
-    _check_kind(config.shards_dir, part)
-    folder = config.shards_dir / part.folder if part else config.shards_dir
     tokenizer = tokenizer_for(config)
     paths: dict[str, list[Path]] = {}
     for split, patterns in split_patterns(config.data).items():
@@ -118,7 +118,7 @@ def write(config: Config, only: str = "", part: Part | None = None) -> dict[str,
         sources = {split: sources_of(paths[split], part, config) for split in paths}
         sizes = {split: {str(path): text_size(path) for path in paths[split]} for split in paths}
         meta |= {"part": list(part), "text": sizes}
-    with lock_folder(folder, "another process is writing shards here"):
+    with _locked(config.shards_dir, part) as folder:
         _remove_leftovers(folder)  # of a run that was killed
         try:
             meta["splits"] = _encode(config, tokenizer, sources, folder)
@@ -132,6 +132,19 @@ def write(config: Config, only: str = "", part: Part | None = None) -> dict[str,
         finally:
             _remove_leftovers(folder)
     return meta
+
+
+@contextmanager
+def _locked(folder: Path, part: Part | None) -> Iterator[Path]:
+    """Hold a folder of shards, or share it and hold that of a part; yields what is written to."""
+    busy = "another process is writing shards here"
+    with lock_folder(folder, busy, shared=part is not None):
+        _check_kind(folder, part)
+        if not part:
+            yield folder
+            return
+        with lock_folder(folder / part.folder, busy):
+            yield folder / part.folder
 
 
 def _check_kind(folder: Path, part: Part | None) -> None:
