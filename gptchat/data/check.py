@@ -2,7 +2,7 @@
 
 Five lines say how much there is, what occurs twice, what is too long, what looks odd, and whether
 training would take it. `--verbose` names places and files, `--json` is for scripts. `gptchat
-shards` prints the last line.
+shards` prints the last line, but not with `--part`.
 
 Promises:
 - What training would refuse is found all at once, each with its place; exit status 2. Everything

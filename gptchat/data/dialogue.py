@@ -48,9 +48,8 @@ space alone. Roles need not alternate. In training the last message is the respo
 responder's ("assistant" or "gpt"). Other keys are ignored.
 
 A file of dialogues is JSONL if its name ends in `.jsonl` or `.jsonl.gz`, else TSV. One that may as
-well be text is TSV if it ends in `.tsv` or `.tsv.gz`. Errors: NUL characters, lines of more than
-1,000,000 characters. Empty lines, a byte order mark, and CR LF or lone CR as line ends are
-accepted.
+well be text is TSV if it ends in `.tsv` or `.tsv.gz`. Errors: NULs, lines of more than 1,000,000
+characters. Empty lines, a byte order mark, and CR LF or lone CR as line ends are accepted.
 """
 
 import json
