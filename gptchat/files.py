@@ -66,16 +66,21 @@ def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """(each file under its first name, further names of the same files)."""
     distinct: list[Path] = []
     repeated: list[Path] = []
-    seen: set[tuple[int, int]] = set()  # files, as (device, inode)
+    seen: set[tuple[int, int]] = set()
     for path in paths:
-        status = path.stat()
-        file = (status.st_dev, status.st_ino)
+        file = file_id(path)
         if file in seen:
             repeated.append(path)
         else:
             seen.add(file)
             distinct.append(path)
     return distinct, repeated
+
+
+def file_id(path: Path) -> tuple[int, int]:
+    """What all names of a file have in common: (device, inode)."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def why_no_file(pattern: str) -> str:
@@ -127,16 +132,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def lock_folder(folder: Path, busy: str) -> IO[str]:
+def lock_folder(folder: Path, busy: str, shared: bool = False) -> IO[str]:
     """Hold `folder` for this process until it ends, or until the returned file is closed.
 
-    Raises UserError while another process holds it, where `busy` says what that one does, and for a
-    folder that cannot be written.
+    With `shared` others may hold it at the same time, if they share it, too. Raises UserError while
+    another process holds it, where `busy` says what that one does, and for a folder that cannot be
+    written.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = open(
+            folder / ".lock", "w+"
+        )  # NFS shares what can be read, holds what can be written
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: {busy}; wait for it, or name another folder") from None
     except OSError as error:

@@ -90,6 +90,17 @@ def test_duplicates_and_overlap_are_counted(text: Data) -> None:
     assert "1 documents of valid are in train, too" in report["warnings"]
 
 
+def test_long_documents_that_are_cut_at_other_places_are_duplicates(
+    text: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "BLOCK", 64)
+    long = "Words of a long document. " * 20 + "End."
+    text.write("train.txt", f"One.\n\n{long}\n\nTwo and three.\n\n{long}\n")
+    text.write("valid.txt", f"A first one.\n\n{long}\n")
+    report = text.as_json()
+    assert (report["duplicates"], report["overlap"]["valid"]) == (1, 1)
+
+
 def test_duplicate_dialogues_are_found_whatever_their_format(talks: Data) -> None:
     messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
     talks.write("train.jsonl", json.dumps({"messages": messages}))
@@ -185,6 +196,20 @@ def test_an_empty_split_would_be_refused(text: Data) -> None:
     text.write("valid.txt", "\n \n")
     refusals = text.as_json(status=2)["refusals"]
     assert refusals == [f"{text.folder}/valid*: found no text; wanted some for [data] valid"]
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_an_empty_entry_of_weighted_files_would_be_refused(text: Data, held_out: float) -> None:
+    names = [
+        text.write("train.txt", "\n\n".join(f"Document {i}." for i in range(100))),
+        text.write("train-empty.txt", "\n  \n"),
+    ]
+    own = [f"data.train={json.dumps(names)}", "data.weights=[1.0, 1.0]"]
+    if held_out:
+        own += [f"data.held_out={held_out}", "data.valid=[]"]
+    (refusal,) = text.as_json(*own, status=2)["refusals"]
+    assert refusal.startswith(f"{names[1]}: found no ") and "train-1" in refusal
+    assert text.as_json(own[0], *own[2:])["refusals"] == []
 
 
 def test_a_held_out_share_is_counted_by_split(text: Data) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hf_models import byte_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
@@ -17,6 +17,7 @@ from gptchat.data.parts import Part, parse_part, sources_of
 from gptchat.data.reading import Span
 from gptchat.data.shard_writer import write
 from gptchat.data.shards import open_shards, verify
+from gptchat.files import lock_folder
 
 PROSE = "First lines\r\nof a document.\r\n\r\nSecond,\n  in é日\n \n\nThird\n\n\n\nlast one\n" * 5
 ROWS = "Hi!\tHello, you.\nHow are you?\tFine.\tGood to hear\\nthat.\r\n\nä\tb\n" * 9
@@ -91,8 +92,9 @@ def test_windows_across_parts_are_those_of_one_stream(config, tmp_path):
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
+@example(text="\ufeff \na\rb \nb \n\r\n \r\n\v", total=2, document="block", block=9)
 @given(
-    text=st.text("ab\n\r é", max_size=40),
+    text=st.text("ab\n\r\v é\ufeff", max_size=40),
     total=st.integers(1, 9),
     document=st.sampled_from(["block", "line", "file"]),
     block=st.integers(1, 9),
@@ -160,6 +162,25 @@ def test_parts_of_a_file_that_changed_between_them_are_refused(config, tmp_path)
         content(config)
 
 
+def test_folders_of_other_names_are_no_parts(config, tmp_path):
+    others = ("part-00000-of-old", "part-00001-of-00002-backup", "part-00000-of-00000")
+    for name in others:
+        (tmp_path / "out" / name).mkdir(parents=True)
+    assert parts.parts_in(tmp_path / "out") == []
+    write(config, part=Part(2, 2))
+    write(config, part=Part(1, 2))
+    assert parts.parts_in(tmp_path / "out") == [Part(1, 2), Part(2, 2)]
+    assert content(config) and verify(config) == {}
+
+
+def test_a_split_that_is_empty_in_all_parts_is_verified_and_not_opened(config):
+    config = moved(config, config.shards_dir, held_out=1e-9)
+    write(config, part=Part(1, 1))
+    assert verify(config) == {}
+    with pytest.raises(UserError, match="found no document for test with"):
+        content(config, "test")
+
+
 def test_whole_shards_and_parts_do_not_mix(config):
     write(config, part=Part(1, 2))
     for part in (None, Part(1, 3)):
@@ -169,6 +190,18 @@ def test_whole_shards_and_parts_do_not_mix(config):
     write(config)
     with pytest.raises(UserError, match="found whole shards; wanted parts of 2"):
         write(config, part=Part(1, 2))
+
+
+def test_parts_are_written_at_the_same_time_but_not_with_whole_shards(config):
+    busy = "another process is writing shards here"
+    with lock_folder(config.shards_dir, "busy", shared=True):
+        write(config, part=Part(2, 2))
+        shutil.rmtree(config.shards_dir / "part-00002-of-00002")
+        with pytest.raises(UserError, match=busy):
+            write(config)
+    with lock_folder(config.shards_dir, "busy"), pytest.raises(UserError, match=busy):
+        write(config, part=Part(1, 2))
+    write(config)
 
 
 def test_an_error_in_a_part_names_the_line_of_the_file(config, tmp_path):

@@ -210,6 +210,14 @@ def test_runs_are_listed_without_torch(two_runs: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "no JSON"])
+def test_a_config_that_is_no_runs_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json: "):
+        read_run(tmp_path)
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no log.jsonl; wanted folders that `gptchat train`"):
         find_runs([tmp_path])

@@ -246,6 +246,15 @@ def test_documents_do_not_depend_on_the_block_size(tmp_path_factory, text, docum
     assert joined == [text for text, _ in read_documents(path, document, 1000)] and not piece
 
 
+@pytest.mark.parametrize("document", ["block", "line", "file"])
+def test_a_document_of_white_space_alone_is_left_out(tmp_path, document):
+    path = tmp_path / "white.txt"
+    for text in ("\n  ", " \n \n\t", "\n\n \v", "  ", "\u3000\n\u3000", "\n" * 9 + " " * 9):
+        path.write_bytes(text.encode())
+        for size in (1, 4, 1000):
+            assert list(read_documents(path, document, size)) == [], (text, size)
+
+
 def test_a_document_longer_than_a_block_has_the_same_tokens(lm, tmp_path, monkeypatch):
     config = with_text(lm, tmp_path, PROSE.replace("\n\n", "\n") * 10 + "日" * 300)
     write(config)
@@ -293,6 +302,8 @@ def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
     monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 1 << 20)
     write(lm)
     assert len(list(lm.shards_dir.glob("train-0*"))) == 1  # the other files are gone
+    across = found.tokens(99, 101)
+    assert across.base is None or across.base.nbytes == across.nbytes  # no copies of whole files
 
 
 def test_processes_and_a_thread_write_the_same_bytes(lm, tmp_path, monkeypatch):

@@ -115,6 +115,13 @@ def test_a_vocabulary_that_the_config_has_not_trained_is_never_trained_over(
     assert file.read_bytes() == before
 
 
+def test_no_folder_has_no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert vocabulary.find("") is None
+    assert vocabulary.find(".") == Path("tokenizer.json")
+
+
 def test_dialogues_are_plain_text_to_a_vocabulary() -> None:
     line = '{"messages": [{"role": "user", "content": "Say \\"hi\\".\\n"}, {"content" : "日本"}]}'
     half = (
@@ -122,6 +129,8 @@ def test_dialogues_are_plain_text_to_a_vocabulary() -> None:
     )
     for name in ("x.jsonl", "x.jsonl.gz"):
         assert plain_text(Path(name), f"{line}\n{half}") == 'Say "hi".\n\n日本\nwhole'
-    for name in ("x.tsv", "x.tsv.gz"):
+    for name in ("x.tsv", "x.tsv.gz", "X.TSV"):
         assert plain_text(Path(name), "a\\tb\tc\nd\n") == "a\tb\nc\nd\n"
-    assert plain_text(Path("x.txt"), line) == line
+    for name in ("x.txt", "x.tsv.txt", "x.tsv.old", "x.jsonl.txt"):
+        assert plain_text(Path(name), line) == line
+        assert plain_text(Path(name), "a\\tb\tc\n") == "a\\tb\tc\n"

@@ -2,7 +2,7 @@
 
 Five lines say how much there is, what occurs twice, what is too long, what looks odd, and whether
 training would take it. `--verbose` names places and files, `--json` is for scripts. `gptchat
-shards` prints the last line.
+shards` prints the last line, but not with `--part`.
 
 Promises:
 - What training would refuse is found all at once, each with its place; exit status 2. Everything
@@ -27,8 +27,8 @@ from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import vocabulary
 from gptchat.data.scan import FileScan, Finding, scan_file, texts_of
-from gptchat.data.splits import SPLITS, describe_empty, patterns_of
-from gptchat.files import matching_files, split_repeats, why_no_file
+from gptchat.data.splits import SPLITS, empty_splits, patterns_of, split_patterns
+from gptchat.files import file_id, matching_files, split_repeats, why_no_file
 
 SAMPLE = 100_000  # characters
 SAMPLED_FILES = 10
@@ -170,14 +170,22 @@ def _compare_documents(report: Report) -> None:
         report.overlap[split] = int(np.isin(hashes[split], distinct).sum())
 
 
+def _count_documents(report: Report, config: Config) -> dict[str, int]:
+    """The documents of each split of `split_patterns`."""
+    counts: dict[str, int] = {}
+    for split, patterns in split_patterns(config.data).items():
+        name = split.partition("-")[0]
+        named = {file_id(path) for pattern in patterns for path in matching_files(pattern)}
+        files = [file for file in report.files if file_id(Path(file.name)) in named]
+        counts[split] = sum(len(file.hashes.get(name, ())) for file in files)
+    return counts
+
+
 def _judge(report: Report, config: Config) -> None:
     """Add what follows from the figures to the report's warnings and refusals."""
     for kind, finding in report.findings("refusals").items():
         report.refusals.append(f"{finding.places[0]}" + _and_more(finding.count - 1, kind))
-    for split, count in report.documents.items():
-        if patterns_of(config.data, split) and count == 0:
-            patterns = patterns_of(config.data, split)
-            report.refusals.append(describe_empty(patterns, split, config.data.held_out))
+    report.refusals += empty_splits(config.data, _count_documents(report, config))
     if report.duplicates > MANY * report.documents["train"]:
         report.warnings.append(f"{report.duplicates:,} duplicates in train")
     for split, count in report.overlap.items():

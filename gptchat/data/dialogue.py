@@ -30,8 +30,7 @@ truncated.
 A prompt is truncated by dropping whole turns, oldest first; its last turn is never cut.
 
 Speakers. OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0.
-Turns without roles, as in a TSV row, alternate backwards from the last one: the response is
-speaker 1's, the context speaker 0's, the turn before it speaker 1's, and so on.
+Turns without roles, as in a TSV row, alternate backwards from the response, which is speaker 1's.
 
 TSV rows. A line of UTF-8 holds one dialogue, one turn a column, the response last. Inside a turn
 a tab is written `\t`, a line feed `\n`, a carriage return `\r` and a backslash `\\`. When read, a
@@ -48,9 +47,9 @@ Every message has one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, and text th
 space alone. Roles need not alternate. In training the last message is the response and must be the
 responder's ("assistant" or "gpt"). Other keys are ignored.
 
-A file is JSONL if its name ends in `.jsonl` or `.jsonl.gz`, and TSV otherwise. In both, a NUL
-character is an error, and so is a line of more than 1,000,000 characters. Empty lines, a byte order
-mark, and CR LF or lone CR as line ends are accepted.
+A file of dialogues is JSONL if its name ends in `.jsonl` or `.jsonl.gz`, else TSV. One that may as
+well be text is TSV if it ends in `.tsv` or `.tsv.gz`. Errors: NULs, lines of more than 1,000,000
+characters. Empty lines, a byte order mark, and CR LF or lone CR as line ends are accepted.
 """
 
 import json
@@ -197,12 +196,8 @@ def encode_example(
         end = 0
         for i, (speaker, turn) in enumerate(kept):
             start, end = end, end + 1 + len(turn)  # of the turn behind its [SEP]
-            is_target = i == len(kept) - 1
-            if i > 0 and targets == "responder":
-                is_target = is_target or speaker == 1
-            elif i > 0 and targets == "turns":
-                is_target = True
-            if is_target:
+            is_chosen = targets == "turns" or (targets == "responder" and speaker == 1)
+            if i == len(kept) - 1 or (i > 0 and is_chosen):
                 following[start:end] = [*turn, cls_id]
     start = 1 + skipped  # the first turn has no [SEP] before it
     stop = start + length
@@ -312,6 +307,11 @@ def format_answered(prompt: Prompt, answer: str, as_jsonl: bool) -> str:
 def is_jsonl(path: Source) -> bool:
     """Whether a file of dialogues is JSONL, which its ending says; else it is TSV."""
     return str(path).lower().removesuffix(".gz").endswith(".jsonl")
+
+
+def is_tsv(path: Source) -> bool:
+    """Whether a file that may as well be text is TSV, which its ending says."""
+    return str(path).lower().removesuffix(".gz").endswith(".tsv")
 
 
 def _read_filled_lines(path: Source) -> Iterator[tuple[str, str]]:

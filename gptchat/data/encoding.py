@@ -47,7 +47,7 @@ PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which 
 MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then emptied
 UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
 SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
-BLANK_START = re.compile(r"\A(?:\s*\n|\s+\Z)")  # blank lines, or white space that is all there is
+BLANK_START = re.compile(r"\A\s*\n")  # blank lines before a document
 # Ends where the last white space begins, or where the last sign stands behind a letter. No token of
 # our patterns spans either place (an apostrophe and what follows it can be one token).
 UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")
@@ -83,7 +83,7 @@ def read_documents(
     for text, ends in _cut(read_text(path, size, on_invalid), separator, size):
         if at_start:
             text = BLANK_START.sub("", text)
-            if not text:
+            if not text or text.isspace():
                 continue
         yield text, ends
         at_start = ends

@@ -47,6 +47,16 @@ def parse_part(text: str) -> Part:
     return Part(int(match[1]), int(match[2]))
 
 
+def parts_in(folder: Path) -> list[Part]:
+    """The parts whose folders stand in a folder of shards, in their order; no other names."""
+    parts: list[Part] = []
+    for path in folder.glob("part-*-of-*"):
+        match = re.fullmatch(r"part-([0-9]{5})-of-([0-9]{5})", path.name)
+        if match and 1 <= int(match[1]) <= int(match[2]):
+            parts.append(Part(int(match[1]), int(match[2])))
+    return sorted(parts)
+
+
 def sources_of(paths: Sequence[Path], part: Part, config: Config) -> list[Source]:
     """What is read for a part: whole files, and Spans of files that it shares with others."""
     total = sum(map(text_size, paths))

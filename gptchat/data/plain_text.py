@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from gptchat.data.dialogue import is_jsonl, unescape
+from gptchat.data.dialogue import is_jsonl, is_tsv, unescape
 
 _JSON_TEXT = re.compile(r'"(?:content|value)"\s*:\s*("(?:[^"\\]|\\.)*")')
 
@@ -13,8 +13,8 @@ _JSON_TEXT = re.compile(r'"(?:content|value)"\s*:\s*("(?:[^"\\]|\\.)*")')
 def plain_text(path: Path, piece: str) -> str:
     """A piece of a file as the text that a vocabulary is trained on: of dialogues the turns alone.
 
-    A file is one of dialogues if its name ends in `.jsonl` or `.tsv` (or that and `.gz`). The piece
-    may begin or end within a dialogue. Any other file is text as it is.
+    A file is one of dialogues if its name says so, by `is_jsonl` or `is_tsv`. Any other is text as
+    it is, also one that a ChatLM reads as TSV. The piece may begin or end within a dialogue.
     """
     if is_jsonl(path):
         texts = []
@@ -22,6 +22,6 @@ def plain_text(path: Path, piece: str) -> str:
             with suppress(ValueError):  # training would tell; a vocabulary does not need the line
                 texts.append(json.loads(literal))
         return "\n".join(texts).encode(errors="replace").decode()
-    if ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]]:
+    if is_tsv(path):
         return "\n".join(unescape(column) for column in piece.replace("\t", "\n").split("\n"))
     return piece

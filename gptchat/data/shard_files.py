@@ -83,12 +83,11 @@ class Shards:
             path, states = self.unchecked[number]
             _check_content(path, self.files[number], states)
             del self.unchecked[number]
-        if first == last:
-            ids = self.files[first]
-        else:
-            ids = np.concatenate(self.files[first : last + 1])
-        offset = start - self.file_starts[first]
-        return ids[offset : offset + stop - start]
+        pieces: list[np.ndarray] = []
+        for number in range(first, last + 1):
+            offset = self.file_starts[number]
+            pieces.append(self.files[number][max(0, start - offset) : stop - offset])
+        return _joined(pieces)
 
     def dialogue(self, number: int) -> list[Turn]:
         """The turns of a dialogue, oldest first."""

@@ -7,14 +7,16 @@ machine; a part that was killed is done again alone.
 Invariants:
 - Writing is all or nothing: files are written under temporary names; then `meta.json` is removed
   first and comes back last. What stands beside a `meta.json` belongs to it.
-- One process at a time writes a folder, or a part; it holds the lock of that folder.
+- One process at a time writes a folder, or a part; it holds the lock of that folder. Writers of
+  parts also share that of the folder around them, where none writes whole shards then.
 - Memory is flat: text is read, encoded and written in blocks.
 """
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,17 +27,15 @@ from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
 from gptchat.data.check import check, verdict
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
-from gptchat.data.parts import Part, parse_part, sources_of
+from gptchat.data.parts import Part, parse_part, parts_in, sources_of
 from gptchat.data.reading import Source, Span, text_size
 from gptchat.data.shards import (
     REMEDY,
     SHARD_TOKENS,
     header,
-    part_folders,
-    split_patterns,
     verify,
 )
-from gptchat.data.splits import SPLITS, describe_empty
+from gptchat.data.splits import SPLITS, empty_splits, split_patterns
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import atomic_write, expand, lock_folder
 
@@ -107,11 +107,9 @@ def write(config: Config, only: str = "", part: Part | None = None) -> dict[str,
     UTF-8 or (chatlm) have a line that is no dialogue, where the folder cannot be written or holds
     other parts, and while another process writes there. The old shards then stay.
     """
-    _check_kind(config.shards_dir, part)
-    folder = config.shards_dir / part.folder if part else config.shards_dir
     tokenizer = tokenizer_for(config)
     paths: dict[str, list[Path]] = {}
-    for split, patterns in split_patterns(config).items():
+    for split, patterns in split_patterns(config.data).items():
         if only in ("", split):
             paths[split] = expand(patterns, f"[data] {split}")
     sources: dict[str, list[Source]] = {split: [*listed] for split, listed in paths.items()}
@@ -120,7 +118,7 @@ def write(config: Config, only: str = "", part: Part | None = None) -> dict[str,
         sources = {split: sources_of(paths[split], part, config) for split in paths}
         sizes = {split: {str(path): text_size(path) for path in paths[split]} for split in paths}
         meta |= {"part": list(part), "text": sizes}
-    with lock_folder(folder, "another process is writing shards here"):
+    with _locked(config.shards_dir, part) as folder:
         _remove_leftovers(folder)  # of a run that was killed
         try:
             meta["splits"] = _encode(config, tokenizer, sources, folder)
@@ -136,32 +134,38 @@ def write(config: Config, only: str = "", part: Part | None = None) -> dict[str,
     return meta
 
 
+@contextmanager
+def _locked(folder: Path, part: Part | None) -> Iterator[Path]:
+    """Hold a folder of shards, or share it and hold that of a part; yields what is written to."""
+    busy = "another process is writing shards here"
+    with lock_folder(folder, busy, shared=part is not None):
+        _check_kind(folder, part)
+        if not part:
+            yield folder
+            return
+        with lock_folder(folder / part.folder, busy):
+            yield folder / part.folder
+
+
 def _check_kind(folder: Path, part: Part | None) -> None:
     """Raise UserError if a folder holds whole shards where a part is to be, or the reverse."""
     if part and (folder / "meta.json").exists():
         found = "whole shards"
     else:
-        others = [name for name in part_folders(folder) if not part or not _is_of(name, part)]
+        others = [p for p in parts_in(folder) if not part or p.total != part.total]
         if not others:
             return
-        found = others[0]
+        found = others[0].folder
     wanted = f"parts of {part.total}" if part else "no parts"
     raise UserError(
         f"{folder}: found {found}; wanted {wanted} there: remove it, or name another data.shards"
     )
 
 
-def _is_of(name: str, part: Part) -> bool:
-    """Whether a part's folder is one of `part.total`."""
-    return name.endswith(part.folder.partition("-of-")[2])
-
-
 def _check_filled(config: Config, splits: dict[str, dict[str, Any]]) -> None:
-    for split, counts in splits.items():
-        if counts["documents"] == 0:
-            raise UserError(
-                describe_empty(split_patterns(config)[split], split, config.data.held_out)
-            )
+    documents = {split: counts["documents"] for split, counts in splits.items()}
+    for problem in empty_splits(config.data, documents):
+        raise UserError(problem)
 
 
 def _encode(

@@ -42,9 +42,9 @@ from gptchat.config import Config
 from gptchat.console import UserError
 from gptchat.data import digests
 from gptchat.data.encoding import token_dtype
-from gptchat.data.parts import Part
+from gptchat.data.parts import Part, parts_in
 from gptchat.data.shard_files import REMEDY, Folder, Shards
-from gptchat.data.splits import SPLITS, describe_empty, patterns_of
+from gptchat.data.splits import describe_empty, split_patterns
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import matching_files, split_repeats
 
@@ -64,26 +64,6 @@ def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def split_patterns(config: Config) -> dict[str, tuple[str, ...]]:
-    """The files of each split that the config names: train, valid, test.
-
-    With `weights` each entry of `train` is a split of its own: train-0, train-1 and so on.
-    """
-    patterns: dict[str, tuple[str, ...]] = {}
-    for split in SPLITS:
-        named = patterns_of(config.data, split)
-        if split == "train" and config.data.weights:
-            patterns |= {f"train-{i}": (pattern,) for i, pattern in enumerate(named)}
-        elif named:
-            patterns[split] = named
-    return patterns
-
-
-def part_folders(folder: Path) -> list[str]:
-    """The names of the folders of parts in a folder of shards, in their order."""
-    return sorted(path.name for path in folder.glob("part-*-of-*"))
-
-
 def read_folders(config: Config, tokenizer: Tokenizer) -> list[Folder]:
     """The folder of shards, or those of all its parts, in their order.
 
@@ -91,10 +71,10 @@ def read_folders(config: Config, tokenizer: Tokenizer) -> list[Folder]:
     parts were made from different files.
     """
     folder = config.shards_dir
-    parts = part_folders(folder)
+    parts = parts_in(folder)
     if not parts or (folder / "meta.json").exists():
         return [Folder(folder, _read_meta(folder, config, tokenizer, REMEDY))]
-    total = int(parts[0].rpartition("-")[2])
+    total = parts[0].total
     folders = []
     for number in range(1, total + 1):
         part = Part(number, total)
@@ -139,7 +119,7 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     another tokenizer or format, other source files, or source files that have changed since. Shards
     whose source files are all gone are opened.
     """
-    patterns = split_patterns(config).get(split)
+    patterns = split_patterns(config.data).get(split)
     if not patterns:
         raise UserError(f"[data] {split}: found no files named; wanted some")
     folders = read_folders(config, tokenizer)
@@ -153,9 +133,14 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
     for name in sorted(present):
         if not digests.is_unchanged(name, sources[name]):
             raise UserError(f"{place} {name} as it was before it changed; {REMEDY}")
-    if not any(folder.meta["splits"][split]["documents"] for folder in folders):
+    if not _has_documents(folders, split):
         raise UserError(describe_empty(patterns, split, config.data.held_out))
     return Shards(folders, split)
+
+
+def _has_documents(folders: Sequence[Folder], split: str) -> bool:
+    """Whether a split has a document in any of the parts; of whole shards each split has."""
+    return any(folder.meta["splits"][split]["documents"] for folder in folders)
 
 
 def _sources(folders: Sequence[Folder], split: str) -> dict[str, digests.FileState]:
@@ -197,7 +182,7 @@ def verify(config: Config) -> dict[str, str]:
                 if not _has_digest(str(folder.path / name), state):
                     problem = "found other content than was written, or none"
                     problems[str(folder.path / name)] = problem
-        if not problems:
+        if not problems and _has_documents(folders, split):
             Shards(folders, split)
         for name, state in _sources(folders, split).items():
             if os.path.isfile(name) and not _has_digest(name, state):

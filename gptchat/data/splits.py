@@ -14,7 +14,7 @@ Invariants:
   is below `held_out` for valid, and below twice that for test.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 
 from gptchat.config import DataConfig
@@ -30,6 +30,31 @@ def patterns_of(data: DataConfig, split: str) -> tuple[str, ...]:
     return data.train if data.held_out > 0 else getattr(data, split)
 
 
+def split_patterns(data: DataConfig) -> dict[str, tuple[str, ...]]:
+    """The files of each split that the config names: train, valid, test.
+
+    With `weights` each entry of `train` is a split of its own: train-0, train-1 and so on.
+    """
+    patterns: dict[str, tuple[str, ...]] = {}
+    for split in SPLITS:
+        named = patterns_of(data, split)
+        if split == "train" and data.weights:
+            patterns |= {f"train-{i}": (pattern,) for i, pattern in enumerate(named)}
+        elif named:
+            patterns[split] = named
+    return patterns
+
+
+def empty_splits(data: DataConfig, documents: Mapping[str, int]) -> list[str]:
+    """A line for each of these splits of `split_patterns` that has no document."""
+    patterns = split_patterns(data)
+    return [
+        describe_empty(patterns[split], split, data.held_out)
+        for split, n in documents.items()
+        if not n
+    ]
+
+
 def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
     """What an error says of a split without a document."""
     names = ", ".join(patterns)
@@ -41,9 +66,19 @@ def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
     return f"{names}: found no text; wanted some for [data] {split}"
 
 
+def new_hash(data: bytes = b"") -> blake2b:
+    """A hash to which a text's UTF-8 bytes are given, all at once or piece by piece."""
+    return blake2b(data, digest_size=8)
+
+
+def as_number(text_hash: blake2b) -> int:
+    """The hash as a number below 2**64."""
+    return int.from_bytes(text_hash.digest())
+
+
 def hash_of(text: str) -> int:
     """A number below 2**64 that stands for the text."""
-    return int.from_bytes(blake2b(text.encode(errors="replace"), digest_size=8).digest())
+    return as_number(new_hash(text.encode(errors="replace")))
 
 
 def split_of(text: str, held_out: float) -> str:

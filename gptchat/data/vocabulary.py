@@ -34,7 +34,9 @@ class Standing(NamedTuple):
 
 
 def find(folder: str) -> Path | None:
-    """The file of the vocabulary in a folder, if there is one."""
+    """The file of the vocabulary in a folder, if there is one; "" is no folder."""
+    if not folder:
+        return None
     paths = [Path(folder, name) for name in FILES]
     return next((path for path in paths if path.is_file()), None)
 

@@ -43,7 +43,7 @@ Lines = list[str]
 
 def toml(values: dict[str, Any]) -> Lines:
     """Lines of TOML for plain values, strings and lists of them."""
-    return [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
 def taken_over(recipe_file: Path, section: str) -> Lines:

@@ -89,9 +89,12 @@ def description(log: RunLog, config: GPT2Config) -> str:
         "in the vocabulary",
         f"- started from {f'`{start}`' if start else 'new weights'}",
     ]
+    data = log.config["data"]
     for split in ("train", "valid"):
-        files = ", ".join(f"`{name}`" for name in log.config["data"][split])
-        lines.append(f"- {split} data: {files}")
+        source = ", ".join(f"`{name}`" for name in data[split])
+        if not source:
+            source = f"a share of {data['held_out']:g} of the training documents, drawn by hash"
+        lines.append(f"- {split} data: {source}")
     return "\n".join([*lines, ""])
 
 

@@ -50,6 +50,8 @@ def read_run(folder: Path) -> RunLog:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a run's config: {error}") from None
+    if not isinstance(config, dict) or "task" not in config:
+        raise UserError(f"{path}: found no task; wanted a run's config")
     speed = {(entry["step"], entry["kind"]): entry for entry in read_entries(folder / SPEED)}
     entries = []
     for entry in read_entries(folder / LOG):
