@@ -24,7 +24,7 @@ from pathlib import Path
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data import corpora, vocabulary
-from gptchat.data.parts import PART_FOLDER
+from gptchat.data.parts import parts_in
 from gptchat.files import PACKAGE, lock_folder, matching_files, shipped
 
 MODEL_FILES = (
@@ -87,7 +87,7 @@ def clean_config(config: Config, config_file: str, spared: set[Path]) -> Iterato
         remove(run, RUN_FILES, spared)
         yield run
     shards = config.shards_dir
-    parts = [path for path in sorted(shards.glob("part-*")) if PART_FOLDER.fullmatch(path.name)]
+    parts = [shards / part.folder for part in parts_in(shards)]
     parts = [path for path in parts if path.is_dir() and not path.is_symlink()]
     folders = [*parts, shards]
     if any(_holds(folder / "meta.json", {"format", "splits"}) for folder in folders):
@@ -95,7 +95,7 @@ def clean_config(config: Config, config_file: str, spared: set[Path]) -> Iterato
             remove(folder, SHARD_FILES, spared)
         yield shards
     tokenizer = config.tokenizer.dir
-    record = vocabulary.read_record(tokenizer)
+    record = vocabulary.find(tokenizer) and vocabulary.read_record(tokenizer)
     if record and not config.init_from and vocabulary.is_by(record, config_file):
         remove(Path(tokenizer), TOKENIZER_FILES, spared)
         yield Path(tokenizer)

@@ -24,9 +24,6 @@ LINE_END = re.compile(rb"(?>\r\n|\r|\n)")
 BLANK_LINE = re.compile(rb"(?>\r\n|\r|\n){2}")
 
 
-PART_FOLDER = re.compile(r"part-\d{5}-of-\d{5}")  # the name of a part's folder
-
-
 class Part(NamedTuple):
     """Part `number` of `total`, counted from 1."""
 
