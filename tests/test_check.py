@@ -185,6 +185,17 @@ def test_long_rows_and_what_is_cut_of_them(talks: Data) -> None:
     assert "long rows: about 1 are longer than 16 tokens, of which 35 tokens" in talks.check()
 
 
+@pytest.mark.parametrize(("targets", "cut"), [("response", True), ("responder", False)])
+def test_nothing_is_cut_of_a_long_row_that_is_read_in_parts(
+    talks: Data, targets: str, cut: bool
+) -> None:
+    talks.write("train.tsv", "\t".join(["Hello you"] * 20) + "\n")  # 2 tokens a turn, about
+    report = talks.as_json(f"data.targets={targets}")
+    assert report["files"][0]["long_rows"] == 1
+    assert (report["files"][0]["cut_tokens"] > 0) == cut
+    assert any("cut to the context" in warning for warning in report["warnings"]) == cut
+
+
 def test_no_valid_data_is_an_error_before_anything_is_read(text: Data) -> None:
     with pytest.raises(Exception, match=r"\[data\] valid: found no files named"):
         text.check("data.valid=[]")

@@ -191,8 +191,8 @@ def _judge(report: Report, config: Config) -> None:
     for split, count in report.overlap.items():
         if count:
             report.warnings.append(f"{count:,} {report.unit} of {split} are in train, too")
-    if report.total("long_rows") > MANY * report.total("n_documents"):
-        report.warnings.append(f"{report.total('long_rows'):,} rows longer than the context")
+    if report.total("cut_rows") > MANY * report.total("n_documents"):
+        report.warnings.append(f"{report.total('cut_rows'):,} rows cut to the context")
     for kind, finding in report.findings("warnings").items():
         report.warnings.append(_count(finding.count, kind))
 

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gptchat.config import Config
+from gptchat.config import Config, DataConfig
 from gptchat.console import UserError
 from gptchat.data.dialogue import (
     TextTurn,
     alternate,
+    excerpts,
     fit,
+    input_length,
     is_jsonl,
     parse_messages,
     parse_row,
@@ -63,6 +65,7 @@ class FileScan:
     n_characters: int = 0  # of documents or turns
     n_documents: int = 0
     long_rows: int = 0  # dialogues that do not fit into the context
+    cut_rows: int = 0  # those of them that are not read in several parts, but cut
     cut_tokens: int = 0  # what is cut of them, estimated
     warnings: dict[str, Finding] = field(default_factory=dict)
     refusals: dict[str, Finding] = field(default_factory=dict)  # what training would not take
@@ -93,7 +96,7 @@ def scan_file(
         _scan_bytes(path, scan)
         _scan_characters(path, scan)
         if config.task == "chatlm":
-            _scan_dialogues(path, scan, config.data.held_out, n_ctx, characters_per_token)
+            _scan_dialogues(path, scan, config.data, n_ctx, characters_per_token)
         else:
             _scan_documents(path, scan, config)
     except UserError as error:  # it cannot be read, or has an endless line
@@ -209,7 +212,7 @@ def _scan_documents(path: Path, scan: FileScan, config: Config) -> None:
 
 
 def _scan_dialogues(
-    path: Path, scan: FileScan, held_out: float, n_ctx: int, characters_per_token: float
+    path: Path, scan: FileScan, data: DataConfig, n_ctx: int, characters_per_token: float
 ) -> None:
     """Count and hash dialogues, and those that do not fit; note lines that are none."""
     as_jsonl = is_jsonl(path)
@@ -224,13 +227,18 @@ def _scan_dialogues(
             continue
         texts = [text for _, text in turns]
         n_characters = sum(map(len, texts))
-        split = scan.split or split_of_dialogue(turns, held_out)
+        split = scan.split or split_of_dialogue(turns, data.held_out)
         scan.add_document(hash_of("\0".join(texts)), split, n_characters)  # no text has a NUL
         if 0 < longest < n_characters:
             lengths = [int(len(text) / characters_per_token) for text in texts]
-            total = sum(lengths) + len(lengths) - 1
-            scan.long_rows += total > n_ctx
-            scan.cut_tokens += max(0, total - fit(lengths, n_ctx).length)
+            speakers = [speaker for speaker, _ in turns]
+            cut_tokens = 0
+            for first, last in excerpts(lengths, speakers, n_ctx, data.targets):
+                part = lengths[first:last]
+                cut_tokens += max(0, input_length(part) - fit(part, n_ctx).length)
+            scan.long_rows += input_length(lengths) > n_ctx
+            scan.cut_rows += cut_tokens > 0
+            scan.cut_tokens += cut_tokens
 
 
 def _split_message(error: UserError, place: str) -> tuple[str, str]:
