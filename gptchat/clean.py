@@ -194,7 +194,7 @@ def clean_corpora(data: Path) -> None:
     """Remove the files of the default corpora that nobody has changed; name the others."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):  # which lists what is written
-            corpora.build(Path(folder))
+            corpora.write_corpora(Path(folder))
         written = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         for path in written:
             own = data / path.relative_to(folder)

@@ -26,7 +26,7 @@ from handlers.unread import IGNORED, UNAVAILABLE
 
 Schema = dict[str, Any]
 
-JSON = "application/json"
+JSON_TYPE = "application/json"
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean", "default": False}
 COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -311,18 +311,18 @@ _ERRORS: Schema = {
         "description": "what is wrong with the request; TorchServe's own shape where it never "
         "came as far as the model",
         "content": {
-            JSON: {"schema": {"anyOf": [reference("Error"), reference("TorchServeError")]}}
+            JSON_TYPE: {"schema": {"anyOf": [reference("Error"), reference("TorchServeError")]}}
         },
     },
     "413": {"description": "the body is larger than max_request_size; this answer has no body"},
     "500": {
         "description": "TorchServe's own answer to a form that it cannot decode; any other form is "
         "a 415",
-        "content": {JSON: {"schema": reference("TorchServeError")}},
+        "content": {JSON_TYPE: {"schema": reference("TorchServeError")}},
     },
     "503": {
         "description": "the queue is full, or the server is stopping or restarting: try later",
-        "content": {JSON: {"schema": reference("Error")}},
+        "content": {JSON_TYPE: {"schema": reference("Error")}},
     },
 }
 
@@ -330,13 +330,13 @@ _ERRORS: Schema = {
 def _post(request: str, answer: str) -> Schema:
     stream = {"description": "with stream: events, the last one [DONE]", "type": "string"}
     return {
-        "requestBody": {"required": True, "content": {JSON: {"schema": reference(request)}}},
+        "requestBody": {"required": True, "content": {JSON_TYPE: {"schema": reference(request)}}},
         "responses": _ERRORS
         | {
             "200": {
                 "description": "the answer",
                 "content": {
-                    JSON: {"schema": reference(answer)},
+                    JSON_TYPE: {"schema": reference(answer)},
                     "text/event-stream": {"schema": stream},
                 },
             }
@@ -345,7 +345,7 @@ def _post(request: str, answer: str) -> Schema:
 
 
 def _get(answer: str, description: str) -> Schema:
-    content = {JSON: {"schema": reference(answer)}}
+    content = {JSON_TYPE: {"schema": reference(answer)}}
     return {"responses": _ERRORS | {"200": {"description": description, "content": content}}}
 
 

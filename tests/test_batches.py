@@ -17,7 +17,7 @@ from gptchat.data.keyed_draw import draw_key, permute
 from gptchat.data.row_order import pack
 from gptchat.data.shard_writer import write
 from gptchat.data.shards import open_shards
-from gptchat.data.tokenizer import Tokenizer, train
+from gptchat.data.tokenizer import Tokenizer, train_tokenizer
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 N_CTX, ROWS = 32, 4
@@ -43,7 +43,7 @@ def shards(tmp_path_factory):
     tokenizer = TokenizerConfig(
         dir=str(folder / "tok"), vocab_size=300, files=(str(folder / "lm.txt"),)
     )
-    train(tokenizer).save(folder / "tok")
+    train_tokenizer(tokenizer).save(folder / "tok")
     found = []
     for task, name in (("lm", "lm.txt"), ("chatlm", "chat.tsv")):
         data = DataConfig(train=(str(folder / name),), shards=str(folder / task))

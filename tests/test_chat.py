@@ -31,7 +31,6 @@ PROMPT, LABEL = "you> ", "bot> "
 OTHER_FIELDS = {
     "logit_bias": "of an id each",
     "word_filter": "--forbid",
-    "bad_words_ids": "ids",
     "logprobs": "for the server",
 }
 

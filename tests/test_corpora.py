@@ -59,7 +59,7 @@ def rows(data: Path, split: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_files_have_the_same_bytes_every_time(data: Path, tmp_path: Path) -> None:
-    corpora.build(tmp_path)
+    corpora.write_corpora(tmp_path)
     digests = [
         {
             str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -87,7 +87,7 @@ def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None
 
 
 def test_no_row_is_written_twice_and_none_held_out_was_trained_on(data: Path) -> None:
-    for split in (*corpora.SPLITS, "test-whole"):
+    for split in (*corpora.SPLIT_BOUNDS, "test-whole"):
         lines = (data / f"chatlm/{split}.tsv").read_text().splitlines()
         assert len(set(lines)) == len(lines) > 400
     trained_on: set[str] = set()
@@ -102,7 +102,7 @@ def test_held_out_rows_are_two_or_three_clean_turns_that_need_no_escapes(data: P
     for split in ("valid", "test"):
         for row in rows(data, split)[::7]:
             assert 2 <= len(row) <= 3
-    for split in corpora.SPLITS:
+    for split in corpora.SPLIT_BOUNDS:
         for row in rows(data, split)[::7]:
             for turn in row:
                 assert turn == " ".join(turn.split()) == escape(turn)

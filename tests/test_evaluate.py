@@ -136,7 +136,7 @@ def uniform_over_bytes(directory: Path, vocabulary: tokenizer.Tokenizer) -> floa
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path, monkeypatch, capsys, text):
-    longer = tokenizer.train(TokenizerConfig(vocab_size=300, files=(str(text),)))
+    longer = tokenizer.train_tokenizer(TokenizerConfig(vocab_size=300, files=(str(text),)))
     assert len(longer.encode(DOCUMENTS[0])) < 0.8 * len(byte_tokenizer().encode(DOCUMENTS[0]))
     found = {}
     for name, vocabulary in (("bytes", byte_tokenizer()), ("longer", longer)):

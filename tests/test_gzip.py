@@ -9,9 +9,9 @@ from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import digests, reading
 from gptchat.data.dialogue import is_jsonl, read_dialogues
-from gptchat.data.reading import read_lines, read_text, sample, text_size
+from gptchat.data.reading import read_lines, read_text, sample_text, text_size
 from gptchat.data.shard_writer import write
-from gptchat.data.tokenizer import train
+from gptchat.data.tokenizer import train_tokenizer
 
 TEXT = "".join(f"Line {i} of the text, naïve 日本語.\r\n" + "\n" * (i % 3) for i in range(5000))
 
@@ -32,7 +32,7 @@ def test_text_lines_and_samples_are_those_of_the_plain_file(files: tuple[Path, P
     assert "".join(read_text(packed, 1000)) == "".join(read_text(plain, 1000))
     assert list(read_lines(packed)) == list(read_lines(plain))
     for limit in (1 << 16, 1 << 17, 1 << 30):
-        assert list(sample([packed, plain], limit)) == list(sample([plain, plain], limit))
+        assert list(sample_text([packed, plain], limit)) == list(sample_text([plain, plain], limit))
 
 
 def test_a_sample_of_a_compressed_file_never_goes_back_in_it(
@@ -42,7 +42,7 @@ def test_a_sample_of_a_compressed_file_never_goes_back_in_it(
         raise AssertionError("the file is read from its beginning again")
 
     monkeypatch.setattr(gzip._GzipReader, "_rewind", refuse)  # type: ignore[attr-defined]
-    assert list(sample([files[1]], 1 << 30))
+    assert list(sample_text([files[1]], 1 << 30))
 
 
 def test_vocabulary_and_shards_are_those_of_the_plain_file(
@@ -53,7 +53,7 @@ def test_vocabulary_and_shards_are_those_of_the_plain_file(
         settings = TokenizerConfig(
             dir=str(tmp_path / f"vocabulary-{path.name}"), vocab_size=300, files=(str(path),)
         )
-        tokenizer = train(settings)
+        tokenizer = train_tokenizer(settings)
         tokenizer.save(settings.dir)
         hashes.add(tokenizer.hash)
         data = DataConfig(train=(str(path),), shards=str(tmp_path / f"shards-{path.name}"))

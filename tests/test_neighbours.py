@@ -32,7 +32,9 @@ Greedy = Callable[[str], str]  # a prompt -> the text that follows
 def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with random weights, large enough that the text varies."""
     texts = (str(ROOT / "README.md"), str(ROOT / "configs/README.md"))
-    tokenizer = tokenizers.train(TokenizerConfig(kind=request.param, vocab_size=600, files=texts))
+    tokenizer = tokenizers.train_tokenizer(
+        TokenizerConfig(kind=request.param, vocab_size=600, files=texts)
+    )
     config = GPT2Config(
         vocab_size=tokenizer.vocab_size, n_positions=128, n_embd=64, n_layer=3, n_head=4
     )

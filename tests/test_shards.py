@@ -23,7 +23,7 @@ from gptchat.data.encoding import Encoder, read_documents
 from gptchat.data.scripts import WORDS, pre_tokenizer
 from gptchat.data.shard_writer import write
 from gptchat.data.shards import open_shards
-from gptchat.data.tokenizer import Tokenizer, train
+from gptchat.data.tokenizer import Tokenizer, train_tokenizer
 from gptchat.files import lock_folder
 
 PROSE = """It is good to see you again, isn't it? We've walked 12 miles today.
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
         found = TokenizerConfig(
             dir=str(folder / kind), kind=kind, vocab_size=400, files=(str(folder / "prose.txt"),)
         )
-        train(found).save(folder / kind)
+        train_tokenizer(found).save(folder / kind)
     return folder
 
 

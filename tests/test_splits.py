@@ -15,7 +15,7 @@ from gptchat.data.encoding import read_blocks
 from gptchat.data.shard_writer import write
 from gptchat.data.shards import open_shards
 from gptchat.data.splits import SPLITS, split_of, split_of_dialogue
-from gptchat.data.tokenizer import Tokenizer, train
+from gptchat.data.tokenizer import Tokenizer, train_tokenizer
 
 HELD_OUT = 0.1
 
@@ -31,7 +31,7 @@ def config_of(folder: Path, texts: list[str], **data: Any) -> Config:
     tokenizer = folder / "tokenizer"
     settings = TokenizerConfig(dir=str(tokenizer), vocab_size=300, files=(str(path),))
     if not tokenizer.exists():
-        train(settings).save(tokenizer)
+        train_tokenizer(settings).save(tokenizer)
     data = {"train": (str(path),), "held_out": HELD_OUT, "shards": str(folder / "shards")} | data
     return Config(tokenizer=settings, data=DataConfig(**data))
 

@@ -23,8 +23,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import corpora, reading, unigram
-from gptchat.data.reading import PIECE, sample
-from gptchat.data.tokenizer import SPECIAL, Tokenizer, main, tokenizer_for, train
+from gptchat.data.reading import PIECE, sample_text
+from gptchat.data.tokenizer import SPECIAL, Tokenizer, main, tokenizer_for, train_tokenizer
 from gptchat.inference.text import BROKEN, CharacterFilter, StreamDecoder, WordFilter
 
 PROPERTY = settings(derandomize=True, max_examples=150, deadline=None)
@@ -60,7 +60,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(text_file: Path) -> dict[str, Tokenizer]:
     return {
-        kind: train(
+        kind: train_tokenizer(
             TokenizerConfig(kind=kind, vocab_size=700, files=(str(text_file),), sample_mb=0.2)
         )
         for kind in ("bpe", "unigram")
@@ -454,7 +454,7 @@ def test_english_has_the_same_vocabulary_by_either_pattern(tmp_path: Path) -> No
     models_trained = []
     for pattern in ("gpt2", "script"):
         config = TokenizerConfig(pattern=pattern, vocab_size=600, files=(str(path),))
-        tokenizer = train(config)
+        tokenizer = train_tokenizer(config)
         assert tokenizer.pattern == pattern
         models_trained.append(json.loads(tokenizer.backend.to_str())["model"])
     assert models_trained[0] == models_trained[1]
@@ -495,7 +495,7 @@ def test_a_sample_under_the_limit_is_all_of_the_text(tmp_path: Path) -> None:
         "\u65e5" * 90_001, encoding="utf-8"
     )  # one line, longer than several pieces
     paths.append(tmp_path / "d")
-    pieces = list(sample(paths, 10**9))
+    pieces = list(sample_text(paths, 10**9))
     assert "".join(text for text, _ in pieces) == "".join(
         path.read_text(encoding="utf-8") for path in paths
     )
@@ -504,30 +504,30 @@ def test_a_sample_under_the_limit_is_all_of_the_text(tmp_path: Path) -> None:
 
 def test_a_larger_sample_is_whole_lines_spread_over_all_files(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path / name, 60_000, name + " {}\n") for name in "abc"]
-    lines = [line for text, _ in sample(paths, 8 * PIECE) for line in text.splitlines()]
+    lines = [line for text, _ in sample_text(paths, 8 * PIECE) for line in text.splitlines()]
     numbers = {name: [int(line.split()[1]) for line in lines if line[0] == name] for name in "abc"}
     assert all(line.split()[0] in "abc" for line in lines) and len(set(lines)) == len(lines)
     for found in numbers.values():
         assert max(found) - min(found) > 20_000 and len(found) > 5_000
-    assert 6 * PIECE < sum(used for _, used in sample(paths, 8 * PIECE)) <= 8 * PIECE
+    assert 6 * PIECE < sum(used for _, used in sample_text(paths, 8 * PIECE)) <= 8 * PIECE
 
 
 def test_a_sample_of_one_endless_line_holds_whole_characters(tmp_path: Path) -> None:
     path = tmp_path / "endless"
     path.write_text("\u65e5" * 400_000, encoding="utf-8")
-    assert set("".join(text for text, _ in sample([path], 4 * PIECE))) == {"\u65e5"}
+    assert set("".join(text for text, _ in sample_text([path], 4 * PIECE))) == {"\u65e5"}
 
 
 def test_many_small_files_stay_under_the_limit_too(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path / str(n), 400) for n in range(40)]
-    used = sum(used for _, used in sample(paths, 2 * PIECE))
+    used = sum(used for _, used in sample_text(paths, 2 * PIECE))
     assert 0 < used <= 2 * PIECE
 
 
 def test_sampling_takes_flat_memory(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "large", 600_000)
     tracemalloc.start()
-    total = sum(used for _, used in sample([path], 10**9))
+    total = sum(used for _, used in sample_text([path], 10**9))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == path.stat().st_size > 15e6 and peak < 2e6
@@ -540,23 +540,25 @@ def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, 
     path = tmp_path / "broken.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"broken.txt: byte {byte}: found invalid UTF-8"):
-        train(TokenizerConfig(files=(str(path),)))
+        train_tokenizer(TokenizerConfig(files=(str(path),)))
 
 
 def test_line_ends_and_byte_order_marks_train_the_same_tokenizer(tmp_path: Path) -> None:
     text = "first line\nsecond line\n\nthird\n" * 20
     (tmp_path / "lf.txt").write_text(text)
-    expected = train(TokenizerConfig(vocab_size=300, files=(str(tmp_path / "lf.txt"),))).hash
+    expected = train_tokenizer(
+        TokenizerConfig(vocab_size=300, files=(str(tmp_path / "lf.txt"),))
+    ).hash
     for name, end in (("crlf", "\r\n"), ("cr", "\r")):
         path = tmp_path / f"{name}.txt"
         path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
-        assert train(TokenizerConfig(vocab_size=300, files=(str(path),))).hash == expected
+        assert train_tokenizer(TokenizerConfig(vocab_size=300, files=(str(path),))).hash == expected
 
 
 def test_a_cr_lf_at_the_border_of_two_pieces_is_one_line_feed(tmp_path: Path) -> None:
     path = tmp_path / "border.txt"
     path.write_bytes(b"x" * (PIECE - 1) + b"\r\n" + b"y" * 10)
-    found = "".join(text for text, _ in sample([path], 10**9))
+    found = "".join(text for text, _ in sample_text([path], 10**9))
     assert found == "x" * (PIECE - 1) + "\n" + "y" * 10
 
 
@@ -566,7 +568,7 @@ def test_files_without_text_are_refused(tmp_path: Path, kind: str, content: byte
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match="empty.txt: found no text"):
-        train(TokenizerConfig(kind=kind, vocab_size=300, files=(str(path),)))
+        train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300, files=(str(path),)))
 
 
 def test_a_file_that_may_not_be_read_is_told_in_one_line(
@@ -577,7 +579,7 @@ def test_a_file_that_may_not_be_read_is_told_in_one_line(
 
     monkeypatch.setattr(reading, "open", refuse, raising=False)
     with pytest.raises(UserError, match="speech.txt: cannot be read: Permission denied"):
-        train(TokenizerConfig(files=(str(text_file),)))
+        train_tokenizer(TokenizerConfig(files=(str(text_file),)))
 
 
 def test_training_gives_the_same_bpe_in_another_process(

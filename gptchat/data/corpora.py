@@ -60,7 +60,7 @@ CHATTERBOT = {"chatterbot-corpus": "1.3.3"}
 HELD_OUT_SPEECHES = 8  # in valid, and as many in test; of 249
 LATE_SPEECHES = 100  # of the 233 others, since 1922
 HELD_OUT_COLUMNS = 3  # most turns in a held-out row
-SPLITS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
+SPLIT_BOUNDS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
 SMALL_SPLITS = {"train": 0.9, "valid": 0.95, "test": 1.0}  # of a few hundred conversations
 # 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
 MAX_CHARS = 300
@@ -105,7 +105,7 @@ def usable(turn: str) -> bool:
     )
 
 
-def split_of(conversation_id: str, bounds: dict[str, float] = SPLITS) -> str:
+def split_of(conversation_id: str, bounds: dict[str, float] = SPLIT_BOUNDS) -> str:
     """The split of a conversation, drawn by a hash of its id; `bounds` are its upper bounds."""
     digest = hashlib.sha256(conversation_id.encode()).digest()
     share = int.from_bytes(digest[:8]) / 2**64
@@ -203,9 +203,9 @@ def _distinct(groups: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(itertools.chain.from_iterable(groups)))
 
 
-def build(out: Path) -> None:
+def write_corpora(out: Path) -> None:
     """Write the default corpora below `out`. Raises UserError if a package is missing."""
-    talks: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    talks: dict[str, list[list[str]]] = {split: [] for split in SPLIT_BOUNDS}
     for split, turns in conversations():
         talks[split].append(turns)
     write_text(out / "lm", talks)
@@ -255,4 +255,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.language:
         raise UserError("--language: the default corpora are English; wanted --source chatterbot")
     else:
-        build(arguments.out)
+        write_corpora(arguments.out)

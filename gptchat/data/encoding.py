@@ -36,7 +36,7 @@ from gptchat.config import Config
 from gptchat.data.dialogue import TextTurn, read_dialogues
 from gptchat.data.reading import Source, read_text
 from gptchat.data.scripts import WORDS
-from gptchat.data.splits import Piece, dialogues_of, pieces_of
+from gptchat.data.splits import DocumentPiece, dialogues_of, pieces_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 
 Item = TypeVar("Item")
@@ -69,7 +69,7 @@ def in_order(
 
 def read_documents(
     path: Source, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
-) -> Iterator[Piece]:
+) -> Iterator[DocumentPiece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
     `on_invalid` is that of `read_text`.
@@ -89,7 +89,7 @@ def read_documents(
         at_start = ends
 
 
-def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterator[Piece]:
+def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterator[DocumentPiece]:
     """The joined texts, cut at separators, and once `size` characters of a document are waiting."""
     rest = ""  # what follows the last separator
     for text in texts:
@@ -187,7 +187,7 @@ class Encoder:
     def _encode_each(self, texts: Sequence[str]) -> list[bytes]:
         return [np.array(ids, self.dtype).tobytes() for ids in self.tokenizer.encode_batch(texts)]
 
-    def encode_documents(self, block: Sequence[Piece]) -> Encoded:
+    def encode_documents(self, block: Sequence[DocumentPiece]) -> Encoded:
         """The ids of documents, an [EOS] behind each."""
         texts = [text for text, _ in block]
         is_end = np.array([ends for _, ends in block])

@@ -169,7 +169,7 @@ def count_line_ends(data: bytes) -> int:
     return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
 
 
-def sample(
+def sample_text(
     paths: Sequence[Path], limit: int, plain_text: Callable[[Path, str], str] | None = None
 ) -> Iterator[tuple[str, int]]:
     """(text, its bytes in the file): all of the files, or about `limit` bytes spread over them.

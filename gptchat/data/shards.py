@@ -48,14 +48,14 @@ from gptchat.data.splits import describe_empty, split_patterns
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import matching_files, split_repeats
 
-FORMAT = 2  # 1 had no digests
+SHARD_FORMAT = 2  # 1 had no digests
 SHARD_TOKENS = 1 << 28  # ids in a file
 
 
 def header(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """The entries of `meta.json` that shards must share with the run that opens them."""
     return {
-        "format": FORMAT,
+        "format": SHARD_FORMAT,
         "task": config.task,
         "document": config.data.document if config.task == "lm" else "row",
         "tokenizer": tokenizer.hash,

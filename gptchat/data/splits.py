@@ -22,7 +22,7 @@ from gptchat.data.dialogue import TextTurn
 
 SPLITS = ("train", "valid", "test")
 HASHED = 65_536  # characters
-Piece = tuple[str, bool]  # (text of a document, whether the document ends with it)
+DocumentPiece = tuple[str, bool]  # (text of a document, whether the document ends with it)
 
 
 def patterns_of(data: DataConfig, split: str) -> tuple[str, ...]:
@@ -104,12 +104,14 @@ def dialogues_of(
             yield turns
 
 
-def pieces_of(split: str, pieces: Iterable[Piece], held_out: float) -> Iterator[Piece]:
+def pieces_of(
+    split: str, pieces: Iterable[DocumentPiece], held_out: float
+) -> Iterator[DocumentPiece]:
     """The pieces of the documents that are in the split; all of them if nothing is held out."""
     if held_out == 0:
         yield from pieces
         return
-    waiting: list[Piece] = []  # pieces of a document whose split is not known yet
+    waiting: list[DocumentPiece] = []  # pieces of a document whose split is not known yet
     is_in_split: bool | None = None  # None: not known yet
     for text, ends in pieces:
         waiting.append((text, ends))

@@ -36,7 +36,7 @@ from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import vocabulary
 from gptchat.data.plain_text import plain_text
-from gptchat.data.reading import sample, text_size
+from gptchat.data.reading import sample_text, text_size
 from gptchat.data.scripts import pattern_of, pre_tokenizer
 from gptchat.data.unigram import frequent_words, train_unigram
 from gptchat.files import atomic_write, expand
@@ -272,7 +272,7 @@ def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def train(settings: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `vocab_size` entries, or fewer if the text does not yield them.
 
     BPE gives the same result every time. Unigram does not quite: the library sums floats in the
@@ -284,7 +284,7 @@ def train(settings: TokenizerConfig) -> Tokenizer:
 
     def texts(bar: Progress) -> Iterator[str]:
         nonlocal has_text
-        for text, n_bytes in sample(paths, limit, plain_text):
+        for text, n_bytes in sample_text(paths, limit, plain_text):
             has_text = has_text or bool(text.strip())
             yield text
             bar.update(n_bytes)
@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{settings.dir}: kept as it is; it was trained by these settings on this text")
         return
     sources = vocabulary.source_states(settings)
-    tokenizer = train(settings)
+    tokenizer = train_tokenizer(settings)
     vocabulary.write_record(settings, arguments.config, sources, tokenizer.json.encode())
     tokenizer.save(settings.dir)
     print(f"{settings.dir}: {settings.kind}, {tokenizer.vocab_size:,} entries")

@@ -10,9 +10,6 @@ two processes sum gradients in another order than one, and after six steps their
 2e-3 (2 % of a matrix) with Muon, by 6e-6 with AdamW. With the same iteration in float32 they differ
 by 7e-6. It stays bfloat16, which is faster. A resumed run with the same number of processes is
 exact all the same.
-
-To add a schedule, add it to `SCHEDULES` and to the choices of `schedule` in config.py; a test
-compares the two.
 """
 
 import math
