@@ -14,7 +14,7 @@ import yaml
 from gptchat.console import UserError
 from gptchat.data import corpora
 from gptchat.data.chatterbot import read_conversations
-from gptchat.data.dialogue import escape, format_row, read_rows
+from gptchat.data.dialogue_files import escape, format_row, read_rows
 
 FILES = {
     "lm/speeches-early.txt",

