@@ -70,6 +70,20 @@ def test_the_files_have_the_same_bytes_every_time(data: Path, tmp_path: Path) ->
     assert digests[0] == digests[1] and digests[0].keys() == FILES
 
 
+def test_a_default_file_that_somebody_changed_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lm" / "valid.txt"
+    corpora.write_file(path, ["one\n\n", "two\n\n"])
+    corpora.write_file(path, ["one\n\n", "two\n\n"])
+    assert capsys.readouterr().out == f"{path}: 2 documents, 0.00 MB\n" * 2
+    path.write_text("mine\n")
+    corpora.write_file(path, ["one\n\n", "two\n\n"])
+    assert path.read_text() == "mine\n"
+    expected = f"{path}: kept as it is; remove it to have the default text written\n"
+    assert capsys.readouterr().out == expected
+
+
 def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None:
     held_out = [
         (data / f"lm/chat-{split}.txt").read_text(encoding="utf-8") for split in ("valid", "test")
