@@ -1,4 +1,4 @@
-"""configs/cluster/nginx.conf: a real nginx with TLS before two real servers, and openai's client."""
+"""configs/cluster/nginx.conf: a real nginx with TLS before two real servers, and clients."""
 
 import http.client
 import json
@@ -262,7 +262,7 @@ def test_openais_client_asks_again_when_its_replica_dies(nginx, replicas):
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(lambda: client.post("/completions", body=LONG, cast_to=object))
         deadline = time.monotonic() + 60
-        while not (busy := [server for server in replicas if is_busy(server)]):
+        while not (busy := [server for server in replicas if server.is_busy()]):
             assert time.monotonic() < deadline and not answer.done()
             time.sleep(0.02)
         for process in busy[0].family():
@@ -270,10 +270,3 @@ def test_openais_client_asks_again_when_its_replica_dies(nginx, replicas):
         assert answer.result(120)["usage"]["completion_tokens"] == 900
     for _ in range(8):
         assert [model.id for model in nginx.client().models.list()] == ["chatlm"]
-
-
-def is_busy(server):
-    return any(
-        line.startswith("gptchat_live_slots") and float(line.split()[-1]) > 0
-        for line in server.metrics().splitlines()
-    )
