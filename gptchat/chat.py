@@ -10,7 +10,7 @@ is full; an LM continues each line by itself. Ctrl-C ends an answer, and what wa
 kept as the turn. The lines typed are saved in `chat_history` beside the model directory. If stdin
 is no terminal, its lines are answered the same way, without prompts and history.
 
-A line of --input, TSV or JSONL (`data/dialogue.py`), is a dialogue whose last turn is to be
+A line of --input, TSV or JSONL (`data/dialogue_files.py`), is a dialogue whose last turn is to be
 answered; --output, in the same format, repeats it with the answer behind it, which is the format of
 training data. It is written whole or not at all. A file whose name ends in `.gz` is compressed.
 Turns are dropped as in the terminal; a last turn (of an LM: a text) that is too long by itself
@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from gptchat.console import CommandParser, Progress, UserError, cli
-from gptchat.data.dialogue import TextTurn, Turn, format_answered, is_jsonl, read_prompts
+from gptchat.data.dialogue import TextTurn, Turn
+from gptchat.data.dialogue_files import format_answered, is_jsonl, read_prompts
 from gptchat.data.reading import to_bytes
 from gptchat.files import atomic_write, expand
 from gptchat.inference.engine import Request

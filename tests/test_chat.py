@@ -17,7 +17,7 @@ from hf_models import byte_tokenizer, shake
 
 from gptchat import chat
 from gptchat.console import UserError, cli
-from gptchat.data.dialogue import read_dialogues, read_rows
+from gptchat.data.dialogue_files import read_dialogues, read_rows
 from gptchat.inference.engine import generate
 from gptchat.inference.generate import Piece, load_generator
 from gptchat.inference.sampling import Sampling

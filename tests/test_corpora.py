@@ -14,7 +14,7 @@ import yaml
 from gptchat.console import UserError
 from gptchat.data import corpora
 from gptchat.data.chatterbot import read_conversations
-from gptchat.data.dialogue import escape, format_row, read_rows
+from gptchat.data.dialogue_files import escape, format_row, read_rows
 
 FILES = {
     "lm/speeches-early.txt",
@@ -68,6 +68,20 @@ def test_the_files_have_the_same_bytes_every_time(data: Path, tmp_path: Path) ->
         for root in (data, tmp_path)
     ]
     assert digests[0] == digests[1] and digests[0].keys() == FILES
+
+
+def test_a_default_file_that_somebody_changed_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lm" / "valid.txt"
+    corpora.write_file(path, ["one\n\n", "two\n\n"])
+    corpora.write_file(path, ["one\n\n", "two\n\n"])
+    assert capsys.readouterr().out == f"{path}: 2 documents, 0.00 MB\n" * 2
+    path.write_text("mine\n")
+    corpora.write_file(path, ["one\n\n", "two\n\n"])
+    assert path.read_text() == "mine\n"
+    expected = f"{path}: kept as it is; remove it to have the default text written\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_no_address_number_link_or_id_of_a_person_is_in_them(data: Path) -> None:

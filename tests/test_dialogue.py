@@ -11,18 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptchat.console import UserError
-from gptchat.data.dialogue import (
-    IGNORE,
-    alternate,
-    encode_example,
-    encode_prompt,
-    escape,
-    fit,
-    read_dialogues,
-    read_prompts,
-    read_rows,
-    unescape,
-)
+from gptchat.data.dialogue import IGNORE, alternate, encode_example, encode_prompt, fit
+from gptchat.data.dialogue_files import escape, read_dialogues, read_prompts, read_rows, unescape
 from gptchat.data.reading import LONGEST_LINE
 
 CLS, SEP = 4, 5

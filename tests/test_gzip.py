@@ -8,7 +8,7 @@ import pytest
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import digests, reading
-from gptchat.data.dialogue import is_jsonl, read_dialogues
+from gptchat.data.dialogue_files import is_jsonl, read_dialogues
 from gptchat.data.reading import read_lines, read_text, sample_text, text_size
 from gptchat.data.shard_writer import write
 from gptchat.data.tokenizer import train_tokenizer

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from serving import Server, tiny_model
 
-from gptchat.data.dialogue import read_dialogues
+from gptchat.data.dialogue_files import read_dialogues
 from gptchat.inference.generate import CHAT_SAMPLING
 from gptchat.inference.sampling import SETTINGS
 

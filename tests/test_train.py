@@ -49,6 +49,21 @@ def config_of(small: Path, task: str, folder: Path, *overrides: str) -> Config:
     return load_config(str(small / f"{task}.toml"), [f"run={folder}", *overrides])
 
 
+def mixture(small: Path, task: str) -> list[str]:
+    """Settings of a run on two sources with weights, all turns of dialogues being targets."""
+    ending = "txt" if task == "lm" else "tsv"
+    sources = ", ".join(f'"{small}/data/{task}/{split}.{ending}"' for split in ("train", "valid"))
+    settings = [
+        f"data.train=[{sources}]",
+        "data.weights=[0.3, 0.7]",
+        f"data.shards={small}/mixed-{task}",
+    ]
+    if task == "chatlm":
+        settings += ["data.targets=turns"]
+    run("shards", "--config", small / f"{task}.toml", *settings)
+    return settings
+
+
 def start(
     small: Path, task: str, folder: Path, *overrides: str, processes: int = 1
 ) -> subprocess.Popen:
@@ -201,11 +216,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True], ids=["one source", "mixture"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_killed_ten_times_equals_an_uninterrupted_one(
-    small: Path, tmp_path: Path, task: str
+    small: Path, tmp_path: Path, task: str, mixed: bool
 ) -> None:
     settings = ["train.num_steps=600", "train.eval_interval=10"]
+    if mixed:
+        settings += mixture(small, task)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(small, task, whole, *settings))
     moments, kills = random.Random(task), 0
@@ -479,8 +497,10 @@ def test_half_precision_learns_as_fp32_does(small: Path, tmp_path: Path, precisi
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["one source", "mixture"])
+def test_two_processes_equal_one(small: Path, tmp_path: Path, mixed: bool) -> None:
     settings = [
+        *(mixture(small, "chatlm") if mixed else []),
         "model.dropout=0",
         "train.gradient_accumulation_steps=3",
         "train.num_steps=20",

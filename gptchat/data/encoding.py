@@ -33,7 +33,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from gptchat.config import Config
-from gptchat.data.dialogue import TextTurn, read_dialogues
+from gptchat.data.dialogue import TextTurn
+from gptchat.data.dialogue_files import read_dialogues
 from gptchat.data.reading import Source, read_text
 from gptchat.data.scripts import WORDS
 from gptchat.data.splits import DocumentPiece, dialogues_of, pieces_of

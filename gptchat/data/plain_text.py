@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from gptchat.data.dialogue import is_jsonl, is_tsv, unescape
+from gptchat.data.dialogue_files import is_jsonl, is_tsv, unescape
 
 _JSON_TEXT = re.compile(r'"(?:content|value)"\s*:\s*("(?:[^"\\]|\\.)*")')
 

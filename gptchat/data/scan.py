@@ -18,16 +18,8 @@ from pathlib import Path
 
 from gptchat.config import Config, DataConfig
 from gptchat.console import UserError
-from gptchat.data.dialogue import (
-    TextTurn,
-    alternate,
-    excerpts,
-    fit,
-    input_length,
-    is_jsonl,
-    parse_messages,
-    parse_row,
-)
+from gptchat.data.dialogue import TextTurn, alternate, excerpts, fit, input_length
+from gptchat.data.dialogue_files import is_jsonl, parse_messages, parse_row
 from gptchat.data.encoding import BLOCK, read_documents
 from gptchat.data.reading import open_bytes, read_lines, read_text
 from gptchat.data.splits import HASHED, as_number, hash_of, new_hash, split_of, split_of_dialogue

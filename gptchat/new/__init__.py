@@ -24,7 +24,7 @@ import gptchat.new.sizing as sizing
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
-from gptchat.data.dialogue import is_jsonl
+from gptchat.data.dialogue_files import is_jsonl
 from gptchat.files import atomic_write, shipped
 from gptchat.new.sizing import Plan, Speed
 
