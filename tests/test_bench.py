@@ -76,7 +76,7 @@ def test_decode_tells_rates_ratios_and_quality(monkeypatch, capsys):
 
 def test_draw_tells_its_share_of_the_step_it_is_part_of(monkeypatch, capsys):
     monkeypatch.setattr(draw, "benchmark_model", lambda directory: (GPT2(SMALL).eval(), None, "lm"))
-    monkeypatch.setattr(sys, "argv", "bench draw --rows 2 --rounds 1 --new 3 --json".split())
+    monkeypatch.setattr(sys, "argv", "bench draw --rows 2 --rounds 1 --new 4 --json".split())
     bench.main()
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert [line["what"] for line in lines] == [name for name in draw.SETTINGS for _ in "ab"] * 2

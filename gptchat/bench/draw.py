@@ -48,7 +48,9 @@ class TimedEngine(Engine):
     def measure(self, requests: list[Request]) -> list[float]:
         """The seconds of each step of as many requests as slots."""
         self.draw_seconds = []
-        return full_steps(self, requests)
+        seconds = full_steps(self, requests)
+        self.draw_seconds = self.draw_seconds[-len(seconds) :]  # without that of the prefill
+        return seconds
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
