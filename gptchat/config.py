@@ -149,6 +149,9 @@ class TrainConfig:
     precision: str = setting(
         "bf16", "of the forward pass; weights stay in fp32", choices=("fp32", "bf16", "fp16")
     )
+    tf32: bool = setting(
+        False, "let a GPU round the factors of fp32 products to TF32: faster, less exact"
+    )
     compile: bool = setting(False, "compile the model with `torch.compile`")
     activation_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time"

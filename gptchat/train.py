@@ -102,14 +102,16 @@ class Run:
         self.state = TrainState()
         if self.checkpoint_path.exists():
             self._load_checkpoint()
+        world.require_same_step(self.state.step, config.run)
         # This process's share of state.loss_sum, summed over all processes when it is needed.
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         if world.rank == 0:
             self.loss_sum += self.state.loss_sum
         self.health = HealthCheck(
             config.run, world, self.state.step, skips_overflows=self.scaler.is_enabled()
         )
-        self.wrapped_model = wrap_model(self.model, config.train, world)
+        varying = self.train_batches.varying_dimensions
+        self.wrapped_model = wrap_model(self.model, config.train, world, varying)
 
     def _open_batches(self, split: str) -> Batches:
         config = self.config
@@ -354,7 +356,8 @@ def train(config: Config) -> Run:
             "processes idle",
             file=sys.stderr,
         )
-    run = Run(config, world)
+    with lost_processes_in_one_line(world):
+        run = Run(config, world)
     dump_threads_on_signal()
     on_stop_signals(run.stop)
     tune_memory()

@@ -132,6 +132,19 @@ class Batches:
         """Rows of all sources together: of one source, until every token or dialogue was seen."""
         return sum(order.rows_per_epoch for order in self.orders)
 
+    @property
+    def varying_dimensions(self) -> tuple[str, ...]:
+        """The dimensions of `Batch.inputs` that differ from micro-batch to micro-batch.
+
+        Each stands as torch.compile names it: an argument of the model, a colon, a dimension.
+        """
+        if self.is_lm:
+            return ()
+        targets = ("L['targets']:0", "L['target_positions']:0")
+        if self.packed:
+            return targets
+        return (*targets, "L['input_ids']:1", "L['token_type_ids']:1")
+
     def steps_per_epoch(self, per_step: int) -> int:
         """Steps of `per_step` micro-batches that take as many rows as there are.
 

@@ -203,7 +203,7 @@ def _best_dtype(on_cpu: bool) -> str:
         if on_cpu:
             native = torch.cpu._is_avx512_bf16_supported()
         else:
-            native = torch.cuda.is_bf16_supported()
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
     except AttributeError as error:
         _report_fallback(error.name or "a test of the CPU", "float32", error)
         native = False

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from gptchat.model.kv_cache import CacheView, KVCache
 from gptchat.model.loss import at_least_float32, summed_cross_entropy
+from gptchat.model.masks import additive_mask, document_block_mask, packed_mask, use_block_mask
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -34,6 +36,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+Mask = Tensor | BlockMask | None  # None: causal, or, with a cache, one query that sees everything
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "gelu_new": gelu_tanh,
@@ -106,14 +109,16 @@ class Attention(nn.Module):
         if config.scale_attn_weights:
             self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cache: CacheView | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind()  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, qkv[1:])  # (B, H, S, D)
         dropout = self.attn_pdrop if self.training else 0.0
-        if mask is not None and use_manual_attention(q.device, q.dtype, T):
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, scale=self.scale)
+        elif mask is not None and use_manual_attention(q.device, q.dtype, T):
             y = manual_attention(q * self.scale, k, v, mask, dropout)
         else:
             # With a cache and no mask there is one query, which sees everything.
@@ -156,7 +161,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cache: CacheView | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -250,10 +255,7 @@ class GPT2(nn.Module):
         if token_type_ids is not None:
             x = x + self.wte(self.type_rows[token_type_ids])
         x = self.dropout(x)
-        if cache is not None:
-            mask = cache.mask
-        else:
-            mask = self.mask(length, segments, x)
+        mask = self.mask(length, segments, x) if cache is None else cache.mask
         for block in self.h:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, mask, cache, use_reentrant=False)
@@ -261,24 +263,26 @@ class GPT2(nn.Module):
                 x = block(x, mask, cache)
         return self.ln_f(x)
 
-    def mask(self, length: int, segments: Tensor | None, x: Tensor) -> Tensor | None:
-        """What is added to the scores, (1 or B, 1, T, T), in the dtype that attention computes in.
+    def mask(self, length: int, segments: Tensor | None, x: Tensor) -> Mask:
+        """Where a query (row) may look at a key (column), for rows of T = `length`.
 
-        It is 0 where a query (row) may look at a key (column), else minus infinity. None stands for
+        A tensor (1 or B, 1, T, T) in the dtype that attention computes in is added to the scores:
+        0, or minus infinity. A block mask says the same of packed rows on a GPU. None stands for
         plain causal attention, which SDPA does best without a mask.
         """
         device = x.device
         dtype = x.dtype
-        if torch.is_autocast_enabled(device.type):
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        if segments is None and not use_manual_attention(device, dtype, length):
-            return None
-        visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
         if segments is not None:
-            same_document = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
-            visible = visible & same_document[:, None]
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(~visible, -torch.inf)
+            dropout = self.config.attn_pdrop if self.training else 0.0
+            if use_block_mask(device, self.config.n_embd // self.config.n_head, dropout):
+                return document_block_mask(segments)
+            return packed_mask(segments, dtype)
+        if not use_manual_attention(device, dtype, length):
+            return None
+        later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        return additive_mask(later[None, None], dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)."""

@@ -9,6 +9,8 @@ tokens behind a sequence's end, and what a former sequence left there, are never
 import torch
 from torch import Tensor
 
+from gptchat.model.masks import additive_mask
+
 
 class KVCache:
     """Zeros (n_layer, 2, slots, n_head, length, head_dim): keys and values of `length`
@@ -56,8 +58,7 @@ class CacheView:
         self.mask: Tensor | None = None
         if n_slots > 1 or n_new > 1:
             later = torch.arange(length, device=device) > self.position_ids[:, :, None]
-            mask = torch.zeros(later.shape, dtype=cache.kv.dtype, device=device)
-            self.mask = mask.masked_fill_(later, -torch.inf)[:, None]
+            self.mask = additive_mask(later[:, None], cache.kv.dtype)
 
     def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
         """Store a layer's new keys and values (2, n, H, T, D).

@@ -1,14 +1,15 @@
 """The processes that train together: their ranks, this one's device, and sums over all of them.
 
 Rank and number of processes are those that torchrun sets in the environment; without it there is
-one process, rank 0, whose sums are its own numbers. Sums are taken on the host in float64, so they
-never wait for the device. `wrap_model` prepares a model for training under this.
+one process, rank 0, whose sums are its own numbers. Under torchrun there is a process group even
+for one process, so that one GPU is enough to try DDP over NCCL. Sums are taken on the host in
+float64, so they never wait for the device. `wrap_model` prepares a model for training under this.
 """
 
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,17 +28,13 @@ class World:
     def __init__(self, device: str):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = usable_device(device)
-        if "RANK" in os.environ:
-            end_with_parent()  # torchrun, which cannot end its processes if it is killed
-        if self.size == 1:
+        self.has_group = "RANK" in os.environ
+        if not self.has_group:
+            self.device = usable_device(device)
             return
-        backend = "gloo"
-        if self.device.type == "cuda":
-            backend = "nccl"
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        dist.init_process_group(backend)
+        end_with_parent()  # torchrun, which cannot end its processes if it is killed
+        self.device = usable_device(device, int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.host_group = dist.new_group(backend="gloo")
 
     def sum(self, *numbers: float) -> list[float]:
@@ -48,8 +45,23 @@ class World:
         dist.all_reduce(sums, group=self.host_group)
         return sums.tolist()
 
+    def require_same_step(self, step: int, run: str) -> None:
+        """Compare where each process found the run, by the checkpoint in its folder.
+
+        Raises UserError, in all processes, where a machine has a folder `run` of its own: they
+        would make different steps of one run.
+        """
+        steps = self.sum(*(float(step) * (rank == self.rank) for rank in range(self.size)))
+        for rank, its_step in enumerate(steps):
+            if its_step != steps[0]:
+                raise UserError(
+                    f"{run}: process 0 of {self.size} found the run at step {steps[0]:.0f}, "
+                    f"process {rank} at step {its_step:.0f}; wanted one folder that all processes "
+                    "share (a network file system)"
+                )
+
     def close(self) -> None:
-        if self.size > 1:
+        if self.has_group:
             dist.destroy_process_group()
 
 
@@ -68,15 +80,21 @@ def lost_processes_in_one_line(world: World) -> Iterator[None]:
         ) from None
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one.
 
-    Raises UserError if it does not work here.
+    It is also made the current one, before anything is put on a GPU: otherwise every process would
+    hold memory of GPU 0, too. With `local_rank`, a process takes the GPU of that number.
+    Raises UserError if the device does not work here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            index = device.index if local_rank is None else local_rank
+            device = torch.device("cuda", index or 0)
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -86,28 +104,48 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def wrap_model(model: GPT2, config: TrainConfig, world: World) -> torch.nn.Module:
+def set_matmul_precision(device: torch.device, tf32: bool) -> None:
+    """Let float32 matrix products of a GPU round their factors to TF32, or forbid it."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def wrap_model(
+    model: GPT2, config: TrainConfig, world: World, varying: Sequence[str] = ()
+) -> torch.nn.Module:
     """The model as training calls it, with the same parameters.
 
-    Activation checkpointing and compilation as the config says; DDP, which averages gradients, with
-    several processes.
+    Activation checkpointing, TF32 and compilation as the config says; DDP, which averages
+    gradients, under torchrun. `varying` are the dimensions of the model's arguments that differ
+    from batch to batch, in the notation of `torch.compiler.config.dynamic_sources`: without them
+    the first batch would be compiled as if all were of its size, and others again.
     """
     model.activation_checkpointing = config.activation_checkpointing
+    set_matmul_precision(world.device, config.tf32)
     wrapped: torch.nn.Module = model
-    if config.compile and has_compiler():
+    if config.compile and has_compiler(world.device):
+        torch.compiler.config.dynamic_sources = ",".join(varying)
         wrapped = torch.compile(model)  # type: ignore[assignment]
-    if world.size > 1:
-        wrapped = DistributedDataParallel(wrapped)
+    if world.has_group:
+        # The only buffer is `type_rows`, which never changes.
+        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
     return wrapped
 
 
-def has_compiler() -> bool:
-    """Whether torch.compile has the C++ compiler that it needs; prints one line if not."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if compiler is None:
-        print(
-            "train.compile: no C++ compiler found (g++ or clang++); training eagerly",
-            file=sys.stderr,
-        )
-        return False
-    return True
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile has the compiler that it needs; prints one line if not.
+
+    That is a C++ compiler for the CPU, and a C compiler for a GPU, for which Triton writes C.
+    """
+    if device.type == "cuda":
+        language, variable, names = "C", "CC", ("gcc", "clang")
+    else:
+        language, variable, names = "C++", "CXX", ("g++", "clang++")
+    candidates = (os.environ.get(variable, names[0]), names[1])
+    if any(shutil.which(name) for name in candidates):
+        return True
+    print(
+        f"train.compile: no {language} compiler found ({' or '.join(names)}); training eagerly",
+        file=sys.stderr,
+    )
+    return False

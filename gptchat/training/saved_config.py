@@ -33,6 +33,7 @@ FREE_KEYS = {
     "train.log_interval",
     "train.patience",
     "train.precision",
+    "train.tf32",
     "train.compile",
     "train.activation_checkpointing",
     "train.device",

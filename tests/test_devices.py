@@ -1,0 +1,335 @@
+"""What a GPU needs, as far as a CPU can test it: where tensors are made, which device and compiler
+a process takes, what is compiled, and that no training step waits for the device.
+
+The device of these tests is "meta": torch computes shapes there and refuses to mix it with the CPU,
+as a GPU does, and a number cannot be read from it.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gptchat.config import TrainConfig, load_config
+from gptchat.console import UserError
+from gptchat.data.batches import TARGETS_MULTIPLE, Batches
+from gptchat.data.shards import open_sources
+from gptchat.data.tokenizer import tokenizer_for
+from gptchat.inference import linear
+from gptchat.model import gpt2
+from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.model.masks import additive_mask, packed_mask
+from gptchat.train import Run
+from gptchat.training import distributed, optim
+from gptchat.training.distributed import World, has_compiler, usable_device, wrap_model
+from gptchat.training.monitor import DATA_SHEET_PEAKS, peak_flops
+
+META = torch.device("meta")
+V, LENGTH = 100, 50
+HOST_READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.nonzero.default,
+)
+
+
+class DeviceWatch(TorchDispatchMode):
+    """Counts, by operator, what reads a tensor of `device`, and lists tensors made elsewhere.
+
+    A number that is read is 1.0, since meta tensors hold none.
+    """
+
+    def __init__(self, device: torch.device = META):
+        super().__init__()
+        self.device = device
+        self.reads: Counter[str] = Counter()
+        self.strangers: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_device = [tensor for tensor in inputs if tensor.device == self.device]
+        if function is torch.ops.aten._local_scalar_dense.default and on_device:
+            self.reads[str(function)] += 1
+            return 1.0
+        if function is torch.ops.aten._to_copy.default and on_device:
+            if kwargs.get("device", self.device) != self.device:
+                self.reads[str(function)] += 1
+                return torch.zeros(inputs[0].shape, dtype=kwargs.get("dtype") or inputs[0].dtype)
+        if function is torch.ops.aten.nonzero.default and on_device:
+            self.reads[str(function)] += 1  # and raises: its size depends on what it reads
+        output = function(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.strangers += [str(function) for tensor in made if tensor.device != self.device]
+        return output
+
+
+def model_on(device: torch.device, **changes: Any) -> GPT2:
+    settings = dict(vocab_size=V, n_positions=256, n_embd=32, n_layer=2, n_head=2)
+    dropout = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    torch.manual_seed(0)
+    return GPT2(GPT2Config(**(settings | dropout | changes))).to(device)
+
+
+def packed_arguments(
+    device: torch.device, n_targets: int, rows: int = 3, length: int = LENGTH
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(n_targets)
+    ids = torch.randint(V, (rows, length), generator=generator)
+    segments = torch.randint(-1, 4, (rows, length), generator=generator, dtype=torch.int32)
+    arguments = {
+        "input_ids": ids,
+        "token_type_ids": ids % 2,
+        "segments": segments.sort(1).values,
+        "position_ids": torch.arange(length).repeat(rows, 1),
+        "target_positions": torch.arange(n_targets),
+        "targets": ids.flatten()[:n_targets],
+    }
+    return {name: tensor.to(device) for name, tensor in arguments.items()}
+
+
+# --- tensors are made on the device of the model
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_of_muon_makes_no_tensor_on_another_device(is_packed: bool, dropout: float) -> None:
+    model = model_on(META, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout).train()
+    arguments = packed_arguments(META, 70)
+    if not is_packed:
+        del arguments["segments"], arguments["position_ids"]
+    _, muon = unfused_optimizers(model, TrainConfig(optimizer="muon"))
+    with DeviceWatch() as watch:
+        model(**arguments).backward()
+        optim.clip_gradients(model, 1.0)
+        muon.step()
+    assert not watch.strangers
+    assert not watch.reads
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_pass_with_a_cache_makes_no_tensor_on_another_device() -> None:
+    model = model_on(META).eval()
+    cache = model.kv_cache(slots=4, length=64, dtype=torch.float32)
+    start = torch.empty(3, dtype=torch.int64, device=META)
+    ids = torch.empty(3, 5, dtype=torch.int64, device=META)
+    with torch.no_grad(), DeviceWatch() as watch:
+        hidden = model(ids, ids, cache=cache.view(0, start, n_new=5, length=37))
+        model.logits(hidden)
+    assert not watch.strangers
+    assert not watch.reads
+
+
+def test_the_watch_finds_a_tensor_made_on_the_cpu_and_a_number_that_is_read() -> None:
+    x = torch.ones(3, device=META)
+    with DeviceWatch() as watch:
+        torch.arange(3)
+        assert x.sum().item() == 1.0
+        x.cpu()
+    assert watch.strangers == ["aten.arange.start_step"] or "arange" in watch.strangers[0]
+    assert watch.reads == {"aten._local_scalar_dense.default": 1, "aten._to_copy.default": 1}
+
+
+def unfused_optimizers(model: GPT2, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, which has no fused kernel for "meta", and Muon."""
+
+    class Unfused(torch.optim.AdamW):
+        def __init__(self, groups: Any, fused: bool, **settings: Any):
+            super().__init__(groups, capturable=False, foreach=False, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "AdamW", Unfused)
+        return optim.make_optimizers(model, config)
+
+
+@pytest.mark.parametrize("task", ["lm", "chatlm"])
+def test_a_training_step_reads_nothing_from_the_device_but_for_the_log(
+    small: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"run={tmp_path}", "train.device=meta", "train.gradient_accumulation_steps=2"]
+    config = load_config(str(small / f"{task}.toml"), [*settings, "train.optimizer=muon"])
+    monkeypatch.setattr("gptchat.train.make_optimizers", unfused_optimizers)
+    trained = Run(config, World(config.train.device))
+    steps = [[trained.train_batches.micro_batch(2 * n + i) for i in range(2)] for n in range(3)]
+    with DeviceWatch() as watch:
+        for micro_batches in steps:
+            grad_norm = trained.step(micro_batches)
+            trained.health.count_step(grad_norm)
+        assert not watch.reads
+        trained.take_mean_loss()
+    assert set(watch.reads) == {"aten._local_scalar_dense.default"}
+    assert watch.reads.total() == 2  # the loss and the largest gradient norm
+
+
+# --- masks
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 50])
+def test_rows_of_a_mask_begin_at_multiples_of_eight(length: int) -> None:
+    hidden = torch.rand(2, 1, length, length) < 0.5
+    mask = additive_mask(hidden, torch.float32)
+    assert mask.shape == hidden.shape
+    assert all(stride % 8 == 0 for stride in mask.stride()[:-1]) and mask.stride(-1) == 1
+    assert torch.equal(mask, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf))
+
+
+def test_packed_rows_give_the_same_loss_with_a_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_on(torch.device("cpu")).eval()
+    arguments = packed_arguments(torch.device("cpu"), 300, length=150)  # more than a block of 128
+    with torch.no_grad():
+        wanted = model(**arguments)
+        monkeypatch.setattr(gpt2, "use_block_mask", lambda *of_packed_rows: True)
+        mask = model.mask(150, arguments["segments"], torch.zeros(1))
+        assert isinstance(mask, BlockMask)
+        torch.testing.assert_close(model(**arguments), wanted)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**arguments), wanted)
+
+
+def test_packed_rows_on_a_cpu_have_an_additive_mask() -> None:
+    model = model_on(torch.device("cpu"))
+    segments = packed_arguments(torch.device("cpu"), 1)["segments"]
+    mask = model.mask(LENGTH, segments, torch.zeros(1))
+    assert torch.equal(mask, packed_mask(segments, torch.float32))
+
+
+# --- compilation
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_graph_serves_all_batches_of_dialogues(
+    small: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(str(small / "chatlm.toml"))
+    tokenizer = tokenizer_for(config)
+    sources = open_sources(config, "train", tokenizer)
+    # Rows of responses only, or of all tokens: both have numbers of targets that differ.
+    batches = Batches(sources, tokenizer, 64, 12, packed=packed, targets="all")
+    arguments = [batches.micro_batch(number).inputs("cpu") for number in range(6)]
+    sizes = {(*a["input_ids"].shape, *a["targets"].shape) for a in arguments}
+    assert len(sizes) > 1
+    n_graphs = compiled_graphs(
+        model_on(torch.device("cpu"), vocab_size=tokenizer.vocab_size),
+        batches.varying_dimensions,
+        arguments,
+        monkeypatch,
+    )
+    assert n_graphs == 1
+
+
+def compiled_graphs(
+    model: GPT2,
+    varying: tuple[str, ...],
+    arguments: list[dict[str, Tensor | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> int:
+    """How many graphs a model that is trained on these arguments is compiled to."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=backend))
+    torch.compiler.reset()
+    with torch.compiler.config.patch(dynamic_sources=""):
+        wrapped = wrap_model(model, TrainConfig(compile=True), World("cpu"), varying)
+        for of_batch in arguments:
+            wrapped(**of_batch).backward()
+    return len(graphs)
+
+
+def test_a_missing_compiler_is_told_by_its_language(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed.shutil, "which", lambda name: None)
+    assert not has_compiler(torch.device("cpu"))
+    assert not has_compiler(torch.device("cuda"))
+    assert capsys.readouterr().err.splitlines() == [
+        "train.compile: no C++ compiler found (g++ or clang++); training eagerly",
+        "train.compile: no C compiler found (gcc or clang); training eagerly",
+    ]
+    monkeypatch.setattr(distributed.shutil, "which", lambda name: name == "gcc")
+    monkeypatch.delenv("CC", raising=False)
+    assert has_compiler(torch.device("cuda")) and not has_compiler(torch.device("cpu"))
+
+
+# --- devices
+
+
+def test_a_process_chooses_its_gpu_before_it_makes_a_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: calls.append(("empty", device)))
+    for name, rank, index in (
+        ("auto", 3, 3),
+        ("cuda", 1, 1),
+        ("cuda:2", None, 2),
+        ("cuda", None, 0),
+    ):
+        calls.clear()
+        device = torch.device("cuda", index)
+        assert usable_device(name, rank) == device
+        assert calls == [device, ("empty", device)]
+
+
+def test_a_gpu_that_is_not_there_is_one_line() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="train.device: found 'cuda:7'; wanted auto, cpu or cuda"):
+        usable_device("cuda:7")
+
+
+def test_auto_takes_no_bfloat16_that_a_gpu_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert linear._best_dtype(on_cpu=False) == "float32"
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])
+def test_tf32_is_a_setting_of_gpus(tf32: bool, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        distributed.set_matmul_precision(torch.device("cuda"), tf32)
+        assert torch.get_float32_matmul_precision() == precision
+        distributed.set_matmul_precision(torch.device("cpu"), not tf32)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_ddp_sends_no_buffers(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        world = World("cpu")
+        world.has_group = True
+        wrapped = wrap_model(model_on(torch.device("cpu")), TrainConfig(), world)
+        assert not wrapped.will_sync_module_buffers()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_mfu_is_a_share_of_the_data_sheet_where_it_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = iter(["NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    monkeypatch.setattr("gptchat.training.monitor.matmul_peak", lambda device, dtype: 7.0)
+    gpu = torch.device("cuda")
+    assert peak_flops(gpu, torch.bfloat16) == DATA_SHEET_PEAKS["NVIDIA H100 80GB HBM3"] == 989e12
+    assert peak_flops(gpu, torch.bfloat16) == 7.0  # a part of a GPU
+    assert peak_flops(gpu, torch.float32) == 7.0
+    assert TARGETS_MULTIPLE % 8 == 0
