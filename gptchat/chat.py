@@ -347,7 +347,7 @@ def parse_arguments(
     add("--input", metavar="FILE", help=input_help)
     output_help = "where the lines of --input and their answers go, in the same format"
     add("--output", metavar="FILE", help=output_help)
-    dtype_help = "of the weights (auto: bfloat16 if fast here)"
+    dtype_help = "of the weights (auto: int8 or bfloat16 if fast here)"
     add("--dtype", default="auto", choices=("auto", *DTYPES), help=dtype_help)
     add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import torch
 from serving import tiny_model
 
 from gptchat.bench import __main__ as bench
-from gptchat.bench import decode, serving, training
+from gptchat.bench import decode, draw, serving, training
 from gptchat.bench.report import Report
 from gptchat.console import UserError
 from gptchat.model.gpt2 import GPT2, GPT2Config
@@ -72,6 +72,18 @@ def test_decode_tells_rates_ratios_and_quality(monkeypatch, capsys):
     ]
     assert result["lines"][11]["notes"]["top1_agreement"] == "100.00%"
     assert result["lines"][-1]["notes"]["of_computed_anew"].endswith("%")
+
+
+def test_draw_tells_its_share_of_the_step_it_is_part_of(monkeypatch, capsys):
+    monkeypatch.setattr(draw, "benchmark_model", lambda directory: (GPT2(SMALL).eval(), None, "lm"))
+    monkeypatch.setattr(sys, "argv", "bench draw --rows 2 --rounds 1 --new 4 --json".split())
+    bench.main()
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert [line["what"] for line in lines] == [name for name in draw.SETTINGS for _ in "ab"] * 2
+    for step, drawn in zip(lines[::2], lines[1::2], strict=True):
+        assert step["who"].endswith(", step") and drawn["who"].endswith(", draw in it")
+        assert 0 < drawn["median"] < step["median"]
+        assert drawn["notes"]["of_the_step"] == f"{drawn['median'] / step['median']:.1%}"
 
 
 @pytest.mark.parametrize("who", ["gptchat eager", "transformers"])

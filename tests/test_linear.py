@@ -167,7 +167,7 @@ CHANGED_OPERATORS = [  # (dtype, (namespace, operator), what stands there now)
 MISSING_FUNCTIONS = [  # (dtype, where, name)
     ("int8", torch, "_make_per_channel_quantized_tensor"),
     ("int8", torch.cpu, "_is_vnni_supported"),
-    ("auto", torch.cpu, "_is_avx512_bf16_supported"),
+    ("auto", torch.cpu, "_is_vnni_supported"),
     ("float32", torch._C, "DisableTorchFunctionSubclass"),
 ]
 
@@ -267,12 +267,24 @@ def test_an_unknown_dtype_is_refused():
         prepare_for_inference(GPT2(SMALL), "int4")
 
 
-@pytest.mark.parametrize("native, wanted", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch, native, wanted):
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+@pytest.mark.parametrize(
+    "vnni, engines, bfloat16, kernel",
+    [
+        (True, ["onednn", "fbgemm"], True, Int8Linear),
+        (True, ["onednn"], True, torch.bfloat16),
+        (False, ["onednn", "fbgemm"], True, torch.bfloat16),
+        (False, ["onednn", "fbgemm"], False, torch.float32),
+    ],
+)
+def test_auto_is_the_fastest_that_the_cpu_multiplies(monkeypatch, vnni, engines, bfloat16, kernel):
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bfloat16)
+    quantized = SimpleNamespace(supported_engines=engines)
+    monkeypatch.setattr("torch.backends.quantized", quantized)
     model = GPT2(SMALL)
     prepare_for_inference(model, "auto")
-    assert model.h[0].mlp.c_fc.dtype == wanted
+    layer = model.h[0].mlp.c_fc
+    assert type(layer) is kernel if kernel is Int8Linear else layer.dtype == kernel
 
 
 def test_a_model_whose_activation_no_kernel_knows_is_prepared_too():

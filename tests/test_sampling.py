@@ -5,9 +5,12 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from gptchat.inference import sampling
@@ -441,3 +444,55 @@ def test_rows_need_no_more_than_settings_candidate_and_ids():
     other = SimpleNamespace(sampling=Sampling(temperature=0), candidate=0, ids=[1])
     logits = some_logits(1)
     assert draw(logits.clone(), [other])[0].token == logits.argmax()
+
+
+def nucleus_by_sorting(scores, weights, top_p):
+    """The reference: all ids in order, the least probable first."""
+    bounds = []
+    for row_scores, row_weights, p in zip(scores, weights, top_p[:, 0].tolist(), strict=True):
+        order = row_scores.argsort(stable=True)
+        cumulative = row_weights[order].cumsum(0)
+        outside = int((1 - p) * float(cumulative[-1]))
+        place = min(int((cumulative <= outside).sum()), len(order) - 1)
+        bounds.append(row_scores[order[place]])
+    return torch.stack(bounds)[:, None]
+
+
+@st.composite
+def rows_of_scores(draw):
+    """Scores (R, K) of rows that are flat, peaked, tied, all equal or nearly all forbidden."""
+    size = draw(st.sampled_from([1, 2, 700, 5000]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    rows = []
+    for kind in draw(st.lists(st.sampled_from(["random", "tied", "equal", "few"]), min_size=1)):
+        one = torch.randn(size, generator=generator) * draw(st.sampled_from([1e-6, 0.5, 4.0, 40.0]))
+        if kind == "tied":
+            one = one.round()
+        elif kind == "equal":
+            one = torch.zeros(size)
+        elif kind == "few":
+            one[torch.rand(size, generator=generator) < 0.99] = -math.inf
+            one[0] = 0.0
+        rows.append(one - one.max())
+    return torch.stack(rows)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@given(rows_of_scores(), st.data())
+def test_top_p_by_buckets_has_the_bound_of_sorting_everything(scores, data):
+    shares = st.sampled_from([0.0, 1e-17, 1e-9, 0.3, 0.9, 0.95, 0.999999, 1 - 1e-12])
+    top_p = torch.tensor([[data.draw(shares)] for _ in scores], dtype=torch.float64)
+    weights = scores.exp().mul(2.0**40).long()
+    wanted = nucleus_by_sorting(scores, weights, top_p)
+    assert torch.equal(sampling.nucleus_by_buckets(scores, weights, top_p), wanted)
+    assert torch.equal(sampling.nucleus(scores, weights, top_p), wanted)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_top_p_over_many_ids_leaves_the_neighbours_of_a_row_without_scores_alone(bad):
+    logits = some_logits(3, size=sampling.FEWEST_IN_BUCKETS)
+    logits[1] = bad
+    rows = [row(top_p=0.9, seed=seed) for seed in range(3)]
+    tokens = [d.token for d in draw(logits.clone(), rows)]
+    alone = [draw(logits[i : i + 1].clone(), [rows[i]])[0].token for i in (0, 2)]
+    assert tokens == [alone[0], -1, alone[1]]

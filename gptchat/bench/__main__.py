@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gptchat.bench import decode, serving, tokenizer, training
+from gptchat.bench import decode, draw, serving, tokenizer, training
 from gptchat.bench.report import Report, positive
 from gptchat.console import CommandParser, cli
 
@@ -18,6 +18,11 @@ BENCHMARKS = {  # name: (module, summary, example arguments)
         decode,
         "generate text, beside transformers' generate",
         "--batches 1 8 --rounds 5",
+    ),
+    "draw": (
+        draw,
+        "the draw of the next tokens, as a share of its step, for several settings",
+        "--dtypes int8 --rows 32",
     ),
     "train": (
         training,

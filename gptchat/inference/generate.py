@@ -256,9 +256,9 @@ def load_generator(
 ) -> TextGenerator:
     """Read a model directory and start an engine over its model.
 
-    `dtype` is one of `linear.DTYPES`, or "auto": bfloat16 where that is fast. The device is that of
-    `default_device` if none is given, `prefix_cache` that of `TextGenerator`. Raises UserError for
-    a directory that cannot be read.
+    `dtype` is one of `linear.DTYPES`, or "auto": int8 or bfloat16 where that is fast. The device is
+    that of `default_device` if none is given, `prefix_cache` that of `TextGenerator`. Raises
+    UserError for a directory that cannot be read.
     """
     model, tokenizer, task = pretrained.load_model(directory, device or default_device())
     return TextGenerator(model, tokenizer, task, slots, dtype, prefix_cache=prefix_cache)

@@ -196,18 +196,24 @@ def without_torch_function() -> AbstractContextManager[None]:
 
 
 def _best_dtype(on_cpu: bool) -> str:
-    """bfloat16 where the device multiplies it, else float32."""
+    """What is fastest on the device: int8 or bfloat16 if it multiplies that, else float32."""
     try:
+        if on_cpu and _has_fbgemm() and torch.cpu._is_vnni_supported():
+            return "int8"
         if on_cpu:
             native = torch.cpu._is_avx512_bf16_supported()
         else:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     except AttributeError as error:
-        _report_fallback("_is_avx512_bf16_supported", "float32", error)
+        _report_fallback(error.name or "a test of the CPU", "float32", error)
         native = False
     if native:
         return "bfloat16"
     return "float32"
+
+
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def pack_layers(model: GPT2, dtype: str) -> None:
@@ -229,9 +235,9 @@ def _fuse_gelu(mlp: MLP, dtype: str) -> None:
 def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
     """Make the model fast to generate with, in place. Returns the dtype for its KV cache.
 
-    `dtype` is one of `DTYPES`, or "auto": bfloat16 where the device multiplies it (a GPU since
-    Ampere, a CPU with AVX512-BF16), else float32. The modules get new parameters: another model
-    that shares the old ones is not changed.
+    `dtype` is one of `DTYPES`, or "auto": int8 on a CPU with VNNI, else bfloat16 where the device
+    multiplies it (a GPU since Ampere, a CPU with AVX512-BF16), else float32. The modules get new
+    parameters: another model that shares the old ones is not changed.
 
     On a CPU the linear layers are packed, the token embedding becomes bfloat16 if the dtype is
     bfloat16 or int8, and all else float32. So each weight is in memory once, except the table that
@@ -245,7 +251,7 @@ def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
         dtype = _best_dtype(on_cpu)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; wanted auto, {', '.join(DTYPES)}")
-    if dtype == "int8" and not (on_cpu and "fbgemm" in torch.backends.quantized.supported_engines):
+    if dtype == "int8" and not (on_cpu and _has_fbgemm()):
         raise UserError("dtype is 'int8', which needs an x86 CPU; wanted float32 or bfloat16")
     if on_cpu:
         pack_layers(model, dtype)
