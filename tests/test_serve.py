@@ -515,7 +515,9 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path):
     family = server.family()
     keys = json.loads((server.run / "key_file.json").read_text())
     assert (server.run / "key_file.json").stat().st_mode & 0o777 == 0o600
-    assert server.post("chatlm", {"context": "hi"})[0] == 400
+    for headers in ({}, {"authorization": "Bearer wrong"}):  # as the README says: no 401
+        status, answer = server.post("chatlm", {"context": "hi"}, headers=headers)
+        assert (status, answer["type"]) == (400, "InvalidKeyException")
     key = {"authorization": f"Bearer {keys['inference']['key']}"}
     connection, response = server.open(
         "chatlm",

@@ -18,6 +18,7 @@ from gptchat.console import UserError
 from gptchat.files import atomic_write, remove_temporary_files
 from gptchat.runtime import SECONDS_TO_REPEAT
 from gptchat.train import Run
+from gptchat.training import checkpoint
 from gptchat.training.distributed import World
 from gptchat.training.metrics import metrics
 
@@ -92,6 +93,15 @@ def test_temporary_files_of_killed_saves_are_removed_at_the_start(
     Run(config_of(small, "lm", tmp_path), World("cpu"))
     assert not any(path.exists() for path in left)
     assert other.exists()
+
+
+def test_files_that_another_run_is_writing_are_not_removed(small: Path, tmp_path: Path) -> None:
+    being_written = tmp_path / ".checkpoint.safetensors.99999.tmp"
+    with checkpoint.lock(tmp_path):
+        being_written.write_bytes(b"part")
+        with pytest.raises(UserError, match="another run is training here"):
+            Run(config_of(small, "lm", tmp_path), World("cpu"))
+    assert being_written.exists()
 
 
 def test_what_an_atomic_write_leaves_when_it_is_killed_is_what_is_removed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gptchat.console import RunFailed, UserError
 from gptchat.train import Run
 from gptchat.training import checkpoint
 from gptchat.training.distributed import World
+from gptchat.training.monitor import Monitor
 from gptchat.training.saved_config import FREE_KEYS
 
 SHORT = ("train.num_steps=20", "train.eval_interval=10", "train.log_interval=5")
@@ -91,8 +93,31 @@ def test_a_value_that_is_not_finite_ends_the_run_before_anything_is_saved(
     with pytest.raises(RunFailed, match="^[^\n]+the checkpoint of step 10[^\n]+$") as error:
         trained.train()
     assert "nan" in str(error.value) or "inf" in str(error.value)
+    assert re.search(r"\(before, at step 1[0-3]: [a-z -]+ \d", str(error.value))
     assert saved_files(tmp_path) == kept
     assert [line["step"] for line in log_lines(tmp_path)][-1] == 10
+
+
+@pytest.mark.parametrize("loss_sum", [math.nan, math.inf])
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_before_it_is_logged(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_sum: float
+) -> None:
+    trained = Run(config_of(small, "lm", tmp_path, *SHORT), World("cpu"))
+    plain_evaluate = trained.evaluate
+
+    def evaluate(monitor: Monitor) -> None:
+        if trained.state.step == 20:
+            kept.extend(saved_files(tmp_path))
+            monkeypatch.setattr("gptchat.train.sum_losses", lambda *arguments: (loss_sum, 7))
+        plain_evaluate(monitor)
+
+    kept: list[bytes] = []
+    monkeypatch.setattr(trained, "evaluate", evaluate)
+    with pytest.raises(RunFailed, match="at step 20: held-out loss (nan|inf)"):
+        trained.train()
+    assert saved_files(tmp_path) == kept
+    last = log_lines(tmp_path)[-1]
+    assert (last["step"], last["kind"]) == (20, "train")
 
 
 def test_the_log_of_a_step_that_fp16_skipped_is_json(small: Path, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_the_wheel_installs_the_package_gptchat_and_nothing_else(wheel: Path) ->
         "_handlers/page/page.html",
         "_configs/gpt2-small/lm.toml",
         "_configs/serve/jvm.options",
+        "_configs/cluster/nginx.conf",
     ):
         assert f"gptchat/{name}" in names
 

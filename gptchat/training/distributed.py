@@ -45,6 +45,21 @@ class World:
         dist.all_reduce(sums, group=self.host_group)
         return sums.tolist()
 
+    def require_same_step(self, step: int, run: str) -> None:
+        """Compare where each process found the run, by the checkpoint in its folder.
+
+        Raises UserError, in all processes, where a machine has a folder `run` of its own: they
+        would make different steps of one run.
+        """
+        steps = self.sum(*(float(step) * (rank == self.rank) for rank in range(self.size)))
+        for rank, its_step in enumerate(steps):
+            if its_step != steps[0]:
+                raise UserError(
+                    f"{run}: process 0 of {self.size} found the run at step {steps[0]:.0f}, "
+                    f"process {rank} at step {its_step:.0f}; wanted one folder that all processes "
+                    "share (a network file system)"
+                )
+
     def close(self) -> None:
         if self.has_group:
             dist.destroy_process_group()
