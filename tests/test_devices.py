@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from gptchat.config import TrainConfig, load_config
 from gptchat.console import UserError
-from gptchat.data.batches import TARGETS_MULTIPLE, Batches
+from gptchat.data.batches import Batches
 from gptchat.data.shards import open_sources
 from gptchat.data.tokenizer import tokenizer_for
 from gptchat.inference import linear
@@ -33,12 +33,6 @@ from gptchat.training.monitor import DATA_SHEET_PEAKS, peak_flops
 
 META = torch.device("meta")
 V, LENGTH = 100, 50
-HOST_READS = (
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten._to_copy.default,
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.nonzero.default,
-)
 
 
 class DeviceWatch(TorchDispatchMode):
@@ -134,7 +128,7 @@ def test_the_watch_finds_a_tensor_made_on_the_cpu_and_a_number_that_is_read() ->
         torch.arange(3)
         assert x.sum().item() == 1.0
         x.cpu()
-    assert watch.strangers == ["aten.arange.start_step"] or "arange" in watch.strangers[0]
+    assert "arange" in watch.strangers[0]
     assert watch.reads == {"aten._local_scalar_dense.default": 1, "aten._to_copy.default": 1}
 
 
@@ -211,8 +205,8 @@ def test_one_graph_serves_all_batches_of_dialogues(
     config = load_config(str(small / "chatlm.toml"))
     tokenizer = tokenizer_for(config)
     sources = open_sources(config, "train", tokenizer)
-    # Rows of responses only, or of all tokens: both have numbers of targets that differ.
-    batches = Batches(sources, tokenizer, 64, 12, packed=packed, targets="all")
+    monkeypatch.setattr("gptchat.data.batches.TARGETS_MULTIPLE", 8)  # more sizes in few batches
+    batches = Batches(sources, tokenizer, 64, 4, packed=packed)
     arguments = [batches.micro_batch(number).inputs("cpu") for number in range(6)]
     sizes = {(*a["input_ids"].shape, *a["targets"].shape) for a in arguments}
     assert len(sizes) > 1
@@ -332,4 +326,3 @@ def test_mfu_is_a_share_of_the_data_sheet_where_it_is_known(
     assert peak_flops(gpu, torch.bfloat16) == DATA_SHEET_PEAKS["NVIDIA H100 80GB HBM3"] == 989e12
     assert peak_flops(gpu, torch.bfloat16) == 7.0  # a part of a GPU
     assert peak_flops(gpu, torch.float32) == 7.0
-    assert TARGETS_MULTIPLE % 8 == 0

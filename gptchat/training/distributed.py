@@ -128,7 +128,7 @@ def wrap_model(
         wrapped = torch.compile(model)  # type: ignore[assignment]
     if world.has_group:
         # The only buffer is `type_rows`, which never changes.
-        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(wrapped, forward_sync_buffers=False)
     return wrapped
 
 
