@@ -32,7 +32,7 @@ from gptchat.training.metrics import autocast
 from gptchat.training.monitor import step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
 
-SIZES = ((2, 128), (4, 256), (6, 384), (8, 512), (12, 768), (16, 1024))  # layers, width
+SIZES = ((2, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768), (16, 1024))  # layers, width
 HEAD_WIDTH = 64
 STEPS_SHARE = 0.8
 LM_SHARE = 0.55
