@@ -167,7 +167,7 @@ def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> Non
 def test_the_speed_that_is_measured_is_that_of_the_default_model() -> None:
     recipe = load_config(
         str(new.DEFAULTS / "lm.toml"),
-        ["model.n_layer=1", "model.n_embd=64", "train.batch_size=1", "tokenizer.vocab_size=300"],
+        ["model.n_layer=1", "model.n_embd=96", "train.batch_size=1", "tokenizer.vocab_size=300"],
     )
     speed = sizing.measure(recipe)
     assert 1e6 < speed.flops < 1e15 and speed.device in ("cpu", "cuda")
