@@ -216,8 +216,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", [False, True], ids=["one source", "mixture"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "mixed"), [("lm", True), ("chatlm", False), ("chatlm", True)])
 def test_a_run_killed_ten_times_equals_an_uninterrupted_one(
     small: Path, tmp_path: Path, task: str, mixed: bool
 ) -> None:
