@@ -84,7 +84,19 @@ class Agents:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("agent-*.log")))
 
 
-@pytest.mark.parametrize("how", ["the agent", "the machine", "asked to stop"])
+LONG = pytest.mark.skipif(
+    "GPTCHAT_LONG" not in os.environ, reason="torch waits for minutes; GPTCHAT_LONG=1 runs it"
+)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "the agent",
+        pytest.param("the machine", marks=LONG),
+        pytest.param("asked to stop", marks=LONG),
+    ],
+)
 def test_a_run_goes_on_when_an_agent_is_killed_and_when_it_comes_back(
     small: Path, tmp_path: Path, how: str
 ) -> None:
