@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from gptchat.inference.engine import Output
+
 # nohup ignores SIGHUP, and a shell SIGINT for what it starts in the background; the processes that
 # tests start and send them to would ignore them too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -115,3 +117,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("lm", "chatlm"):
         run("shards", "--config", folder / f"{task}.toml")
     return folder
+
+
+def count_equal_greedy(alone: list[Output], company: list[Output], rounding: float) -> int:
+    """How many greedy tokens of a row alone are the same in company, from the first on.
+
+    Where they part, the two best log-probabilities must differ by less than `rounding`; until then
+    a token's two log-probabilities must.
+    """
+    for count, (one, other) in enumerate(zip(alone, company, strict=True)):
+        if one.token != other.token:
+            assert one.top[0][1] - one.top[1][1] < rounding
+            return count
+        assert abs(one.logprob - other.logprob) < rounding
+    return len(alone)

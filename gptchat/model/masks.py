@@ -2,7 +2,8 @@
 
 The tensor is the reference. `document_block_mask` is the same for documents packed into rows, for a
 GPU: flex_attention then leaves out the blocks that no query may look at, and no (B, 1, T, T) tensor
-is made, which keeps scaled_dot_product_attention from its flash kernel.
+is made, which keeps scaled_dot_product_attention from its flash kernel. That has not run on a
+GPU yet; flex_attention has no gradient on a CPU, so `tests/test_cuda.py` is the first to test it.
 """
 
 import torch
