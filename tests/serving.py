@@ -40,9 +40,10 @@ def tiny_model(
     n_layer: int = 2,
     n_positions: int = 128,
     seed: int = 0,
+    ends: bool = True,
 ) -> Path:
     """A model directory with random weights, wide enough that greedy answers vary, and about 300
-    tokens."""
+    tokens. Without `ends`, its answers have all the tokens that were asked for."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -67,6 +68,11 @@ def tiny_model(
     model = GPT2(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
+    if not ends:
+        with torch.no_grad():
+            model.ln_f.weight[0], model.ln_f.bias[0] = 0, 1
+            model.wte.weight[:, 0] = 0
+            model.wte.weight[tokenizer.cls_id, 0] = -1000
     pretrained.save_static(folder, config, tokenizer, task)
     pretrained.save_weights(folder, model)
     return folder

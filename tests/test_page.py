@@ -33,12 +33,13 @@ SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    large = {"n_embd": 256, "n_layer": 6, "n_positions": 256}
+    # An answer without a token would be no turn.
+    large = {"n_embd": 256, "n_layer": 6, "n_positions": 256, "ends": False}
     server = Server(
         folder / "run",
         {
             "chatlm": tiny_model(folder / "chatlm", "chatlm", **large),
-            "second": tiny_model(folder / "second", "chatlm"),
+            "second": tiny_model(folder / "second", "chatlm", ends=False),
         },
     )
     yield server.wait_until_ready()
