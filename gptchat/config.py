@@ -185,7 +185,7 @@ class ServerSettings:
     """The section `gptchat` of configs/serve/model-config.yaml: engine and limits of one model."""
 
     dtype: str = setting(
-        "float32", "dtype of the linear layers", choices=("auto", "float32", "bfloat16", "int8")
+        "auto", "dtype of the linear layers", choices=("auto", "float32", "bfloat16", "int8")
     )
     slots: int = setting(32, "sequences decoded at once, if the cache has room", min=1)
     cache_mb: int = setting(4096, "memory of the KV cache", min=1)

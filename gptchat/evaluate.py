@@ -122,7 +122,7 @@ def answer_figures(model: GPT2, split: shards.Shards, tokenizer: Tokenizer) -> F
     """Diversity, length and repetition of a ChatLM's answers to dialogues spread over the split."""
     stride = math.ceil(split.documents / MAX_ANSWERS)
     contexts = [split.dialogue(number)[:-1] for number in range(0, split.documents, stride)]
-    answers = TextGenerator(model, tokenizer, "chatlm").sample_answers(contexts)
+    answers = TextGenerator(model, tokenizer, "chatlm", dtype="auto").sample_answers(contexts)
     words = [units(answer) for answer in answers]
     n_self = sum(map(repeats_itself, words))
     n_context = 0

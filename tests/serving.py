@@ -91,7 +91,7 @@ class ServiceClient:
         self.start(folder, task, settings)
 
     def start(self, folder: Path, task: str, settings: dict[str, Any]) -> None:
-        model = load_served_model(self.model, task, ServerSettings(**settings))
+        model = load_served_model(self.model, task, ServerSettings(**{"dtype": "float32"} | settings))
 
         def record(*figure: Any) -> None:
             self.figures.append(figure)
@@ -152,13 +152,13 @@ def free_ports(count: int = 12) -> int:
 
 
 def configs(folder: Path, **limits: object) -> Path:
-    """A copy of configs/serve with other limits in model-config.yaml."""
+    """A copy of configs/serve in float32, with other limits in model-config.yaml."""
     folder.mkdir()
     for source in (ROOT / "configs" / "serve").iterdir():
         (folder / source.name).write_text(source.read_text())
     path = folder / "model-config.yaml"
     values = yaml.safe_load(path.read_text())
-    values["gptchat"] |= limits
+    values["gptchat"] |= {"dtype": "float32"} | limits
     path.write_text(yaml.safe_dump(values))
     return folder
 

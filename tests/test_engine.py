@@ -14,6 +14,7 @@ from transformers.generation.logits_process import MinNewTokensLengthLogitsProce
 
 from gptchat.data.tokenizer import BYTE_OF, Tokenizer
 from gptchat.inference.engine import Engine, Request, generate
+from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import StreamDecoder, WordFilter
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS, GPT2Config
@@ -118,9 +119,9 @@ def close(a, b):
 class Traffic:
     """Requests that come and go at random times through one engine."""
 
-    def __init__(self, model, number, seed, **settings):
+    def __init__(self, model, number, seed, dtype="float32", **settings):
         self.random = random.Random(seed)
-        self.engine = Engine(model, slots=8, suppress=(0, 1), dtype="float32", **settings)
+        self.engine = Engine(model, slots=8, suppress=(0, 1), dtype=dtype, **settings)
         self.expected = [some_request(self.random) for _ in range(number)]
         self.requests, self.answers, self.ended, self.cancelled = {}, {}, {}, {}
 
@@ -410,6 +411,12 @@ def test_greedy_ids_in_company_are_those_alone_where_the_best_is_clear(model, dt
         [[alone]] = generate(Engine(model, slots=1, dtype=dtype), [request])
         equal += count_equal_greedy(alone, company, rounding)
     assert equal > 160
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_seed_gives_the_same_answers_beside_the_same_requests_with_every_dtype(model, dtype):
+    first, again = (Traffic(model, 20, seed=8, dtype=dtype, prefix_cache=True) for _ in range(2))
+    assert first.run().answers == again.run().answers and first.answers
 
 
 def test_candidates_wait_until_all_of_them_fit(model):

@@ -46,7 +46,7 @@ class HandlerClient(ServiceClient):
     """TorchServe's half of continuous batching: bodies come in the first call only."""
 
     def start(self, folder, task, settings):
-        config = CONFIG | {"gptchat": CONFIG["gptchat"] | settings}
+        config = CONFIG | {"gptchat": CONFIG["gptchat"] | {"dtype": "float32"} | settings}
         self.context = Context(
             task, str(folder), None, 64, None, "0.12", metrics=Metrics(), model_yaml_config=config
         )
