@@ -147,7 +147,10 @@ class TrainConfig:
         False, "ChatLM from an LM: keep its two token-type rows instead of drawing new ones"
     )
     precision: str = setting(
-        "bf16", "of the forward pass; weights stay in fp32", choices=("fp32", "bf16", "fp16")
+        "auto",
+        "of the forward pass, weights stay in fp32; `auto`: bf16 if the device multiplies that, "
+        "else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     tf32: bool = setting(
         False, "let a GPU round the factors of fp32 products to TF32: faster, less exact"

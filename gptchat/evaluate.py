@@ -43,8 +43,9 @@ from gptchat.data.scripts import units
 from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.files import expand
-from gptchat.inference.generate import TextGenerator, default_device
+from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
+from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2
 from gptchat.training import model_card
 from gptchat.training.metrics import metrics, sum_losses

@@ -12,8 +12,9 @@ import torch
 
 from gptchat.config import ServerSettings
 from gptchat.inference.engine import Request, generate
-from gptchat.inference.generate import TextGenerator, default_device
+from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
+from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2Config
 from gptchat.runtime import tune_memory
 

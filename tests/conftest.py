@@ -23,6 +23,7 @@ from gptchat.inference.engine import Output
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of processes that tests start beside others
 torch.set_num_threads(2)
 
 SMALL_FILES = {  # name: the file of the default corpora that it begins as, and its bytes

@@ -91,7 +91,8 @@ class ServiceClient:
         self.start(folder, task, settings)
 
     def start(self, folder: Path, task: str, settings: dict[str, Any]) -> None:
-        model = load_served_model(self.model, task, ServerSettings(**{"dtype": "float32"} | settings))
+        settings = {"dtype": "float32"} | settings
+        model = load_served_model(self.model, task, ServerSettings(**settings))
 
         def record(*figure: Any) -> None:
             self.figures.append(figure)

@@ -6,6 +6,7 @@ as a GPU does, and a number cannot be read from it.
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gptchat.config import TrainConfig, load_config
+from gptchat.config import Config, TrainConfig, load_config
 from gptchat.console import UserError
 from gptchat.data.batches import Batches
 from gptchat.data.shards import open_sources
@@ -27,9 +28,11 @@ from gptchat.model import gpt2
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.masks import additive_mask, packed_mask
 from gptchat.train import Run
-from gptchat.training import distributed, optim
+from gptchat.training import distributed, optim, start
 from gptchat.training.distributed import World, has_compiler, usable_device, wrap_model
+from gptchat.training.metrics import resolve_precision
 from gptchat.training.monitor import DATA_SHEET_PEAKS, peak_flops
+from gptchat.training.muon import Muon
 
 META = torch.device("meta")
 V, LENGTH = 100, 50
@@ -290,7 +293,39 @@ def test_auto_takes_no_bfloat16_that_a_gpu_emulates(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
-    assert linear._best_dtype(on_cpu=False) == "float32"
+    assert linear._best_dtype(torch.device("cuda")) == "float32"
+    assert resolve_precision("auto", "cuda") == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "fp32", torch.float32),
+        ({"avx512_bf16": True}, "bf16", torch.bfloat16),
+        ({"amx_bf16": True}, "bf16", torch.bfloat16),
+        ({}, "fp32", torch.float32),  # of another architecture
+    ],
+)
+def test_auto_trains_in_bfloat16_where_the_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict, precision: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    config = replace(Config(), train=TrainConfig(optimizer="muon"))
+    assert start.choose_precision(config, World("cpu")).train.precision == precision
+    model = GPT2(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    _, muon = optim.make_optimizers(model, config.train)
+    assert isinstance(muon, Muon) and muon.dtype == dtype
+
+
+def test_bf16_that_a_cpu_only_emulates_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(Config(), train=TrainConfig(precision="bf16"))
+    for capabilities, warning in (({"avx512_bf16": True}, ""), ({}, "train.precision bf16 on a")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert start.choose_precision(config, World("cpu")) == config
+        error = capsys.readouterr().err
+        assert warning in error and error.count("\n") == bool(warning)
 
 
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])

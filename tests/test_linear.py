@@ -282,7 +282,7 @@ def test_an_unknown_dtype_is_refused():
 )
 def test_auto_is_the_fastest_that_the_cpu_multiplies(monkeypatch, vnni, engines, bfloat16, kernel):
     monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: vnni)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": bfloat16})
     quantized = SimpleNamespace(supported_engines=engines)
     monkeypatch.setattr("torch.backends.quantized", quantized)
     # Without VNNI, the self-test refuses a kernel that is told of it.

@@ -24,7 +24,7 @@ from gptchat.console import UserError
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
 from gptchat.training.distributed import World, wrap_model
-from gptchat.training.metrics import PRECISIONS, autocast
+from gptchat.training.metrics import PRECISIONS, autocast, resolve_precision
 from gptchat.training.monitor import matmul_peak, peak_memory, step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
 
@@ -36,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE", help="take the model's size from here (default: GPT-2 124M)")
     add("--rows", type=positive, default=4, help="rows of a step (%(default)s)")
     add("--row", type=positive, default=256, help="tokens of a row (%(default)s)")
-    add("--precision", default="bf16", choices=("bf16", "fp32"), help="default: %(default)s")
+    precision_help = "default: bf16 if the CPU multiplies that, else fp32"
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help=precision_help)
 
 
 def train_config(args: argparse.Namespace) -> GPT2Config:
@@ -112,6 +113,7 @@ def exchange(contestant: str, pipe: Connection, goes_on: bool) -> Any:
 
 def run(args: argparse.Namespace, report: Report) -> None:
     check_context(args.row, "--row", train_config(args).n_positions)
+    args.precision = resolve_precision(args.precision, "cpu")
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for contestant in CONTESTANTS:
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
         worker_end.close()  # so that reading ends when the process does
     n_tokens = args.rows * args.row
     medians = report.race(
-        f"train, {args.rows} x {args.row}",
+        f"train, {args.rows} x {args.row}, {args.precision}",
         "tokens/s",
         {name: partial(exchange, name, pipe, True) for name, pipe in pipes.items()},
         args.rounds,

@@ -26,8 +26,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from gptchat.console import UserError
 from gptchat.data.dialogue import Turn, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
@@ -35,6 +33,7 @@ from gptchat.inference.engine import Engine, Output, Request
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import CharacterFilter, StreamDecoder
 from gptchat.model import pretrained
+from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS
 
 SLOTS = 16  # default number of sequences that are decoded at once
@@ -240,11 +239,6 @@ class TextGenerator:
             fitting, _ = self.cut_to_fit(turns, CHAT_SAMPLING.max_new_tokens)
             requests.append(self.request(fitting, replace(CHAT_SAMPLING, seed=seed)))
         return self.complete(requests)
-
-
-def default_device() -> str:
-    """The GPU where there is one, else the CPU, as torch names it."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_generator(

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptchat.console import UserError
+from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2, MLP, gelu_tanh
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -195,19 +196,15 @@ def without_torch_function() -> AbstractContextManager[None]:
         return nullcontext()
 
 
-def _best_dtype(on_cpu: bool) -> str:
+def _best_dtype(device: torch.device) -> str:
     """What is fastest on the device: int8 or bfloat16 if it multiplies that, else float32."""
     try:
-        if on_cpu and _has_fbgemm() and torch.cpu._is_vnni_supported():
+        if device.type == "cpu" and _has_fbgemm() and torch.cpu._is_vnni_supported():
             return "int8"
-        if on_cpu:
-            native = torch.cpu._is_avx512_bf16_supported()
-        else:
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
     except AttributeError as error:
         _report_fallback(error.name or "a test of the CPU", "float32", error)
-        native = False
-    if native:
+        return "float32"
+    if multiplies_bfloat16(device):
         return "bfloat16"
     return "float32"
 
@@ -246,9 +243,10 @@ def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
 
     Raises UserError for another dtype, and for int8 where there is no FBGEMM (not an x86 CPU).
     """
-    on_cpu = model.wte.weight.device.type == "cpu"
+    device = model.wte.weight.device
+    on_cpu = device.type == "cpu"
     if dtype == "auto":
-        dtype = _best_dtype(on_cpu)
+        dtype = _best_dtype(device)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; wanted auto, {', '.join(DTYPES)}")
     if dtype == "int8" and not (on_cpu and _has_fbgemm()):

@@ -16,19 +16,23 @@ The rules, in this order:
 """
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as for training: see train.py
 
 import torch
 
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data.check import BYTES_PER_TOKEN, Report, check
+from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
-from gptchat.training.metrics import autocast
+from gptchat.training.metrics import autocast, resolve_precision
 from gptchat.training.monitor import step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
 
@@ -92,16 +96,17 @@ def survey(task: str, patterns: Sequence[str], n_ctx: int) -> tuple[Report, str]
 
 def measure(recipe: Config) -> Speed:
     """Train the model of a default config for a few steps on random ids."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     tune_memory()
     model = GPT2(model_config((recipe.model.n_layer, recipe.model.n_embd), recipe)).to(device)
     optimizers = make_optimizers(model.train(), recipe.train)
+    precision = resolve_precision(recipe.train.precision, device)
     shape = (recipe.train.batch_size, recipe.model.n_ctx + 1)
     ids = torch.randint(recipe.tokenizer.vocab_size, shape, device=device)
 
     def step() -> float:
         start = time.perf_counter()
-        with autocast(device, recipe.train.precision):
+        with autocast(device, precision):
             loss = model(input_ids=ids[:, :-1], targets=ids[:, 1:].flatten())
         (loss / ids.numel()).backward()
         clip_gradients(model, recipe.train.max_grad_norm)
@@ -127,6 +132,9 @@ def model_config(size: tuple[int, int], recipe: Config, vocab_size: int = 0) -> 
         n_embd=n_embd,
         n_layer=n_layer,
         n_head=max(1, n_embd // HEAD_WIDTH),
+        embd_pdrop=recipe.model.dropout,
+        attn_pdrop=recipe.model.dropout,
+        resid_pdrop=recipe.model.dropout,
     )
 
 

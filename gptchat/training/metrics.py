@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from gptchat.data.batches import Batch
+from gptchat.model.devices import multiplies_bfloat16
 
-# The values of [train] precision.
+# The values of [train] precision, but for "auto".
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,6 +43,13 @@ def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metr
     if n_bytes:
         bits_per_byte = loss_sum / math.log(2) / n_bytes
     return Metrics(loss, perplexity, bits_per_byte, n_targets, n_bytes)
+
+
+def resolve_precision(precision: str, device: torch.device | str) -> str:
+    """One of `PRECISIONS`; "auto" is bf16 where the device multiplies that, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if multiplies_bfloat16(device) else "fp32"
 
 
 def autocast(device: torch.device | str, precision: str) -> AbstractContextManager:

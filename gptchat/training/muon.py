@@ -10,7 +10,8 @@ A parameter that stacks several matrices, such as the attention's queries, keys 
 orthogonalised matrix by matrix (`parts`). torch.optim.Muon, which gives the same steps for a single
 matrix, takes such a parameter as one.
 
-Matrices of one shape are orthogonalised in one batch, in bfloat16.
+Matrices of one shape are orthogonalised in one batch. bfloat16 is exact enough for that, and faster
+on a device that multiplies it; on others float32 is.
 """
 
 from collections import defaultdict
@@ -25,13 +26,13 @@ NEWTON_SCHULZ_STEPS = 5
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
+def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """U V^T, about, of the singular value decomposition U S V^T of each matrix (N, rows, columns).
 
     A Newton-Schulz iteration moves all singular values towards 1, into 0.7 to 1.2. It computes in
-    bfloat16, whatever the dtype of the matrices.
+    `dtype`, whatever that of the matrices.
     """
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
@@ -47,7 +48,7 @@ class Muon(Optimizer):
     """The optimizer of the module's docstring, for parameters of two dimensions.
 
     A group's `parts` is the number of matrices that are stacked in each of its parameters, along
-    the first dimension.
+    the first dimension. They are orthogonalised in `dtype`.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Muon(Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         parts: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
     ):
+        self.dtype = dtype
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": parts}
         super().__init__(params, defaults)
 
@@ -73,7 +76,7 @@ class Muon(Optimizer):
                 for matrix, part in zip(parameter.chunk(parts), update.chunk(parts), strict=True):
                     by_shape[matrix.shape].append((matrix, part))
             for (rows, columns), pairs in by_shape.items():
-                updates = orthogonalized(torch.stack([part for _, part in pairs]))
+                updates = orthogonalized(torch.stack([part for _, part in pairs]), self.dtype)
                 step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for (matrix, _), update in zip(pairs, updates, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])

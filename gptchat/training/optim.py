@@ -5,11 +5,11 @@ With `optimizer = "muon"` the matrices of the transformer blocks go to Muon inst
 orthogonalises their momentum before each step, the queries', keys' and values' matrices apart. The
 learning rate is a pure function of the step number.
 
-Muon orthogonalises in bfloat16, whatever the precision of the run, and so makes rounding larger:
-two processes sum gradients in another order than one, and after six steps their weights differ by
-2e-3 (2 % of a matrix) with Muon, by 6e-6 with AdamW. With the same iteration in float32 they differ
-by 7e-6. It stays bfloat16, which is faster. A resumed run with the same number of processes is
-exact all the same.
+Muon orthogonalises in bfloat16 where the device multiplies that, whatever the precision of the run,
+and so makes rounding larger: two processes sum gradients in another order than one, and after six
+steps their weights differ by 2e-3 (2 % of a matrix) with Muon, by 6e-6 with AdamW. With the same
+iteration in float32, which other devices use, they differ by 7e-6. A resumed run with the same
+number of processes is exact all the same.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from gptchat.config import TrainConfig
+from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2
 from gptchat.training.muon import Muon
 
@@ -68,7 +69,13 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> list[Optimizer]:
     optimizers: list[Optimizer] = [AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
     if muon_matrices:
         muon_groups = [{"params": fused_matrices, "parts": 3}, {"params": muon_matrices}]
-        muon = Muon(muon_groups, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+        fast = torch.bfloat16 if multiplies_bfloat16(muon_matrices[0].device) else torch.float32
+        muon = Muon(
+            muon_groups,
+            lr=config.muon_learning_rate,
+            weight_decay=config.weight_decay,
+            dtype=fast,
+        )
         optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

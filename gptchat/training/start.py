@@ -4,6 +4,8 @@ Everything random here is drawn from the config's seed, so that the same config 
 weights.
 """
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +14,25 @@ from gptchat.config import Config
 from gptchat.console import UserError
 from gptchat.data.tokenizer import Tokenizer, tokenizer_for
 from gptchat.model import pretrained
+from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.training.distributed import World
+from gptchat.training.metrics import resolve_precision
+
+
+def choose_precision(config: Config, world: World) -> Config:
+    """The config with the precision that its "auto" stands for on the device of this run.
+
+    Warns of bf16 on a device that has to convert every number.
+    """
+    precision = resolve_precision(config.train.precision, world.device)
+    if precision == "bf16" and world.rank == 0 and not multiplies_bfloat16(world.device):
+        print(
+            "warning: train.precision bf16 on a device without instructions for it, where it is "
+            "many times slower than fp32; auto chooses by the device",
+            file=sys.stderr,
+        )
+    return replace(config, train=replace(config.train, precision=precision))
 
 
 def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
