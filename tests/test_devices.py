@@ -24,6 +24,8 @@ from gptchat.data.batches import Batches
 from gptchat.data.shards import open_sources
 from gptchat.data.tokenizer import tokenizer_for
 from gptchat.inference import linear
+from gptchat.inference.engine import Engine, Request
+from gptchat.inference.sampling import Sampling
 from gptchat.model import gpt2
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.masks import additive_mask, packed_mask
@@ -36,6 +38,10 @@ from gptchat.training.muon import Muon
 
 META = torch.device("meta")
 V, LENGTH = 100, 50
+
+
+# Operators that copy a tensor to another device; the second is seen in inference mode only.
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype_layout)
 
 
 class DeviceWatch(TorchDispatchMode):
@@ -57,7 +63,7 @@ class DeviceWatch(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default and on_device:
             self.reads[str(function)] += 1
             return 1.0
-        if function is torch.ops.aten._to_copy.default and on_device:
+        if function in COPIES and on_device:
             if kwargs.get("device", self.device) != self.device:
                 self.reads[str(function)] += 1
                 return torch.zeros(inputs[0].shape, dtype=kwargs.get("dtype") or inputs[0].dtype)
@@ -133,6 +139,37 @@ def test_the_watch_finds_a_tensor_made_on_the_cpu_and_a_number_that_is_read() ->
         x.cpu()
     assert "arange" in watch.strangers[0]
     assert watch.reads == {"aten._local_scalar_dense.default": 1, "aten._to_copy.default": 1}
+
+
+EVERY_SETTING = Sampling(
+    temperature=0.7,
+    top_k=40,
+    top_p=0.9,
+    min_p=0.01,
+    repetition_penalty=1.2,
+    frequency_penalty=0.1,
+    presence_penalty=0.1,
+    min_tokens=5,
+    logit_bias={7: 1.0, 8: -100.0},
+)
+
+
+@pytest.mark.parametrize("logprobs, n_reads", [(None, 1), (5, 2)])
+@pytest.mark.parametrize(
+    "settings", [[Sampling(temperature=0)], [EVERY_SETTING], [EVERY_SETTING, Sampling(seed=3)] * 4]
+)
+def test_a_decoding_step_reads_from_the_device_as_often_for_many_rows_as_for_one(
+    settings: list[Sampling], logprobs: int | None, n_reads: int
+) -> None:
+    engine = Engine(model_on(META), slots=len(settings), length=64, suppress=(0, 1))
+    for sampling in settings:
+        sampling = replace(sampling, logprobs=logprobs, max_new_tokens=50)
+        engine.submit(Request([5, 6, 7], sampling=sampling, stop_ids=(2,)))
+    with DeviceWatch():
+        engine.step()
+    with DeviceWatch() as watch:
+        assert len(engine.step()) == len(settings)
+    assert watch.reads.total() == n_reads
 
 
 def unfused_optimizers(model: GPT2, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
+from gptchat.inference import draw as drawing
 from gptchat.inference import sampling
-from gptchat.inference.sampling import Row, Sampling, filtered_weights, score, uniform
+from gptchat.inference.draw import filtered_weights, score, uniform
+from gptchat.inference.sampling import Row, Sampling
 from tests.hf_models import BadWords
 
 V = 301
@@ -31,12 +33,12 @@ def some_logits(rows, seed=0, scale=3.0, size=V):
 
 
 def draw(logits, rows, suppress=()):
-    return sampling.draw(logits, rows, torch.tensor(suppress, dtype=torch.int64))
+    return drawing.draw(logits, rows, torch.tensor(suppress, dtype=torch.int64))
 
 
 def process(scores, rows, suppress=()):
     """What the settings change before a draw, in place."""
-    sampling.penalize_and_ban(scores, rows, torch.tensor(suppress, dtype=torch.int64))
+    drawing.penalize_and_ban(scores, rows, torch.tensor(suppress, dtype=torch.int64))
 
 
 def row(ids=(1, 2, 3), candidate=0, n_prompt=0, stop_ids=(), **settings):
@@ -312,7 +314,7 @@ def test_seed_candidate_and_position_each_change_the_draw():
 @pytest.mark.parametrize("noise", [0.0, 1 - 2.0**-52])
 def test_an_id_without_probability_is_never_drawn(monkeypatch, noise):
     """At both ends of the noise, with totals that float64 rounds up and down."""
-    monkeypatch.setattr("gptchat.inference.sampling.uniform", lambda *_: noise)
+    monkeypatch.setattr("gptchat.inference.draw.uniform", lambda *_: noise)
     for seed, size in itertools.product(range(5), (3, 2_000, 10_000, 29_000)):
         logits = torch.full((1, 50_000), -1e9)
         logits[0, 20_000 : 20_000 + size] = some_logits(1, seed, size=size, scale=0.01)[0]
@@ -484,7 +486,7 @@ def test_top_p_has_the_bound_of_going_through_a_row_id_by_id(scores, data):
     top_p = torch.tensor([[data.draw(shares)] for _ in scores], dtype=torch.float64)
     weights = scores.exp().mul(2.0**40).long()
     wanted = nucleus_by_sorting(scores, weights, top_p)
-    assert torch.equal(sampling.nucleus(scores, top_p), wanted)
+    assert torch.equal(drawing.nucleus(scores, top_p), wanted)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])

@@ -46,10 +46,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gptchat.inference.draw import Scored, draw, score
 from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.prefix_cache import Prefix, PrefixCache
 from gptchat.inference.request import Ids, Output, Request, check_request
-from gptchat.inference.sampling import Row, Scored, draw, score
+from gptchat.inference.sampling import Row
 from gptchat.inference.text import CharacterFilter
 from gptchat.model.gpt2 import GPT2
 

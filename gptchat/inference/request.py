@@ -6,7 +6,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptchat.inference.sampling import Sampling, Scored
+from gptchat.inference.draw import Scored
+from gptchat.inference.sampling import Sampling
 from gptchat.model.gpt2 import NO_TYPE_ROWS, GPT2Config
 
 Ids = Sequence[int]
