@@ -110,6 +110,7 @@ def started(run: Path, monkeypatch, lines=(), status=None) -> TorchServe:
     names = {"my-chatlm": run, "chatlm": run}
     server = TorchServe(options(run, models=names))
     monkeypatch.setattr(server, "ask", ask)
+    monkeypatch.setattr(torchserve, "START_SECONDS", 5)
     output = [f"2026-01-01T00:00:00,000 {line}\n" for line in lines]
     server.child = SimpleNamespace(poll=lambda: status, stdout=output)
     server.reader.start()
