@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +229,45 @@ def test_page_offers_the_models_that_chat(model, tmp_path):
     models = {"lm": model, "a": chat_model, "none": tmp_path, "b": chat_model}
     server = TorchServe(options(tmp_path / "run", models=models))
     assert server._environment()["GPTCHAT_CHAT_MODELS"] == "a,b"
+
+
+def test_answer_that_is_no_http_is_as_if_there_was_none(tmp_path):
+    server = TorchServe(options(tmp_path / "run"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0\r\n\r\n")
+
+        threading.Thread(target=answer).start()
+        with pytest.raises(OSError, match="BadStatusLine"):
+            server.get(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=20)
+
+
+@pytest.mark.parametrize(
+    "metrics, live",
+    [
+        ('gptchat_live_requests{ModelName="lm",} 0.0\n', False),
+        (
+            'gptchat_live_requests{ModelName="a"} 0.0\ngptchat_live_requests{ModelName="b"} 2.0',
+            True,
+        ),
+        ('gptchat_live_slots{ModelName="lm",} 3.0\n', False),
+        ("", False),
+        (OSError("refused"), True),  # nobody knows
+    ],
+)
+def test_live_requests_are_read_from_the_metrics(tmp_path, monkeypatch, metrics, live):
+    def get(url, timeout):
+        if isinstance(metrics, OSError):
+            raise metrics
+        return metrics
+
+    server = TorchServe(options(tmp_path / "run"))
+    monkeypatch.setattr(server, "get", get)
+    assert server.has_live_requests() is live
 
 
 def test_half_written_keys_are_as_if_not_written_yet(tmp_path):
