@@ -115,7 +115,7 @@ def started(run: Path, monkeypatch, lines=(), status=None) -> TorchServe:
     output = [f"2026-01-01T00:00:00,000 {line}\n" for line in lines]
     server.child = SimpleNamespace(poll=lambda: status, stdout=output)
     server.reader.start()
-    server.reader.join()
+    server.reader.join(60)
     return server
 
 

@@ -365,17 +365,6 @@ def test_earlier_messages_that_no_longer_fit_into_a_request_are_left_out(browser
     assert asked(browser) == [200] and len(messages(browser)) == 4
 
 
-def test_refused_as_too_large_by_a_proxy_comes_back_into_the_box(browser, proxy):
-    show(browser, proxy)
-    proxy.refusal = (413, {})
-    say(browser, "large")
-    assert "too long" in problem(browser) and turns(browser) == []
-    assert find(browser, "#text").get_attribute("value") == "large"
-    find(browser, "#text").clear()
-    say(browser, "small")
-    assert turns(browser)[0] == "small" and len(turns(browser)) == 2
-
-
 def test_page_asks_nothing_of_other_hosts_and_has_names_for_everything(browser, server):
     browser.get_log("performance")
     show(browser, server)
@@ -609,6 +598,17 @@ def test_busy_server_and_lost_connection_can_be_tried_again(browser, proxy):
     press(browser, "Try again")
     wait_for_the_answer(browser)
     assert len(messages(browser)) == 2 and not browser.find_elements("css selector", ".note.bad")
+
+
+def test_refused_as_too_large_by_a_proxy_comes_back_into_the_box(browser, proxy):
+    show(browser, proxy)
+    proxy.refusal = (413, {})
+    say(browser, "large")
+    assert "too long" in problem(browser) and turns(browser) == []
+    assert find(browser, "#text").get_attribute("value") == "large"
+    find(browser, "#text").clear()
+    say(browser, "small")
+    assert turns(browser)[0] == "small" and len(turns(browser)) == 2
 
 
 def test_enter_that_ends_a_composition_does_not_send(browser, server):

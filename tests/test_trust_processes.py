@@ -118,7 +118,7 @@ def test_what_ends_another_thread_of_a_run_is_printed(
     with trained.start_monitor():
         thread = threading.Thread(target=lambda: [][0])
         thread.start()
-        thread.join()
+        thread.join(60)
     (error,) = ended_threads
     assert isinstance(error, IndexError) and threading.excepthook is hook
 
