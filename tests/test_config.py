@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gptchat import paths
 from gptchat.config import Config, TrainConfig, load_config
 from gptchat.console import UserError
 from gptchat.settings import RENAMED, build, setting
@@ -78,6 +79,10 @@ def test_an_override_is_a_toml_value_or_else_a_string(tmp_path: Path) -> None:
         (GOOD.replace("n_head = 1", "n_head = 0"), "wants n_layer, n_head"),
         (GOOD + "learning_rate = inf\n", "[train] learning_rate: found inf"),
         (GOOD.replace("num_steps = 1", ""), "exactly one of num_epochs and num_steps"),
+        (
+            '[data]\ntrain = ["a", "b"]\nweights = [1]\n' + GOOD,
+            "[data] weights: found 1; wanted 2, one for each entry of train",
+        ),
         ("task = \n", "not valid TOML"),
         ("\ufeff\x00", "not valid TOML"),
     ],
@@ -88,6 +93,15 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, messag
     assert message in str(error.value)
     assert str(tmp_path / "a.toml") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_make_is_told_of_two_configs_with_one_run_folder(tmp_path: Path) -> None:
+    lm, chatlm = tmp_path / "lm.toml", tmp_path / "chatlm.toml"
+    lm.write_text('run = "out/x"\n' + GOOD)
+    chatlm.write_text('task = "chatlm"\nrun = "out/./x/"\n' + GOOD)
+    both = ["--lm", str(lm), "--chatlm", str(chatlm)]
+    with pytest.raises(UserError, match=f"{lm} and {chatlm}: both have the run folder out/x;"):
+        paths.main(both)
 
 
 @pytest.mark.parametrize(

@@ -466,6 +466,10 @@ def test_cancelled_sequences_are_gone_by_the_next_step(model, candidate, left):
         (Request([1], n=1.5), "n is 1.5, wanted from 1 to 8"),
         (Request([1, 2.0]), "id 2.0 is no int"),
         (Request([True]), "id True is no int"),
+        (
+            Request([1], sampling=Sampling(logit_bias={3: 1, V: 1})),
+            f"id {V} of logit_bias is not in the vocabulary of {V}",
+        ),
     ],
 )
 def test_what_can_never_be_served_is_refused_with_the_reason(model, request_, reason):

@@ -7,7 +7,9 @@ import socket
 
 import pytest
 import torch
-from serving import Server, tiny_model
+from serving import ROOT, Server, configs, tiny_model
+
+from gptchat.serve.options import GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT, METRICS_PORT
 
 pytestmark = pytest.mark.server
 torch.set_num_threads(1)
@@ -54,7 +56,8 @@ def ask(text, tokens=1):
     )
 
 
-def test_log_has_no_text_of_a_request_and_no_forged_line(server):
+def send_canaries(server):
+    """Requests whose text TorchServe's classes log, some of it decoded, and one good request."""
     evil = f"{CANARY}\n2026-01-01 00:00:00 {CANARY} forged\r\x1b[31m"
     bodies = [f"a={CANARY}%&b=%{CANARY}", f"%{CANARY}%zz&%&=&{evil}", f"{CANARY}=%0a%1b[31m{evil}"]
     for body in bodies:
@@ -73,14 +76,14 @@ def test_log_has_no_text_of_a_request_and_no_forged_line(server):
     ]
     form = b"x=%&y=%" + CANARY.encode()
     for path in paths:
-        for port in (server.port, server.port + 2):
+        for port in (server.port, server.port + METRICS_PORT):
             exchange(port, request(path), 0.5)
             sent = request(path, form, "POST", Content_Type=FORM["content-type"])
             exchange(port, sent, 0.5)
     raw = [
         f"{CANARY}\x1b[31m\r\n\r\n".encode(),
         f"GET /{CANARY} {CANARY}\r\n\r\n".encode(),
-        f"GET /{CANARY}\x1b HTTP/9.9\r\n{CANARY}\x1b: a\r\n\r\n".encode(),
+        f"GET /{CANARY}\x1b\x9b HTTP/9.9\r\n{CANARY}\x1b: a\r\n\r\n".encode("latin-1"),
         request("/predictions/chatlm", b"", "POST", Content_Length=f"-5{CANARY}"),
         request("/predictions/chatlm", b"", "POST", Transfer_Encoding="chunked") + CANARY.encode(),
         request("/predictions/chatlm", b"", "POST", Expect=CANARY, X=f"\x1b{CANARY}\x00"),
@@ -88,13 +91,70 @@ def test_log_has_no_text_of_a_request_and_no_forged_line(server):
     ]
     for sent in raw:
         exchange(server.port, sent, 1)
+    for port in (server.port + GRPC_INFERENCE_PORT, server.port + GRPC_MANAGEMENT_PORT):
+        exchange(port, request(f"/{CANARY}\x1b"), 1)
     assert server.post("chatlm", {"context": "hi", "n": 1, "max_tokens": 1})[0] == 200
     server.wait_for_log("chatlm original 200")  # the log comes a little later
+
+
+def lines_with_text(log):
+    return [line for line in log.split(b"\n") if CANARY.encode() in line]
+
+
+def test_log_has_no_text_of_a_request_and_no_forged_line(server):
+    send_canaries(server)
     log = server.log.read_bytes()
-    lines = [line for line in log.split(b"\n") if CANARY.encode() in line]
-    assert lines == []
+    assert lines_with_text(log) == []
     assert not re.search(rb"[\x00-\x09\x0b-\x1f]", log)
-    assert b"\tat " not in log and b"at io.netty" not in log
+    assert b"\tat " not in log and b"at io." not in log
+    assert not re.search(rb" (INFO|DEBUG|TRACE) ", log)
+
+
+# The log's guards overlap: one may go without any line being wrong. So each stands alone here.
+
+
+def serve_with_log(folder, changes, **options):
+    """A server whose log4j2.xml is changed by regular expressions, each of which must be there."""
+    changed = configs(folder / "configs")
+    log4j = changed / "log4j2.xml"
+    xml = log4j.read_text()
+    for pattern, replacement in changes.items():
+        xml, count = re.subn(pattern, replacement, xml)
+        assert count, pattern
+    log4j.write_text(xml)
+    model = tiny_model(folder / "chatlm", "chatlm")
+    server = Server(folder / "run", {"chatlm": model}, "--configs", str(changed), **options)
+    return server.wait_until_ready()
+
+
+def test_classes_that_log_what_they_were_sent_are_off(tmp_path):
+    plain = {r'(<Property name="text">).*(</Property>)': r"\1%m%n\2"}
+    server = serve_with_log(tmp_path, plain | {'<Root level="[a-z]+"': '<Root level="info"'})
+    try:
+        send_canaries(server)
+    finally:
+        server.stop()
+    log = server.log.read_bytes()
+    assert b" INFO " in log and lines_with_text(log) == []
+
+
+def test_what_is_logged_is_one_line_without_control_characters_or_stack_trace(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'model_service_worker' in ' '.join(sys.orig_argv): print('worker\\x1b[31m\\x9b.')\n"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    server = serve_with_log(tmp_path, {'level="[a-z]+"': 'level="trace"'}, environment=path)
+    try:
+        send_canaries(server)
+    finally:
+        server.stop()
+    log = server.log.read_bytes()
+    assert f"GET /{CANARY}   HTTP/9.9".encode() in log  # the requests do reach the log
+    assert b"worker [31m ." in log  # and so does what the worker prints
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", log.decode())
+    assert re.search(rb"Torchserve version: .+ TS Home: ", log)  # a message of many lines
+    assert b"\tat " not in log and b"at io." not in log and b"Exception" not in log
 
 
 def test_pipelined_requests_never_get_each_others_answers(server):

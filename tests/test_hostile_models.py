@@ -6,8 +6,10 @@ of it; the tests look at that.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,41 @@ def stretched_bin(directory: Path) -> None:
     config(vocab_size=2**31 - 1)(directory)
 
 
+def bin_of(change: Callable[[dict[Any, Any]], object], **options: Any) -> Edit:
+    """A pytorch_model.bin in place of model.safetensors, of what `change` returns, if anything."""
+
+    def edit(directory: Path) -> None:
+        values: dict[Any, Any] = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        torch.save(change(values) or values, directory / "pytorch_model.bin", **options)
+
+    return edit
+
+
+def compressed_bin(directory: Path) -> None:
+    bin_of(lambda values: None)(directory)
+    path = directory / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("pytorch_model/data/999", bytes(20_000_000))
+
+
+def tensor_in_two_files(directory: Path) -> None:
+    index({"wte.weight": "part.safetensors", "wpe.weight": "again.safetensors"})(directory)
+    shutil.copy(directory / "part.safetensors", directory / "again.safetensors")
+
+
+def unigram(*entries: Any) -> Edit:
+    vocabulary = {"type": "Unigram", "vocab": list(entries)}
+    return edit_json("tokenizer.json", lambda values: values.update(model=vocabulary))
+
+
+def vocabulary_without_merges(directory: Path) -> None:
+    values = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    (directory / "tokenizer.json").unlink()
+    vocabulary = json.dumps(values["model"]["vocab"])
+    (directory / "vocab.json").write_text(vocabulary, encoding="utf-8")
+
+
 def duplicate_id(values: dict[str, Any]) -> None:
     values["model"]["vocab"]["zz"] = 100
 
@@ -191,6 +228,15 @@ HOSTILE: dict[str, tuple[Edit, list[str]]] = {
     "index of one": (index({"wte.weight": "part.safetensors"}), []),
     "large header": (large_header, ["model.safetensors", "90,000,000 bytes"]),
     "stretched bin": (stretched_bin, ["pytorch_model.bin", "larger than what is stored"]),
+    "compressed bin": (compressed_bin, ["pytorch_model.bin", "compressed"]),
+    "bin of a list": (bin_of(lambda values: [1]), ["pytorch_model.bin", "no dictionary"]),
+    "bin of numbers": (bin_of(lambda values: values.update(a=1)), ["no dictionary of tensors"]),
+    "bin without names": (bin_of(lambda values: {1: torch.ones(1)}), ["no dictionary of tensors"]),
+    "tensor in two files": (tensor_in_two_files, ["part.safetensors", "transformer.h.0."]),
+    "two ids of one token": (unigram(["a", 0.0], ["a", 0.0]), ["two ids have the token 'a'"]),
+    "tokens that are none": (unigram(["a", 0.0], 7), ["found None in the vocabulary"]),
+    "no vocabulary": (edit_json("tokenizer.json", lambda t: t.pop("model")), ["no vocabulary"]),
+    "no merges": (vocabulary_without_merges, ["found no file merges.txt"]),
     "NaN weight": (tensors(lambda t: t[C_FC][0].fill_(NAN)), [C_FC, "NaN or infinity"]),
     "infinite weight": (tensors(lambda t: t[C_FC][5, 7].fill_(-INF)), [C_FC, "NaN or infinity"]),
 }
@@ -295,6 +341,27 @@ def test_finite_weights_whose_sum_overflows_are_loaded(tmp_path: Path) -> None:
         model.wpe.weight.fill_(3e38)
     save_weights(tmp_path, model)
     assert torch.equal(load_model(tmp_path)[0].wpe.weight, model.wpe.weight)
+
+
+def test_model_that_does_not_fit_into_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    our_model(tmp_path)
+
+    real = torch.empty
+
+    def empty(*shape: Any, **options: Any) -> torch.Tensor:
+        if options.get("device") is None:  # where the model is built without memory
+            return real(*shape, **options)
+        raise RuntimeError("not enough memory: you tried to allocate 9 bytes\nat somewhere")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UserError) as raised:
+        load_model(tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path}: no memory for the model on cpu: "
+        "not enough memory: you tried to allocate 9 bytes"
+    )
 
 
 def test_table_of_wanted_shapes_is_that_of_the_model(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """`gptchat serve` as a process: how it ends, and what it says when it cannot start."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,18 +100,61 @@ def test_the_one_of_two_models_that_cannot_start_is_named(model, tmp_path, bad):
     assert "not a whole file of weights" in last
 
 
-def test_the_one_of_two_models_that_does_not_answer_in_time_is_named(tmp_path, monkeypatch):
+def started(run: Path, monkeypatch, lines=(), status=None) -> TorchServe:
+    """A TorchServe of `chatlm`, which never answers, and `my-chatlm`, which does. Java has said
+    these lines, and has ended if there is a status."""
+
     def ask(name, timeout):
         if name == "chatlm":
             raise OSError("refused")
 
-    server = TorchServe(options(tmp_path / "run"))
-    server.child = SimpleNamespace(poll=lambda: None)
-    server.reader = SimpleNamespace(join=lambda timeout: None)
+    names = {"my-chatlm": run, "chatlm": run}
+    server = TorchServe(options(run, models=names))
     monkeypatch.setattr(server, "ask", ask)
+    monkeypatch.setattr(torchserve, "START_SECONDS", 5)
+    output = [f"2026-01-01T00:00:00,000 {line}\n" for line in lines]
+    server.child = SimpleNamespace(poll=lambda: status, stdout=output)
+    server.reader.start()
+    server.reader.join(60)
+    return server
+
+
+def test_model_that_dies_is_named_with_its_own_reason(tmp_path, monkeypatch):
+    lines = [
+        "W-2-my-chatlm_1.0-stdout ValueError: another's, before",
+        "W-1-chatlm_1.0-stdout Backend worker process died.",
+        "W-1-chatlm_1.0-stdout OSError: its own",
+        "W-2-my-chatlm_1.0-stdout ValueError: another's, after",
+        "W-2-my-chatlm_1.0-stdout Backend worker process died.",  # it stops because of the first
+        "ERROR ModelServer RuntimeException: Java's",
+    ]
+    server = started(tmp_path / "run", monkeypatch, lines)
+    with pytest.raises(UserError, match="^TorchServe cannot serve chatlm: .* OSError: its own$"):
+        server.wait_until_ready()
+
+
+def test_model_that_does_not_answer_in_time_is_named(tmp_path, monkeypatch):
+    server = started(tmp_path / "run", monkeypatch)
     monkeypatch.setattr(torchserve, "START_SECONDS", 0.5)
     with pytest.raises(UserError, match="^TorchServe cannot serve chatlm: no answer in "):
         server.wait_until_ready()
+
+
+def test_models_that_wait_are_named_when_java_ends(tmp_path, monkeypatch):
+    server = started(tmp_path / "run", monkeypatch, ["java.net.BindException: in use"])
+    running = iter([None, None, 1])
+    server.child.poll = lambda: next(running)
+    monkeypatch.setattr(torchserve.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError) as error:
+        server.wait_until_ready()
+    assert re.fullmatch(r"TorchServe cannot serve chatlm: \S+ java.*: in use", str(error.value))
+
+
+def test_model_directory_that_is_not_there_is_named_beside_one_that_is(model, tmp_path):
+    models = ["--model", f"lm={model}", "--model", f"chatlm={tmp_path / 'none'}"]
+    done = run_launcher(*models, "--run", tmp_path / "run", "--port", free_ports())
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(tmp_path / "none") in done.stderr and str(model) not in done.stderr
 
 
 def test_run_that_is_a_file_is_one_line(model, tmp_path):
@@ -186,6 +231,45 @@ def test_page_offers_the_models_that_chat(model, tmp_path):
     assert server._environment()["GPTCHAT_CHAT_MODELS"] == "a,b"
 
 
+def test_answer_that_is_no_http_is_as_if_there_was_none(tmp_path):
+    server = TorchServe(options(tmp_path / "run"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0\r\n\r\n")
+
+        threading.Thread(target=answer).start()
+        with pytest.raises(OSError, match="BadStatusLine"):
+            server.get(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=20)
+
+
+@pytest.mark.parametrize(
+    "metrics, live",
+    [
+        ('gptchat_live_requests{ModelName="lm",} 0.0\n', False),
+        (
+            'gptchat_live_requests{ModelName="a"} 0.0\ngptchat_live_requests{ModelName="b"} 2.0',
+            True,
+        ),
+        ('gptchat_live_slots{ModelName="lm",} 3.0\n', False),
+        ("", False),
+        (OSError("refused"), True),  # nobody knows
+    ],
+)
+def test_live_requests_are_read_from_the_metrics(tmp_path, monkeypatch, metrics, live):
+    def get(url, timeout):
+        if isinstance(metrics, OSError):
+            raise metrics
+        return metrics
+
+    server = TorchServe(options(tmp_path / "run"))
+    monkeypatch.setattr(server, "get", get)
+    assert server.has_live_requests() is live
+
+
 def test_half_written_keys_are_as_if_not_written_yet(tmp_path):
     server = TorchServe(options(tmp_path / "run", auth=True))
     for content in ('{"inference": {"k', "{}", "[]"):
@@ -194,19 +278,19 @@ def test_half_written_keys_are_as_if_not_written_yet(tmp_path):
             server.ask("lm", timeout=1)
 
 
-def test_last_error_can_be_read_while_the_output_goes_on(tmp_path):
+def test_last_error_can_be_read_while_the_output_goes_on(tmp_path, monkeypatch):
     server = TorchServe(options(tmp_path / "run"))
     server.reader = SimpleNamespace(join=lambda timeout: None)
 
-    class Growing(str):
-        """A line whose reading lets the other thread add one."""
+    def search(pattern, line):
+        """Looking at a line lets the other thread add one."""
+        server.last_lines.append("more")
+        return re.search(pattern, line)
 
-        def __contains__(self, part):
-            server.last_lines.append("more")
-            return super().__contains__(part)
-
-    server.last_lines += [Growing("W-1-lm_1.0-stdout OSError: first"), Growing("x"), Growing("y")]
-    assert "first" in server.last_error("lm")
+    monkeypatch.setattr(torchserve, "re", SimpleNamespace(search=search, escape=re.escape))
+    server.last_lines += ["W-1-lm_1.0-stdout OSError: first", "x", "y"]
+    for model in ("lm", ""):
+        assert "first" in server.last_error(model)
 
 
 def test_a_run_folder_in_which_another_launcher_works_is_refused(model, tmp_path):

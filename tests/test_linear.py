@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptchat.console import UserError
@@ -82,6 +83,46 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype):
         for size in (1e-3, 1e3):
             rows = torch.cat([torch.randn(neighbours, 768) * size, row])
             assert distance(layer(rows)[-1], alone) < NEIGHBOUR_ROUNDING[dtype]
+
+
+# `Int8Linear` itself, since a kernel that gives wrong numbers here is not used by `fast_linear`.
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "bias"), [(768, 300, True), (33, 5, False)])
+@torch.inference_mode()
+def test_int8_has_a_scale_per_row_and_per_output(n_in, n_out, bias):
+    torch.manual_seed(0)
+    sizes = torch.logspace(-2, 2, n_out)[:, None]
+    weight = torch.randn(n_out, n_in) * sizes
+    layer = Int8Linear(weight, torch.randn(n_out) if bias else None)
+    x = torch.randn(9, n_in) * torch.logspace(-3, 3, 9)[:, None]
+    row_scales = x.abs().amax(1, keepdim=True) / layer.levels
+    output_scales = weight.abs().amax(1) / 127
+    products = (x / row_scales).round().double() @ (weight.T / output_scales).round().double()
+    wanted = products * row_scales * output_scales + (layer.bias if bias else 0)
+    # A number half-way between two integers may become either.
+    assert max(map(distance, layer(x), wanted)) < 1e-3
+
+
+@torch.inference_mode()
+def test_int8_row_is_the_same_to_the_bit_in_any_company():
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.randn(311, 768), torch.randn(311))
+    row = torch.randn(1, 768)
+    alone = layer(row)[0]
+    for neighbours in (1, 2, 7, 31, 200):
+        for size in (1e-3, 1, 1e3):
+            rows = torch.randn(neighbours, 768) * size
+            for place in (0, neighbours // 2, neighbours):
+                found = layer(torch.cat([rows[:place], row, rows[place:]]))
+                assert torch.equal(found[place], alone)
+
+
+@torch.inference_mode()
+def test_int8_sums_of_the_largest_products_do_not_saturate():
+    layer = Int8Linear(torch.full((8, 768), 3.0), None)
+    for x in (torch.full((1, 768), 2.0), torch.full((1, 768), -2.0)):
+        assert distance(layer(x), 768 * 3 * x[:, :8]) < 1e-5
 
 
 @torch.inference_mode()
@@ -264,6 +305,41 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
     # what it shared is whole
     assert all(map(torch.equal, before, model.parameters()))
     assert torch.equal(model.logits(model(ids, types)), wanted)
+
+
+def largest_difference(model: GPT2, dtype: str, *engines: dict[str, int]) -> float:
+    """Between log-probabilities of the same greedy answers of two engines."""
+    torch.manual_seed(1)
+    sampling = Sampling(temperature=0, max_new_tokens=8, logprobs=1)
+    prompts = [torch.randint(311, (length,)).tolist() for length in range(1, 36, 5)]
+    requests = [Request(ids, sampling=sampling) for ids in prompts]
+    one, other = (generate(Engine(model, dtype=dtype, **sizes), requests) for sizes in engines)
+    difference = 0.0
+    for [first], [second] in zip(one, other, strict=True):
+        assert [output.token for output in first] == [output.token for output in second]
+        pairs = zip(first, second, strict=True)
+        difference = max([difference, *(abs(a.logprob - b.logprob) for a, b in pairs)])
+    return difference
+
+
+def test_int8_answers_depend_on_slots_and_chunks_through_attention_alone(monkeypatch):
+    """As the engine's docstring says: with attention in float64 they do not."""
+    attention = F.scaled_dot_product_attention
+
+    def in_float64(q, k, v, attn_mask=None, **options):
+        mask = None if attn_mask is None else attn_mask.double()
+        return attention(q.double(), k.double(), v.double(), attn_mask=mask, **options).float()
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", in_float64)
+    monkeypatch.setattr(linear_module, "kernel_works", lambda dtype, gelu: True)
+    torch.manual_seed(0)
+    model = GPT2(SMALL)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.25)
+    alone = {"slots": 1, "prefill_chunk": 64}
+    for sizes in ({"slots": 5, "prefill_chunk": 7}, {"slots": 8, "prefill_chunk": 64}):
+        assert largest_difference(model, "int8", alone, sizes) < 1e-5
 
 
 def test_an_unknown_dtype_is_refused():

@@ -211,6 +211,20 @@ def last_body(browser):
     return json.loads([body for body in bodies if body][-1])
 
 
+def asked(browser):
+    """The status of each request for an answer since the last look at the log, or None."""
+    statuses = {}
+    for entry in browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        params = message["params"]
+        if message["method"] == "Network.requestWillBeSent":
+            if params["request"]["url"].endswith("/chat/completions"):
+                statuses[params["requestId"]] = None
+        elif message["method"] == "Network.responseReceived" and params["requestId"] in statuses:
+            statuses[params["requestId"]] = params["response"]["status"]
+    return list(statuses.values())
+
+
 def picture(browser, name):
     """Kept where PAGE_PICTURES says, for people to look at."""
     if folder := os.environ.get("PAGE_PICTURES"):
@@ -301,16 +315,54 @@ def test_errors_are_told_to_a_person(browser, server):
     assert len(turns(browser)) == 2
 
 
-def test_message_too_large_comes_back_into_the_box_and_the_chat_goes_on(browser, server):
+MAX_BYTES = 1_000_000  # of messages in a request, as the page counts: JSON in UTF-8
+LARGEST = MAX_BYTES - len('{"role":"assistant","content":""}')
+
+
+@pytest.mark.parametrize("words", ["x" * (LARGEST + 1), "é" * (LARGEST // 2 + 1), '"' * 500_000])
+def test_message_too_large_to_be_read_is_not_sent_and_the_chat_goes_on(browser, server, words):
     show(browser, server)
-    for letters in (1_500_000, 999_900):
-        browser.execute_script("$('text').value = 'x'.repeat(arguments[0]); submit()", letters)
-        (note,) = eventually(lambda: browser.find_elements("css selector", ".note.bad"))
-        assert "too long" in note.text and turns(browser) == []
-        browser.execute_script("text.value = ''; refresh()")
-        say(browser, "hello")
-        assert len(turns(browser)) == 2 and turns(browser)[0] == "hello"
-        find(browser, "#fresh").click()
+    say(browser, "hello")
+    before = turns(browser)
+    asked(browser)
+    browser.execute_script("text.value = arguments[0]; submit()", words)
+    assert "too long" in problem(browser) and turns(browser) == before
+    assert browser.execute_script("return text.value === arguments[0]", words)
+    browser.execute_script("text.value = ''; edit(0); editing.draft = arguments[0]; draw()", words)
+    browser.execute_script("sendEdited()")
+    assert "too long" in problem(browser) and messages(browser)[0] == ("user", "hello")
+    assert browser.execute_script("return editing.draft === arguments[0]", words)
+    assert asked(browser) == []
+    browser.execute_script("stopEditing()")
+    say(browser, "and now?")
+    assert turns(browser)[:3] == [*before, "and now?"] and len(turns(browser)) == 4
+    assert asked(browser) == [200] and not browser.find_elements("css selector", ".note.bad")
+
+
+def test_largest_message_is_read_by_the_server_and_comes_back_into_the_box(browser, server):
+    show(browser, server)
+    say(browser, "hello")  # an earlier message does not make it too large
+    before = turns(browser)
+    asked(browser)
+    browser.execute_script("text.value = 'x'.repeat(arguments[0]); submit()", LARGEST)
+    wait_for_the_answer(browser)
+    assert asked(browser) == [400]  # not 413: it is longer than the context
+    assert "too long" in problem(browser) and turns(browser) == before
+    assert browser.execute_script("return text.value.length") == LARGEST
+    browser.execute_script("text.value = ''; refresh()")
+    say(browser, "and now?")
+    assert turns(browser)[:3] == [*before, "and now?"] and len(turns(browser)) == 4
+    assert asked(browser) == [200]
+
+
+def test_earlier_messages_that_no_longer_fit_into_a_request_are_left_out(browser, server):
+    show(browser, server)
+    say(browser, "hello")
+    browser.execute_script("for (const m of chat.messages) m.content = 'x '.repeat(300_000)")
+    asked(browser)
+    browser.execute_script("text.value = 'and now?'; submit()")
+    wait_for_the_answer(browser)
+    assert asked(browser) == [200] and len(messages(browser)) == 4
 
 
 def test_page_asks_nothing_of_other_hosts_and_has_names_for_everything(browser, server):
@@ -546,10 +598,17 @@ def test_busy_server_and_lost_connection_can_be_tried_again(browser, proxy):
     press(browser, "Try again")
     wait_for_the_answer(browser)
     assert len(messages(browser)) == 2 and not browser.find_elements("css selector", ".note.bad")
+
+
+def test_refused_as_too_large_by_a_proxy_comes_back_into_the_box(browser, proxy):
+    show(browser, proxy)
     proxy.refusal = (413, {})
     say(browser, "large")
-    assert "too long" in problem(browser)
+    assert "too long" in problem(browser) and turns(browser) == []
     assert find(browser, "#text").get_attribute("value") == "large"
+    find(browser, "#text").clear()
+    say(browser, "small")
+    assert turns(browser)[0] == "small" and len(turns(browser)) == 2
 
 
 def test_enter_that_ends_a_composition_does_not_send(browser, server):

@@ -162,6 +162,18 @@ def test_parts_of_a_file_that_changed_between_them_are_refused(config, tmp_path)
         content(config)
 
 
+def test_parts_of_one_file_in_two_states_are_refused_where_it_is_gone(config, tmp_path):
+    config = moved(config, tmp_path / "out", train=config.data.train[:1])
+    write(config, part=Part(1, 2))
+    path = Path(config.data.train[0])
+    path.write_bytes(path.read_bytes().replace(b"Third", b"Drei!"))
+    write(config, part=Part(2, 2))
+    path.unlink()
+    with pytest.raises(UserError, match=r"found a part of .*a\.txt as it was before or after") as e:
+        content(config)
+    assert "part-00002-of-00002" in str(e.value) and "\n" not in str(e.value)
+
+
 def test_folders_of_other_names_are_no_parts(config, tmp_path):
     others = ("part-00000-of-old", "part-00001-of-00002-backup", "part-00000-of-00000")
     for name in others:

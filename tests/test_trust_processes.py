@@ -6,13 +6,17 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import command, run, start_process, wait_until
 from safetensors import safe_open
 from test_train import config_of, finish, start
+from torch.utils.tensorboard import SummaryWriter
 
 from gptchat.console import UserError
 from gptchat.files import atomic_write, remove_temporary_files
@@ -46,12 +50,31 @@ def is_running(pid: int) -> bool:
 # --- full disks
 
 
+@pytest.fixture
+def ended_threads(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
+    """What ended threads, of that which Python prints as a traceback. (pytest keeps it for its
+    summary, so that stderr would show nothing.)"""
+    ended: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: ended.append(failure.exc_value))
+    return ended
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file grows beyond 10 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("place", ["log.jsonl", "speed.jsonl", "tensorboard"])
 def test_a_log_that_cannot_be_written_is_one_line(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+    small: Path, tmp_path: Path, ended_threads: list[BaseException | None], place: str
 ) -> None:
     trained = Run(config_of(small, "lm", tmp_path), World("cpu"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with (
         pytest.raises(UserError, match=f"^[^\n]*{place}: cannot be written[^\n]+$"),
         trained.start_monitor() as monitor,
@@ -60,12 +83,44 @@ def test_a_log_that_cannot_be_written_is_one_line(
             monitor.log_file = open(os.devnull, "ab")
         if place == "tensorboard":
             monitor.speed_log.file = open(os.devnull, "w")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
-        try:
+        with full_disk():
             monitor.report_evaluation(metrics(1.0, 1), False, [])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "Traceback" not in capsys.readouterr().err
+    assert ended_threads == []
+
+
+@pytest.mark.parametrize("moment", ["a later report", "the end"])
+def test_what_ended_tensorboards_thread_is_told_in_one_line(
+    small: Path, tmp_path: Path, ended_threads: list[BaseException | None], moment: str
+) -> None:
+    """The thread fails between two reports, after the first of them has returned."""
+    trained = Run(config_of(small, "lm", tmp_path), World("cpu"))
+    with (
+        pytest.raises(UserError, match="^[^\n]*tensorboard: cannot be written: File too[^\n]+$"),
+        trained.start_monitor() as monitor,
+    ):
+        before = set(threading.enumerate())
+        monitor.board = SummaryWriter(str(tmp_path / "tensorboard"), filename_suffix=".full")
+        (writer,) = set(threading.enumerate()) - before
+        with full_disk():
+            monitor.board.add_text("a", "text", 0)
+            writer.join(60)
+        if moment == "a later report":
+            monitor.report_training(1.0, 1e-3, 1.0)
+            pytest.fail("reported")
+    assert ended_threads == []
+
+
+def test_what_ends_another_thread_of_a_run_is_printed(
+    small: Path, tmp_path: Path, ended_threads: list[BaseException | None]
+) -> None:
+    trained = Run(config_of(small, "lm", tmp_path), World("cpu"))
+    hook = threading.excepthook
+    with trained.start_monitor():
+        thread = threading.Thread(target=lambda: [][0])
+        thread.start()
+        thread.join(60)
+    (error,) = ended_threads
+    assert isinstance(error, IndexError) and threading.excepthook is hook
 
 
 @pytest.mark.slow

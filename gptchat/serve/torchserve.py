@@ -211,7 +211,8 @@ class TorchServe:
         self.reader.join(timeout=1)  # the reason may come after the line that somebody has seen
         lines = list(self.last_lines)  # a copy, since the reader's thread goes on adding
         if model:
-            lines = [line for line in lines if f"-{model}_1.0-" in line]
+            own = rf"W-\d+-{re.escape(model)}_1\.0-"
+            lines = [line for line in lines if re.search(own, line)]
         errors = [line for line in lines if re.search(r"(Error|Exception)\b", line)]
         lines = errors or lines or ["no reason given"]
         return lines[-1]
