@@ -71,7 +71,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def matmul_peak(
-    device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.3
+    device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2
 ) -> float:
     """The measured peak of a device, FLOP/s: the fastest of many matrix products.
 
