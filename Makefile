@@ -137,14 +137,17 @@ bench: $(LM_START) | $(VENV)/.test  ## speed beside transformers, about five min
 	$(GPTCHAT) bench train $(ARGS)
 	$(GPTCHAT) bench tokenizer $(ARGS)
 
+# Files of tests side by side, one on each core.
+PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile
+
 check: | $(VENV)/.test  ## linters and the fast tests, under two minutes
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -q -m "not slow and not server and not browser" $(ARGS)
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not slow and not server and not browser" $(ARGS)
 
 test: | $(VENV)/.test  ## set-up and all tests
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 soak: | $(VENV)/.test  ## ten minutes of load on a real server
 	PYTHONPATH=. $(VENV)/bin/python tests/soak.py $(ARGS)

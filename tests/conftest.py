@@ -22,9 +22,10 @@ from gptchat.inference.engine import Output
 # tests start and send them to would ignore them too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of processes that tests start beside others
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 
 SMALL_FILES = {  # name: the file of the default corpora that it begins as, and its bytes
     "lm/train.txt": ("lm/speeches-early.txt", 60_000),

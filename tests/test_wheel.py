@@ -109,7 +109,7 @@ def test_a_config_in_the_working_folder_comes_first(site: Path, home: Path) -> N
 
 @pytest.mark.server
 def test_the_installed_server_answers(site: Path, tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", "chatlm")
+    model = tiny_model(tmp_path / "model", "chatlm", ends=False)
     environment = {"PYTHONPATH": str(site)}
     server = Server(tmp_path / "run", {"chatlm": model}, environment=environment, cwd=tmp_path)
     try:
