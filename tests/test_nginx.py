@@ -245,8 +245,9 @@ def test_a_stream_comes_in_pieces_and_a_client_that_leaves_frees_its_slot(nginx,
     path = "/v1/completions"
     response = nginx.open(path, LONG | {"stream": True}, f"Bearer {KEY}")
     assert response.headers["content-type"] == "text/event-stream"
-    first = response.read1(65536)
-    assert first.startswith(b"data: {") and len(first) < 1000, len(first)
+    pieces = [response.read1(65536) for _ in range(20)]
+    assert pieces[0].startswith(b"data: {")
+    assert min(map(len, pieces)) < 1000  # of a slow reader the first ones hold more
     response.close()
     deadline = time.monotonic() + 60
     while sum(requests(server, "left") for server in replicas) == before:

@@ -34,7 +34,7 @@ SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     # An answer without a token would be no turn.
-    large = {"n_embd": 256, "n_layer": 6, "n_positions": 256, "ends": False}
+    large = {"n_embd": 384, "n_layer": 10, "n_positions": 256, "ends": False}
     server = Server(
         folder / "run",
         {
@@ -265,7 +265,7 @@ def test_answer_streams_and_can_be_stopped_and_tried_again(browser, server):
     lengths = set()
     eventually(
         lambda: (
-            len(lengths.add(len(find(browser, ".theirs").text)) or lengths) > 3
+            len(lengths.add(len(find(browser, ".theirs").text)) or lengths) > 2
             if len(turns(browser)) > 1
             else False
         )
