@@ -98,8 +98,8 @@ def test_a_document_that_grows_behind_its_hashed_beginning_keeps_its_split() -> 
 
 def test_all_answers_to_one_prompt_are_in_one_split() -> None:
     for i in range(200):
-        answers = [[(0, f"Question {i}?"), (1, f"Answer {n}.")] for n in range(5)]
-        assert len({split_of_dialogue(turns, HELD_OUT) for turns in answers}) == 1
+        answers = [[f"Question {i}?", f"Answer {n}."] for n in range(5)]
+        assert len({split_of_dialogue(texts, HELD_OUT) for texts in answers}) == 1
 
 
 def test_shards_of_another_share_are_refused_and_older_ones_are_not(tmp_path: Path) -> None:

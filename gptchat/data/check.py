@@ -10,7 +10,8 @@ Promises:
 - Documents or dialogues count as duplicates if they are equal to the character.
 - Tokens are estimated: from the characters per token of a sample (SAMPLE characters of each of up
   to SAMPLED_FILES files) if there is a tokenizer, else as 4 bytes each.
-- 20 MB/s or more on one core; memory for 8 bytes a document.
+- 20 MB/s or more on one core, less where rows are shorter than 100 bytes; memory for 8 bytes a
+  document.
 """
 
 import json
@@ -164,10 +165,13 @@ def _compare_documents(report: Report) -> None:
         joined = np.concatenate(arrays) if arrays else np.array([], np.uint64)
         report.documents[split] = len(joined)
         hashes[split] = joined
-    in_train = np.sort(hashes["train"])  # np.unique would take 30 times as long
+    in_train = hashes["train"]
+    in_train.sort()  # in place; np.unique and np.isin would take more time and several copies
     report.duplicates = int((in_train[1:] == in_train[:-1]).sum())
     for split in ("valid", "test"):
-        report.overlap[split] = int(np.isin(hashes[split], in_train).sum())
+        first = np.searchsorted(in_train, hashes[split], "left")
+        behind_last = np.searchsorted(in_train, hashes[split], "right")
+        report.overlap[split] = int((first < behind_last).sum())
 
 
 def _count_documents(report: Report, config: Config) -> dict[str, int]:

@@ -147,17 +147,16 @@ def _read_filled_lines(path: Source) -> Iterator[tuple[str, str]]:
 def parse_row(line: str, source: str, min_turns: int) -> list[str]:
     columns = line.lstrip("\t").split("\t")
     turns = [unescape(column) for column in columns] if "\\" in line else columns
-    filled = [bool(turn.strip()) for turn in turns]
-    if len(columns) < min_turns:
+    if len(turns) >= min_turns and all(map(str.strip, turns)) and "\0" not in line:
+        return turns
+    if len(turns) < min_turns:
         problem = "one column"
     elif "" in columns:
         problem = f"an empty column {columns.index('') + 1}"
-    elif not all(filled):
-        problem = f"white space alone in column {filled.index(False) + 1}"
-    elif "\0" in line:
-        problem = "a NUL character"
+    elif blank := [number for number, turn in enumerate(turns, 1) if not turn.strip()]:
+        problem = f"white space alone in column {blank[0]}"
     else:
-        return turns
+        problem = "a NUL character"
     raise UserError(f"{source}: found {problem}; wanted turns divided by tabs, the response last")
 
 

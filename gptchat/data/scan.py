@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gptchat.config import Config, DataConfig
 from gptchat.console import UserError
-from gptchat.data.dialogue import TextTurn, alternate, excerpts, fit, input_length
+from gptchat.data.dialogue import alternate, excerpts, fit, input_length
 from gptchat.data.dialogue_files import is_jsonl, parse_messages, parse_row
 from gptchat.data.encoding import BLOCK, read_documents
 from gptchat.data.reading import open_bytes, read_lines, read_text
@@ -72,8 +72,9 @@ class FileScan:
     def add_document(self, text_hash: int, split: str, n_characters: int) -> None:
         self.n_documents += 1
         self.n_characters += n_characters
-        hashes = self.hashes.setdefault(split, array("Q"))
-        hashes.append(text_hash)
+        if split not in self.hashes:
+            self.hashes[split] = array("Q")
+        self.hashes[split].append(text_hash)
 
     def note_invalid(self, byte: int, line: int) -> None:
         self.refuse("invalid UTF-8", f"{self.name}:{line} (byte {byte})")
@@ -96,11 +97,16 @@ def scan_file(
     return scan
 
 
-def parse_dialogue(line: str, place: str, as_jsonl: bool) -> list[TextTurn]:
-    """The turns of the dialogue in one line, the response last. Raises UserError at `place`."""
-    if as_jsonl:
-        return parse_messages(line, place, ends_with_response=True)
-    return alternate(parse_row(line, place, 2))
+def parse_texts(line: str, place: str, as_jsonl: bool) -> tuple[list[str], list[int]]:
+    """(texts, speakers) of the dialogue in one line, the response last.
+
+    Where the speakers alternate, in TSV, there are none: in short rows they would take as long as
+    the rest. Raises UserError at `place`.
+    """
+    if not as_jsonl:
+        return parse_row(line, place, 2), []
+    turns = parse_messages(line, place, ends_with_response=True)
+    return [text for _, text in turns], [speaker for speaker, _ in turns]
 
 
 def texts_of(path: Path, config: Config) -> Iterator[str]:
@@ -115,11 +121,10 @@ def texts_of(path: Path, config: Config) -> Iterator[str]:
     as_jsonl = is_jsonl(path)
     for line in filter(None, read_lines(path, ignore)):
         try:
-            turns = parse_dialogue(line, "", as_jsonl)
+            texts, _ = parse_texts(line, "", as_jsonl)
         except UserError:
             continue
-        for _, text in turns:
-            yield text
+        yield from texts
 
 
 def _scan_bytes(path: Path, scan: FileScan) -> None:
@@ -207,23 +212,24 @@ def _scan_dialogues(
     path: Path, scan: FileScan, data: DataConfig, n_ctx: int, characters_per_token: float
 ) -> None:
     """Count and hash dialogues, and those that do not fit; note lines that are none."""
+    name = scan.name  # in rows by the hundred thousand, str(path) takes time
     as_jsonl = is_jsonl(path)
     longest = n_ctx * characters_per_token  # characters, about
     for number, line in enumerate(read_lines(path, lambda byte, line: None), 1):
         if not line:
             continue
         try:
-            turns = parse_dialogue(line, f"{path}:{number}", as_jsonl)
+            texts, speakers = parse_texts(line, f"{name}:{number}", as_jsonl)
         except UserError as error:
-            scan.refuse(*_split_message(error, f"{path}:{number}"))
+            scan.refuse(*_split_message(error, f"{name}:{number}"))
             continue
-        texts = [text for _, text in turns]
-        n_characters = sum(map(len, texts))
-        split = scan.split or split_of_dialogue(turns, data.held_out)
-        scan.add_document(hash_of("\0".join(texts)), split, n_characters)  # no text has a NUL
+        whole = "\0".join(texts)  # no text has a NUL
+        n_characters = len(whole) - len(texts) + 1
+        split = scan.split or split_of_dialogue(texts, data.held_out)
+        scan.add_document(hash_of(whole), split, n_characters)
         if 0 < longest < n_characters:
             lengths = [int(len(text) / characters_per_token) for text in texts]
-            speakers = [speaker for speaker, _ in turns]
+            speakers = speakers or [speaker for speaker, _ in alternate(texts)]
             cut_tokens = 0
             for first, last in excerpts(lengths, speakers, n_ctx, data.targets):
                 part = lengths[first:last]

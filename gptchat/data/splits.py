@@ -92,8 +92,9 @@ def split_of(text: str, held_out: float) -> str:
     return "train"
 
 
-def split_of_dialogue(turns: Sequence[TextTurn], held_out: float) -> str:
-    return split_of("\0".join(text for _, text in turns[:-1]), held_out)
+def split_of_dialogue(texts: Sequence[str], held_out: float) -> str:
+    """The split of a dialogue, given all its turns."""
+    return split_of("\0".join(texts[:-1]), held_out)
 
 
 def dialogues_of(
@@ -101,7 +102,7 @@ def dialogues_of(
 ) -> Iterator[list[TextTurn]]:
     """The dialogues that are in the split; all of them if nothing is held out."""
     for turns in dialogues:
-        if held_out == 0 or split_of_dialogue(turns, held_out) == split:
+        if held_out == 0 or split_of_dialogue([text for _, text in turns], held_out) == split:
             yield turns
 
 
