@@ -7,6 +7,7 @@ exception is a bug of ours and keeps its traceback. Nothing here imports torch.
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +39,20 @@ def cli(main: Callable[[], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        discard_what_cannot_be_printed()
+
+
+def discard_what_cannot_be_printed() -> None:
+    """Send what is left to print to nowhere, if the terminal is closed or the pipe's reader gone.
+
+    Python would end with status 120 in place of the command's if it cannot print that at the end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """The commands from outside: help, wrong use, lazy imports, and what a library user gets."""
 
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -147,3 +148,26 @@ def test_the_console_script_is_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, name = project["scripts"]["gptchat"].split(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+UNPRINTED = """
+import sys
+from gptchat.console import cli
+
+def main():
+    print("to nobody", end="", file=sys.{stream})  # stays in the stream's buffer
+    sys.exit(130)
+
+cli(main)
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_status_is_the_commands_where_its_output_has_no_reader(stream: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-c", UNPRINTED.format(stream=stream)]
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(arguments, stdout=writer, stderr=writer, env=buffered, timeout=60)
+    os.close(writer)
+    assert done.returncode == 130
