@@ -140,7 +140,7 @@ bench: $(LM_START) | $(VENV)/.test  ## speed beside transformers, about five min
 # Files of tests side by side, one on each core.
 PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile
 
-check: | $(VENV)/.test  ## linters and the fast tests, under two minutes
+check: | $(VENV)/.test  ## linters and the fast tests, two or three minutes
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
