@@ -106,12 +106,11 @@ class Entries:
         self.ids: list[np.ndarray] = []
         self.numbers: list[np.ndarray] = []
 
-    def add(self, row: int, ids: Collection[int], numbers: float | Collection[float] = 0.0) -> None:
+    def add(self, row: int, ids: Collection[int], numbers: float | list[float] = 0.0) -> None:
         """Add entries of a row, with a number for each, or one for all."""
-        of_ids = numbers if isinstance(numbers, float) else list(numbers)
         self.rows.append(np.full(len(ids), row))
         self.ids.append(np.fromiter(ids, np.int64, len(ids)))
-        self.numbers.append(np.broadcast_to(np.array(of_ids, np.float32), len(ids)))
+        self.numbers.append(np.broadcast_to(np.array(numbers, np.float32), len(ids)))
 
     def place(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and ids of all entries (N,), as an index into the scores."""
@@ -130,7 +129,7 @@ def add_biases(scores: Tensor, rows: Sequence[Row]) -> None:
     for i, row in enumerate(rows):
         biases = row.sampling.logit_bias
         if biases:
-            biased.add(i, biases.keys(), biases.values())
+            biased.add(i, biases, list(biases.values()))
     if biased.ids:
         scores[biased.place(scores)] += biased.values(scores)
 
@@ -143,7 +142,7 @@ def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
     seen = Entries()
     for i, row in enumerate(rows):
         if row.sampling.repetition_penalty != 1:
-            seen.add(i, row.ids, float(row.sampling.repetition_penalty))
+            seen.add(i, row.ids, row.sampling.repetition_penalty)
     if seen.ids:
         place, penalties = seen.place(scores), seen.values(scores)
         old = scores[place]
@@ -162,7 +161,7 @@ def penalize_answered(scores: Tensor, rows: Sequence[Row]) -> None:
         if frequency or presence:
             counts = Counter(row.ids[row.n_prompt :])
             penalties = [count * frequency + presence for count in counts.values()]
-            answered.add(i, counts.keys(), penalties)
+            answered.add(i, counts, penalties)
     if answered.ids:
         scores[answered.place(scores)] -= answered.values(scores)
 
