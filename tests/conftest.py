@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +103,13 @@ def wait_until(
         assert process is None or process.poll() is None, "the process has ended"
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder with so short a name that TorchServe's socket finds room below it: 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

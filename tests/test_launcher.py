@@ -51,17 +51,18 @@ def run_launcher(*arguments: object) -> subprocess.CompletedProcess:
 
 
 @server_test
-def test_launcher_that_is_killed_takes_java_workers_and_files_with_it(model, tmp_path):
-    (tmp_path / "tmp").mkdir()
-    server = Server(
-        tmp_path / "run", {"lm": model}, "--auth", environment={"TMPDIR": str(tmp_path / "tmp")}
-    ).wait_until_ready()
+def test_launcher_that_is_killed_takes_java_workers_and_files_with_it(
+    model, tmp_path, short_folder
+):
+    environment = {"TMPDIR": str(short_folder)}
+    server = Server(tmp_path / "run", {"lm": model}, "--auth", environment=environment)
+    server.wait_until_ready()
     family = server.family()
     assert len(server.workers()) == 1 and len(family) >= 3
     server.process.kill()
     server.process.wait(10)
     assert psutil.wait_procs(family, 10)[1] == []
-    assert list((tmp_path / "tmp").glob("gptchat-*")) == []
+    assert list(short_folder.glob("gptchat-*")) == []
     assert not (server.run / "key_file.json").exists()
 
 
