@@ -131,6 +131,31 @@ def test_wrong_use_is_one_line(arguments, reason, model_directory, monkeypatch):
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
+def test_text_into_shards_is_timed_with_the_command_itself(model_directory, tmp_path, capsys):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text("Some text of my own.\n\nAnd more of it.\n")
+    (tmp_path / "lm.toml").write_text(
+        f"""
+        [tokenizer]
+        dir = "{model_directory}"
+        [data]
+        train = ["{tmp_path}/train.txt"]
+        valid = ["{tmp_path}/valid.txt"]
+        [model]
+        n_layer = 1
+        n_head = 1
+        n_embd = 8
+        n_ctx = 16
+        [train]
+        num_steps = 1
+        """
+    )
+    bench.main(["tokenizer", "--config", f"{tmp_path}/lm.toml", "--rounds", "1", "--json"])
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert [line["who"] for line in lines] == ["tokenizers", "gptchat.shards"]
+    assert all(line["median"] > 0 for line in lines)
+
+
 def test_a_server_that_refuses_is_one_line_with_its_reason(monkeypatch):
     def refuse(request, timeout):
         raise HTTPError(request.full_url, 400, "Bad", Message(), BytesIO(b'{"error": "no room"}'))

@@ -1,7 +1,7 @@
 """`gptchat bench tokenizer`: encoding text into shards, beside the package `tokenizers` alone.
 
 Ours is the whole command `gptchat shards`, its start and its files included. `tokenizers` only
-encodes text that is already in memory. Both encode a config's training text.
+encodes text that is already in memory. Both encode a config's text for training and validation.
 """
 
 import argparse
@@ -28,10 +28,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"data.shards={folder}", "data.valid=[]", "data.test=[]"]
+        overrides = [f"data.shards={folder}", "data.test=[]"]
         command = [sys.executable, "-m", "gptchat", "shards", "--config", args.config, *overrides]
         config = load_config(args.config, overrides)
-        paths = expand(config.data.train, "data.train")
+        paths = expand(config.data.train, "data.train") + expand(config.data.valid, "data.valid")
         text = "".join(path.read_text(encoding="utf-8") for path in paths)
         documents = text.split("\n\n")
         backend = tokenizer_for(config).backend
