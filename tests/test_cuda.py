@@ -237,6 +237,26 @@ def test_greedy_ids_in_company_are_those_alone_where_the_best_is_clear(
     assert equal > 60
 
 
+def test_recorded_decoding_steps_give_the_ids_of_those_that_are_launched(
+    device: torch.device,
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("a CPU has no graphs; tests/test_devices.py has a stand-in")
+    model, _ = model_on(device)
+    with torch.no_grad():
+        model.wte.weight.mul_(20)  # logits that differ
+    draw = random.Random(1)
+    sampling = Sampling(temperature=0, max_new_tokens=20, logprobs=2)
+    prompts = [[draw.randrange(V) for _ in range(draw.randint(1, 40))] for _ in range(10)]
+    requests = [Request(ids, sampling=sampling) for ids in prompts]
+    launched = generate(Engine(model, slots=4), requests)
+    recorded = generate(Engine(model, slots=4, cuda_graphs=True), requests)
+    equal = 0
+    for [one], [other] in zip(launched, recorded, strict=True):
+        equal += count_equal_greedy(one, other, 1e-3)
+    assert equal > 100
+
+
 def test_int8_is_refused_in_one_line(device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("a CPU has int8")

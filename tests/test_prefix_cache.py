@@ -40,10 +40,10 @@ class Watched(Engine):
         super().__init__(*arguments, **settings)
         self.passes = []
 
-    def _run(self, ids, types, start, first_slot):
+    def _tensors(self, ids, types, start):
         assert max(start) + max(map(len, ids)) <= self.length
         self.passes.append([len(row) for row in ids])
-        return super()._run(ids, types, start, first_slot)
+        return super()._tensors(ids, types, start)
 
     def answer(self, request):
         self.passes.clear()

@@ -41,56 +41,20 @@ Only one thread may use an engine at a time.
 from collections import deque
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gptchat.inference.cuda_graphs import Graphs
 from gptchat.inference.draw import Scored, draw, score
 from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.prefix_cache import Prefix, PrefixCache
 from gptchat.inference.request import Ids, Output, Request, check_request
-from gptchat.inference.sampling import Row
+from gptchat.inference.sequence import QueuedRequest, Sequence, accept
 from gptchat.inference.text import CharacterFilter
 from gptchat.model.gpt2 import GPT2
 
 SCORED_AT_ONCE = 32  # prompt positions whose logits (x V) are in memory together
-
-
-@dataclass
-class Sequence(Row):
-    """One candidate of a request. `ids` are its prompt and what has been drawn."""
-
-    request_id: int
-    request: Request
-    max_length: int  # of ids, prompt and answer together
-
-    @property
-    def cached(self) -> tuple[Ids, Ids]:
-        """Ids and types of what is in the cache; no types where the request has none."""
-        ids, types = self.ids[:-1], list(self.request.types)
-        types += types[-1:] * (len(ids) - len(types))  # of the drawn ids
-        return ids, types[: len(ids)]
-
-
-@dataclass
-class QueuedRequest:
-    """A request in the queue, and the sequences that it will become, which share a prefill."""
-
-    request: Request
-    sequences: list[Sequence]
-    n_prefilled: int = 0  # tokens of its prompt in the cache
-    n_cached: int = 0  # of these, the ones that were there before it
-    prompt_logprobs: list[Scored] = field(default_factory=list)
-
-    @property
-    def is_prefilled(self) -> bool:
-        return self.n_prefilled == len(self.request.input_ids)
-
-    def next_chunk(self, size: int) -> tuple[Ids, Ids]:
-        """Ids and types of the next prompt tokens, at most `size`; () for no types."""
-        chunk = slice(self.n_prefilled, self.n_prefilled + size)
-        return self.request.input_ids[chunk], self.request.types[chunk]
 
 
 class Engine:
@@ -101,7 +65,8 @@ class Engine:
     harm to the original. `suppress` are ids that are never drawn; `characters` is what the setting
     `whole_characters` needs. A step prefills at most `prefill_chunk` prompt tokens, so that long
     prompts do not stall the live sequences. `prefix_cache` uses keys and values of ended sequences
-    again, at the price that answers depend on earlier requests, by rounding.
+    again, at the price that answers depend on earlier requests, by rounding. `cuda_graphs`, for a
+    GPU, records decoding steps and replays them.
     """
 
     def __init__(
@@ -114,6 +79,7 @@ class Engine:
         prefill_chunk: int = 256,
         characters: CharacterFilter | None = None,
         prefix_cache: bool = False,
+        cuda_graphs: bool = False,
     ):
         shared = {id(parameter): parameter for parameter in model.parameters()}
         self.model = deepcopy(model, shared).eval()
@@ -128,6 +94,7 @@ class Engine:
         self.characters = characters
         self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
         self.prefix_cache = PrefixCache(self.cache, slots, prefix_cache)
+        self.graphs = Graphs(self._decode_pass) if cuda_graphs else None
         self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Sequence] = []  # in the order of their slots
         self.submitted = 0  # requests so far, and the id of the last one
@@ -207,13 +174,24 @@ class Engine:
         """The next token of every live sequence."""
         if not self.running:
             return []
-        hidden = self._run(
+        inputs = self._tensors(
             ids=[sequence.ids[-1:] for sequence in self.running],
             types=[sequence.request.types[-1:] for sequence in self.running],
             start=[len(sequence.ids) - 1 for sequence in self.running],
-            first_slot=0,
-        )  # (n, 1, C)
-        return self._draw(0, self.model.logits(hidden[:, -1]))
+        )
+        length = max(len(sequence.ids) for sequence in self.running)
+        if self.graphs is not None:
+            logits = self.graphs(*inputs, length=self.cache.padded(length))
+        else:
+            logits = self._decode_pass(*inputs, length)
+        return self._draw(0, logits)
+
+    def _decode_pass(
+        self, input_ids: Tensor, token_type_ids: Tensor, starts: Tensor, length: int
+    ) -> Tensor:
+        """Logits (n, V) of one token (n, 1) of each of the first n slots, at positions `starts`."""
+        hidden = self._run(input_ids, token_type_ids, starts, length, first_slot=0)  # (n, 1, C)
+        return self.model.logits(hidden[:, -1])
 
     def _prefill(self) -> list[Output]:
         """The next chunk of prompts, and the first tokens of those that are complete."""
@@ -221,12 +199,10 @@ class Engine:
         if not group:
             return []
         chunks = [queued.next_chunk(self.prefill_chunk) for queued in group]
-        hidden = self._run(
-            ids=[ids for ids, _ in chunks],
-            types=[types for _, types in chunks],
-            start=[queued.n_prefilled for queued in group],
-            first_slot=len(self.running),
-        )  # (n, T, C)
+        start = [queued.n_prefilled for queued in group]
+        inputs = self._tensors([ids for ids, _ in chunks], [types for _, types in chunks], start)
+        length = max(start) + inputs[0].shape[1]
+        hidden = self._run(*inputs, length, first_slot=len(self.running))  # (n, T, C)
         for queued, (ids, _), states in zip(group, chunks, hidden, strict=True):
             if queued.request.score_prompt:
                 queued.prompt_logprobs += self._score(queued, states)  # before n_prefilled grows
@@ -270,17 +246,31 @@ class Engine:
             return Prefix(first_free, 0)
         return self.prefix_cache.find(first_free, request.input_ids, request.types)
 
-    def _run(self, ids: list[Ids], types: list[Ids], start: list[int], first_slot: int) -> Tensor:
-        """Hidden states (n, T, C) of n rows of new tokens, padded to the longest.
-
-        They go to n slots from `first_slot` on, to the positions from `start` (n,) on.
+    def _tensors(
+        self, ids: list[Ids], types: list[Ids], start: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and types (n, T) of n rows, padded to the longest, and the positions (n,) they begin
+        at.
         """
         width = max(map(len, ids))
-        assert max(start) + width <= self.length
         padded = [[_pad(row, width) for row in ids], [_pad(row, width) for row in types]]
-        input_ids, token_type_ids = torch.tensor(padded).to(self.device)  # (n, T) each
-        starts = torch.tensor(start, device=self.device)
-        view = self.cache.view(first_slot, starts, width, max(start) + width)
+        input_ids, token_type_ids = torch.tensor(padded).to(self.device)
+        return input_ids, token_type_ids, torch.tensor(start, device=self.device)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        starts: Tensor,
+        length: int,
+        first_slot: int,
+    ) -> Tensor:
+        """Hidden states (n, T, C) of n rows of new tokens, in the n slots from `first_slot` on.
+
+        They begin at `starts`; `length` is where the last one ends, or a number above that.
+        """
+        assert length <= self.length
+        view = self.cache.view(first_slot, starts, input_ids.shape[1], length)
         return self.model(input_ids, token_type_ids if self.typed else None, cache=view)
 
     def _score(self, queued: QueuedRequest, hidden: Tensor) -> list[Scored]:
@@ -328,7 +318,7 @@ class Engine:
         """Draw a token for the live sequences from `first_slot` on; those that end leave."""
         sequences = self.running[first_slot:]
         drawn = draw(logits, sequences, self.suppress, self.characters)
-        outputs = [_accept(*pair) for pair in zip(sequences, drawn, strict=True)]
+        outputs = [accept(*pair) for pair in zip(sequences, drawn, strict=True)]
         for index in reversed(range(len(outputs))):
             if outputs[index].finish_reason:
                 self._free(first_slot + index)
@@ -352,21 +342,6 @@ class Engine:
 
 def _pad(ids: Ids, width: int) -> list[int]:
     return [*ids, *[0] * (width - len(ids))]
-
-
-def _accept(sequence: Sequence, drawn: Scored) -> Output:
-    """Append the drawn token to its sequence, unless that has ended."""
-    output = Output(sequence.request_id, sequence.candidate)
-    if len(sequence.ids) >= sequence.max_length:  # max_new_tokens is 0
-        output.finish_reason = "length"
-    elif drawn.token < 0 or drawn.token in sequence.request.stop_ids:
-        output.finish_reason = "stop"
-    else:
-        sequence.ids.append(drawn.token)
-        output.token, output.logprob, output.top = drawn
-        if len(sequence.ids) >= sequence.max_length:
-            output.finish_reason = "length"
-    return output
 
 
 class Completion(list[Output]):

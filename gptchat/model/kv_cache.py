@@ -4,12 +4,17 @@ A slot holds one sequence, from position 0 on. A forward pass works on a `CacheV
 slots, each with the same number of new tokens, but each at its own position. A token attends to its
 own position and those before it. So a position is written before anything attends to it: padding
 tokens behind a sequence's end, and what a former sequence left there, are never seen.
+
+On a GPU a view reaches to the next multiple of LENGTH_STEP positions, behind a mask. So its shapes
+repeat, which kernels and graphs are chosen by, and SDPA need not copy the mask to align its rows.
 """
 
 import torch
 from torch import Tensor
 
 from gptchat.model.masks import additive_mask
+
+LENGTH_STEP = 64
 
 
 class KVCache:
@@ -29,6 +34,12 @@ class KVCache:
     ):
         shape = (n_layer, 2, slots, n_head, length, head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.length_step = 1 if device.type == "cpu" else LENGTH_STEP
+
+    def padded(self, length: int) -> int:
+        """`length` rounded up to a multiple of `length_step`, at most the cache's length."""
+        step = self.length_step
+        return min(-(-length // step) * step, self.kv.shape[4])
 
     def view(self, first: int, start: Tensor, n_new: int, length: int) -> "CacheView":
         """The n slots from `first` on, for a pass over T = `n_new` tokens in each.
@@ -42,22 +53,25 @@ class KVCache:
 class CacheView:
     """What a forward pass sees of a cache: where its new tokens go, and what they may attend to.
 
-    `position_ids` (n, T). `mask` (n, 1, T, length) is added to the scores: 0, or minus infinity
-    where a token must not look. It is None for a single token of a single sequence, which sees
-    everything.
+    `length` is how far the view reaches. `position_ids` (n, T). `mask` (n, 1, T, length) is added
+    to the scores: 0, or minus infinity where a token must not look. It is None for a single token
+    of a single sequence that sees everything in view.
     """
 
     def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, length: int):
         n_slots = len(start)
         device = start.device
         self.kv = cache.kv[:, :, first : first + n_slots]
-        self.length = length
-        self.n_new = n_new
+        self.length = cache.padded(length)
+        # A slice takes half the time of an index, but its place is no tensor.
+        self.new_slice: slice | None = None
+        if n_slots == 1 and cache.length_step == 1:
+            self.new_slice = slice(length - n_new, length)
         self.slots = torch.arange(n_slots, device=device)[:, None]  # (n, 1)
         self.position_ids = start[:, None] + torch.arange(n_new, device=device)
         self.mask: Tensor | None = None
-        if n_slots > 1 or n_new > 1:
-            later = torch.arange(length, device=device) > self.position_ids[:, :, None]
+        if n_slots > 1 or n_new > 1 or self.new_slice is None:
+            later = torch.arange(self.length, device=device) > self.position_ids[:, :, None]
             self.mask = additive_mask(later[:, None], cache.kv.dtype)
 
     def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
@@ -66,8 +80,8 @@ class CacheView:
         Returns all of its keys and all of its values so far, (n, H, length, D) each.
         """
         kv = self.kv[layer]  # (2, n, H, positions, D)
-        if len(self.slots) == 1:  # a slice takes half the time of an index
-            kv[:, :, :, self.length - self.n_new : self.length] = new
+        if self.new_slice is not None:
+            kv[:, :, :, self.new_slice] = new
         else:
             # Indexed by two tensors that are not side by side, it has the shape (n, T, 2, H, D).
             kv[:, self.slots, :, self.position_ids] = new.permute(1, 3, 0, 2, 4)
