@@ -4,11 +4,12 @@
     gptchat chat --model DIR --prompt TEXT
     gptchat chat --model DIR --input prompts.tsv --output answers.tsv
 
-In the terminal the answer streams, except with `--pick median`, which has to wait for all
-candidates. A ChatLM keeps the turns of the conversation, and drops the oldest ones when the context
-is full; an LM continues each line by itself. Ctrl-C ends an answer, and what was said by then is
-kept as the turn. The lines typed are saved in `chat_history` beside the model directory. If stdin
-is no terminal, its lines are answered the same way, without prompts and history.
+In the terminal the answer streams, unless it is picked among several (`--pick median`, `--pick
+mmi`), which takes all of them. A ChatLM keeps the turns of the conversation, and drops the oldest
+ones when the context is full; an LM continues each line by itself. Ctrl-C ends an answer, and what
+was said by then is kept as the turn. The lines typed are saved in `chat_history` beside the model
+directory. If stdin is no terminal, its lines are answered the same way, without prompts and
+history.
 
 A line of --input, TSV or JSONL (`data/dialogue_files.py`), is a dialogue whose last turn is to be
 answered; --output, in the same format, repeats it with the answer behind it, which is the format of
@@ -44,13 +45,13 @@ from gptchat.data.reading import to_bytes
 from gptchat.files import atomic_write, expand
 from gptchat.inference.engine import Request
 from gptchat.inference.generate import (
-    CANDIDATES,
     CHAT_SAMPLING,
     SLOTS,
     TextGenerator,
     load_generator,
 )
 from gptchat.inference.linear import DTYPES
+from gptchat.inference.rerank import CANDIDATES, PICKS
 from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling, parse_biases
 from gptchat.inference.text import WordFilter
 from gptchat.runtime import tune_memory
@@ -91,8 +92,11 @@ def settings_parser() -> SettingsParser:
     add("--logit-bias", action="append", default=[], metavar="ID=BIAS", help=bias_help)
     stop_help = "ends an answer, unsaid; may be repeated"
     add("--stop", action="append", default=[], metavar="TEXT", help=stop_help)
-    pick_help = f"median: of {CANDIDATES} answers the one of median length, which does not stream"
-    add("--pick", choices=("first", "median"), default="first", help=pick_help)
+    pick_help = (
+        f"among {CANDIDATES} answers, which then do not stream. median: the one of median length; "
+        "mmi: the one that fits the context best, as the context fits it (of a ChatLM)"
+    )
+    add("--pick", choices=PICKS, default="first", help=pick_help)
     return parser
 
 
@@ -104,8 +108,10 @@ def option(name: str) -> str:
 def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sampling:
     """The settings as the engine takes them, with a random seed for -1.
 
-    Raises UserError for a setting that is out of its range.
+    Raises UserError for a setting that is out of its range, or that an LM cannot have.
     """
+    if settings.pick == "mmi" and generator.task != "chatlm":
+        raise UserError("pick mmi: found an LM; wanted a ChatLM, which answers a context")
     numbers = {name: getattr(settings, name) for name in SETTINGS}
     seed = settings.seed
     if seed < 0:
@@ -117,7 +123,13 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
     vocab_size = generator.engine.model.config.vocab_size
     try:
         logit_bias = parse_biases(settings.logit_bias, vocab_size)
-        return Sampling(**numbers, seed=seed, word_filter=word_filter, logit_bias=logit_bias)
+        return Sampling(
+            **numbers,
+            seed=seed,
+            word_filter=word_filter,
+            logit_bias=logit_bias,
+            logprobs=0 if settings.pick == "mmi" else None,
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -145,7 +157,7 @@ def encoded_request(
     generator: TextGenerator, turns: Sequence[Turn], settings: argparse.Namespace
 ) -> Request:
     """The request for an answer to encoded turns. Raises UserError as `make_request` does."""
-    n = CANDIDATES if settings.pick == "median" else 1
+    n = 1 if settings.pick == "first" else CANDIDATES
     return generator.request(turns, make_sampling(generator, settings), n)
 
 
@@ -244,7 +256,9 @@ class Conversation:
         interrupts: list[int] = []  # Ctrl-C is only noted, so that no step of the engine is torn
         previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         try:
-            with closing(self.generator.stream([request], stop_strings(self.settings))) as pieces:
+            with closing(
+                self.generator.stream([request], stop_strings(self.settings), self.settings.pick)
+            ) as pieces:
                 for piece in pieces:
                     say(piece.text)
                     answer += piece.text
@@ -287,7 +301,7 @@ def converse(
 def answer_prompt(generator: TextGenerator, settings: argparse.Namespace, prompt: str) -> None:
     """Print the answer to one message, or the continuation of one text, as it comes."""
     request = make_request(generator, [(0, prompt)], settings)
-    for piece in generator.stream([request], stop_strings(settings)):
+    for piece in generator.stream([request], stop_strings(settings), settings.pick):
         say(piece.text)
     print()
 
@@ -319,7 +333,7 @@ def answer_file(
         )
     answers = [""] * len(prompts)
     with atomic_write(Path(output)) as temporary, Progress(len(prompts), "answers", "row") as bar:
-        for piece in generator.stream(requests, stop_strings(settings)):
+        for piece in generator.stream(requests, stop_strings(settings), settings.pick):
             answers[piece.index] += piece.text
             bar.update(int(piece.last))
         as_jsonl = is_jsonl(source)

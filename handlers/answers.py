@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.draw import Scored
 from gptchat.inference.engine import Output
-from gptchat.inference.generate import CandidateText, pick_median
+from gptchat.inference.generate import CandidateText
+from gptchat.inference.rerank import pick_median
 from gptchat.inference.text import StreamDecoder
 from handlers.fields import Refusal
 from handlers.jobs import Job

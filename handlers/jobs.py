@@ -19,7 +19,8 @@ from typing import Any
 from gptchat.console import UserError
 from gptchat.data.dialogue import SPEAKERS, alternate
 from gptchat.inference.engine import Request
-from gptchat.inference.generate import CANDIDATES, CHAT_SAMPLING, prompt_room
+from gptchat.inference.generate import CHAT_SAMPLING, prompt_room
+from gptchat.inference.rerank import CANDIDATES
 from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import WordFilter
 from handlers.fields import Fields, Refusal, is_list, is_text

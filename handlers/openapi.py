@@ -9,7 +9,8 @@ from math import inf
 from typing import Any
 
 from gptchat.data.dialogue import SPEAKERS
-from gptchat.inference.generate import CANDIDATES, CHAT_SAMPLING
+from gptchat.inference.generate import CHAT_SAMPLING
+from gptchat.inference.rerank import CANDIDATES
 from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling
 from handlers.fields import MAX_WORD_CHARS, TOKEN_ID
 from handlers.jobs import (

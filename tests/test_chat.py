@@ -1,5 +1,6 @@
 """The chat in a real terminal, and answers to one prompt and to files."""
 
+import io
 import json
 import os
 import re
@@ -194,6 +195,16 @@ def test_one_prompt(bot, monkeypatch, capsys):
     assert letter not in run(monkeypatch, capsys, *ask, "--seed", 1, "--forbid", letter)
     options = ("--prompt", "[SEP]\udcff", "--max-new-tokens", 3)
     assert len(run(monkeypatch, capsys, *ask[:2], *options)) == 4
+
+
+def test_an_lm_has_no_context_to_pick_by(tmp_path, monkeypatch, capsys):
+    lm = babbler(tmp_path / "lm", task="lm")
+    with pytest.raises(UserError, match="pick mmi: found an LM; wanted a ChatLM"):
+        chat.main(["--model", lm, "--prompt", "hello", "--pick", "mmi"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/set pick mmi\n/set\n")))
+    chat.main(["--model", lm])
+    printed = capsys.readouterr().out
+    assert "error: pick mmi: found an LM" in printed and "pick first" in printed
 
 
 def test_the_median_of_five(bot):

@@ -16,9 +16,9 @@ from gptchat.inference.generate import (
     CandidateText,
     TextGenerator,
     load_generator,
-    pick_median,
     prompt_room,
 )
+from gptchat.inference.rerank import CONTEXT_WEIGHT, pick_median
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
@@ -238,6 +238,62 @@ def test_several_candidates_give_the_one_of_median_length_when_all_have_ended(ge
     *earlier, last = generator.stream([request], [stop])
     assert earlier and not any(piece.text or piece.last for piece in earlier)
     assert last.last and last.text == pick_median(texts)
+
+
+def logprob_of_reply(generator: TextGenerator, turns: list[list[int]], reply: list[int]) -> float:
+    """The log-probability of a reply to alternating turns, by a plain pass over all of it."""
+    model, sep = generator.engine.model, generator.tokenizer.sep_id
+    ids, types = [], []
+    for number, turn in enumerate([*turns, reply]):
+        speaker = (len(turns) - number + 1) % 2
+        piece = [sep, *turn] if ids else turn
+        ids += piece
+        types += [speaker] * len(piece)
+    with torch.no_grad():
+        hidden = model(torch.tensor([ids]), torch.tensor([types]))
+    logprobs = model.logits(hidden)[0].log_softmax(-1)
+    first = len(ids) - len(reply)
+    return sum(logprobs[first - 1 + i, id].item() for i, id in enumerate(reply))
+
+
+def test_mutual_information_picks_what_fits_the_context_and_what_the_context_fits():
+    generator = small_generator("chatlm")
+    encode = generator.tokenizer.encode
+    contexts = [["Hello there"], ["Hello", "Hi! How are you?", "Well."], ["?"]]
+    requests = []
+    for context in contexts:
+        speakers = [(len(context) - 1 - i) % 2 for i in range(len(context))]
+        turns = [(speaker, encode(text)) for speaker, text in zip(speakers, context, strict=True)]
+        requests.append(generator.request(turns, replace(SAMPLING, logprobs=0), 4))
+    wanted = []
+    for context, candidates in zip(contexts, generate(generator.engine, requests), strict=True):
+        turns = [encode(text) for text in context]
+        scores = {}
+        for candidate in candidates:
+            forwards = logprob_of_reply(generator, turns, candidate.ids)
+            backwards = logprob_of_reply(generator, [candidate.ids], turns[-1])
+            score = forwards / (len(candidate.ids) + 1) + CONTEXT_WEIGHT * backwards
+            scores[score] = whole_text(generator.tokenizer, candidate.ids)
+        wanted.append(scores[max(scores)])
+    pieces = list(generator.stream(requests, pick="mmi"))
+    given = {piece.index: piece.text for piece in pieces if piece.last}
+    assert [given[index] for index in range(len(requests))] == wanted
+    assert sum(piece.last for piece in pieces) == len(requests)
+    assert not any(piece.text for piece in pieces if not piece.last)
+    medians = generator.complete(requests)
+    assert medians != wanted  # so that the choice matters here
+
+
+def test_a_stream_that_is_closed_while_candidates_are_scored_leaves_nothing():
+    generator = small_generator("chatlm")
+    request = ask(generator, "Hello", n=4, logprobs=0)
+    stream = generator.stream([request], pick="mmi")
+    n_generated = sum(1 for _ in generator.stream([request]))
+    for _ in range(n_generated):
+        next(stream)
+    assert generator.engine.waiting
+    stream.close()
+    assert generator.engine.idle
 
 
 def test_closing_a_stream_cancels_what_is_unfinished(generator):

@@ -4,7 +4,7 @@
 returns turns encoded dialogues into requests (`request`) and runs requests to text: in pieces as
 they come (`stream`), as whole answers (`complete`), or with fixed settings and seeds
 (`sample_answers`). `CandidateText` is the text of one candidate while its tokens arrive. The server
-has a decoding loop of its own, and uses `CandidateText`, `prompt_room` and `pick_median` directly.
+has a decoding loop of its own, and uses `CandidateText` and `prompt_room` directly.
 
 Promises and invariants:
 - Ids that stand for no text (special tokens, type rows, rows without a token) are never generated,
@@ -22,13 +22,14 @@ Promises and invariants:
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 from gptchat.console import UserError
 from gptchat.data.dialogue import Turn, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
+from gptchat.inference import rerank
 from gptchat.inference.engine import Engine, Output, Request
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import CharacterFilter, StreamDecoder
@@ -37,16 +38,10 @@ from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS
 
 SLOTS = 16  # default number of sequences that are decoded at once
-CANDIDATES = 5  # answers among which the median is picked, as in the original program
 # Default settings of the terminal chat, the evaluation and the original's API; for small models.
 CHAT_SAMPLING = Sampling(
     temperature=0.6, top_k=40, top_p=0.95, repetition_penalty=1.15, max_new_tokens=100
 )
-
-
-def pick_median(texts: Sequence[str]) -> str:
-    """The text of median length in characters; of two in the middle the longer one."""
-    return sorted(texts, key=len)[len(texts) // 2]
 
 
 def prompt_room(n_ctx: int, max_new_tokens: int) -> int:
@@ -62,9 +57,10 @@ class CandidateText:
     the prompt, in which they do. A caller who wants to know where each token stands notes
     `len(text)` before `take`; characters that are held back at that moment come with a later token.
 
-    `n_tokens` counts the generated tokens. `finish_reason` is "" until the candidate has ended,
-    then "stop" (also for a stop string) or "length". `must_cancel` is true if a stop string ended
-    the candidate while the engine, which knows no text, goes on with it: the caller cancels it.
+    `ids` are the generated tokens, `logprob` is the sum of their log-probabilities where the
+    request asked for these. `finish_reason` is "" until the candidate has ended, then "stop" (also
+    for a stop string) or "length". `must_cancel` is true if a stop string ended the candidate while
+    the engine, which knows no text, goes on with it: the caller cancels it.
     """
 
     def __init__(
@@ -78,9 +74,15 @@ class CandidateText:
         self.text = echo
         for id in beginning:
             self.text += self._decoder.push(id)
-        self.n_tokens = 0
+        self.ids: list[int] = []
+        self.logprob = 0.0
         self.finish_reason = ""
         self.must_cancel = False
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens have been generated."""
+        return len(self.ids)
 
     def take(self, output: Output) -> str:
         """Add the engine's next output. Returns the piece of text that is certain now."""
@@ -88,7 +90,8 @@ class CandidateText:
             return ""
         piece = ""
         if output.token is not None:
-            self.n_tokens += 1
+            self.ids.append(output.token)
+            self.logprob += output.logprob or 0.0
             piece = self._decoder.push(output.token)
         if output.finish_reason:
             piece += self._decoder.finish()
@@ -108,6 +111,25 @@ class Piece:
     index: int
     text: str
     last: bool
+
+
+@dataclass
+class _Pending:
+    """A request of a stream: its candidates, and the scores of those that have one."""
+
+    index: int
+    request: Request
+    candidates: list[CandidateText]
+    scores: dict[int, float] = field(default_factory=dict)  # by the candidate's number
+
+    @property
+    def has_ended(self) -> bool:
+        return all(candidate.finish_reason for candidate in self.candidates)
+
+    @property
+    def best(self) -> str:
+        """The text of the candidate with the highest score."""
+        return self.candidates[max(self.scores, key=self.scores.__getitem__)].text
 
 
 class TextGenerator:
@@ -191,40 +213,75 @@ class TextGenerator:
         speaker, ids = turns[-1]
         return [*turns[:-1], (speaker, ids[-longest:])], len(ids) > longest
 
-    def stream(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> Generator[Piece]:
+    def stream(
+        self, requests: Sequence[Request], stop: Sequence[str] = (), pick: str = "median"
+    ) -> Generator[Piece]:
         """Run all requests at once, and yield the pieces of their answers as they come.
 
         A piece may be empty: a step of the engine yields one for every live candidate. A request
         for several candidates has empty pieces until all of them have ended; its last piece is the
-        candidate of median length. Closing the generator cancels the unfinished requests. Raises
-        ValueError if the engine can never serve a request (see `Engine.submit`).
+        one that `pick` says, "median" or "mmi" (rerank.py; a ChatLM's, with `logprobs`). Closing
+        the generator cancels the unfinished requests. Raises ValueError if the engine can never
+        serve a request (see `Engine.submit`).
         """
-        unfinished: dict[int, tuple[int, list[CandidateText]]] = {}  # by the engine's request id
+        unfinished: dict[int, _Pending] = {}  # by the engine's request id
+        scoring: dict[int, tuple[_Pending, int]] = {}  # and the number of the candidate
         try:
             for index, request in enumerate(requests):
                 candidates = [CandidateText(self.tokenizer, stop) for _ in range(request.n)]
-                unfinished[self.engine.submit(request)] = (index, candidates)
-            while unfinished:
+                pending = _Pending(index, request, candidates)
+                unfinished[self.engine.submit(request)] = pending
+            while unfinished or scoring:
                 for output in self.engine.step():
-                    index, candidates = unfinished[output.request_id]
-                    candidate = candidates[output.candidate]
+                    if output.request_id in scoring:
+                        pending, number = scoring.pop(output.request_id)
+                        self._note_score(pending, number, output)
+                        last = len(pending.scores) == len(pending.candidates)
+                        yield Piece(pending.index, pending.best if last else "", last)
+                        continue
+                    pending = unfinished[output.request_id]
+                    candidate = pending.candidates[output.candidate]
                     text = candidate.take(output)
                     if candidate.must_cancel:
                         self.engine.cancel(output.request_id, output.candidate)
-                    last = all(candidate.finish_reason for candidate in candidates)
+                    last = pending.has_ended
                     if last:
                         del unfinished[output.request_id]
-                    if len(candidates) > 1:
-                        text = pick_median([c.text for c in candidates]) if last else ""
-                    yield Piece(index, text, last)
+                    if len(pending.candidates) > 1:
+                        text = ""
+                        if last and pick == "mmi":
+                            scoring |= self._start_scoring(pending)
+                            last = False
+                        elif last:
+                            text = rerank.pick_median([c.text for c in pending.candidates])
+                    yield Piece(pending.index, text, last)
         finally:
-            for request_id in unfinished:
+            for request_id in [*unfinished, *scoring]:
                 self.engine.cancel(request_id)
 
-    def complete(self, requests: Sequence[Request], stop: Sequence[str] = ()) -> list[str]:
+    def _start_scoring(self, pending: _Pending) -> dict[int, tuple[_Pending, int]]:
+        """Ask the engine for the context's log-probability after each candidate."""
+        sep_id = self.tokenizer.sep_id
+        context = rerank.last_turn(pending.request, sep_id)
+        scoring = {}
+        for number, candidate in enumerate(pending.candidates):
+            request = rerank.context_request(candidate.ids, context, sep_id)
+            scoring[self.engine.submit(request)] = (pending, number)
+        return scoring
+
+    def _note_score(self, pending: _Pending, number: int, output: Output) -> None:
+        candidate = pending.candidates[number]
+        context = rerank.last_turn(pending.request, self.tokenizer.sep_id)
+        pending.scores[number] = rerank.mutual_information(
+            candidate.logprob, candidate.n_tokens, rerank.context_logprob(output, context)
+        )
+
+    def complete(
+        self, requests: Sequence[Request], stop: Sequence[str] = (), pick: str = "median"
+    ) -> list[str]:
         """The whole answer to each request, in order."""
         texts = [""] * len(requests)
-        for piece in self.stream(requests, stop):
+        for piece in self.stream(requests, stop, pick):
             texts[piece.index] += piece.text
         return texts
 
