@@ -1,6 +1,7 @@
 """`gptchat new`: configs for own data that load, are sized by stated rules, overwrite nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,55 @@ def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> Non
     config = load_config("configs/bard/lm.toml")
     assert config.model.n_ctx == 4 * default.model.n_ctx
     assert config.train.batch_size == default.train.batch_size // 4
+
+
+def test_a_longer_context_has_its_figures_beside_it(folder: Path) -> None:
+    lines = [f"Question {i}?\tThe answer is {i}.\n" for i in range(150)]
+    lines += [f"Question {i}?\t{'long ' * 300}\n" for i in range(50)]
+    Path("talks/a.tsv").write_text("".join(lines))
+    run(*BOTH)
+    text = Path("configs/bard/lm.toml").read_text()
+    assert "\nn_ctx = 512  # 25 % of the dialogues do not fit into 256 tokens\n" in text
+
+
+def conversation(number: int) -> list[str]:
+    """Thirty turns, about 600 tokens."""
+    return [f"Turn {turn} of {number}: " + f"some words {turn} " * 6 for turn in range(30)]
+
+
+def write_conversations(name: str) -> str:
+    turns = [conversation(number) for number in range(100)]
+    lines = ["\t".join(texts) for texts in turns]
+    if name.endswith(".jsonl"):
+        roles = ("user", "assistant") * 15
+        messages = [
+            [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+            for texts in turns
+        ]
+        lines = [json.dumps({"messages": each}) for each in messages]
+    Path(name).write_text("\n".join(lines))
+    return name
+
+
+@pytest.mark.parametrize("name", ["whole.tsv", "whole.jsonl"])
+@pytest.mark.parametrize("has_lm, targets", [(True, "responder"), (False, "turns")])
+def test_long_conversations_that_lose_nothing_leave_the_context_as_it_is(
+    folder: Path, name: str, has_lm: bool, targets: str
+) -> None:
+    text = ("--text", "mine/*.txt") if has_lm else ()
+    run(*text, "--chat", write_conversations(name))
+    config = load_config("configs/bard/chatlm.toml")
+    first = load_config("configs/bard/lm.toml") if has_lm else config
+    assert config.data.targets == targets and first.model.n_ctx == 256
+    report = check(replace(config, init_from="", model=first.model))
+    assert report.total("long_rows") == 100 and report.total("cut_rows") == 0
+
+
+def test_rows_of_one_conversation_at_different_turns_give_their_last_turn(folder: Path) -> None:
+    rows = [conversation(i)[:end] for i in range(50) for end in range(2, 13)]
+    Path("talks/a.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    run(*BOTH)
+    assert load_config("configs/bard/chatlm.toml").data.targets == "response"
 
 
 def test_the_speed_that_is_measured_is_that_of_the_default_model() -> None:

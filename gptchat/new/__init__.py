@@ -1,9 +1,9 @@
 """Configs for a person's own data: `gptchat new NAME --text FILES --chat FILES --minutes 15`.
 
 Writes configs/NAME/lm.toml for text and configs/NAME/chatlm.toml for dialogues, sized to the data,
-the machine and the minutes (sizing.py has the rules), and never over a file that is there. Without
-text the ChatLM starts from new weights and learns every turn; without dialogues there is the LM
-alone.
+the machine and the minutes (sizing.py has the rules, dialogues.py those of what is learned of
+dialogues), and never over a file that is there. Without text the ChatLM starts from new weights;
+without dialogues there is the LM alone.
 
 What is not sized comes from the default configs, on a GPU from those of gpt2-small. A comment
 beside each number says where it is from.
@@ -24,15 +24,15 @@ import gptchat.new.sizing as sizing
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
-from gptchat.data.dialogue_files import is_jsonl
 from gptchat.files import atomic_write, shipped
+from gptchat.new.dialogues import Targets, choose_targets
 from gptchat.new.sizing import Plan, Speed
 
 DEFAULTS = shipped("configs")
 # Keys of the default configs that are chosen anew; all others are taken over.
 CHOSEN = {
     "tokenizer": {"dir", "vocab_size", "files"},
-    "data": {"train", "valid", "test", "weights", "held_out", "shards", "document"},
+    "data": {"train", "valid", "test", "weights", "held_out", "shards", "document", "targets"},
     "model": {"n_layer", "n_head", "n_embd", "n_ctx", "dropout"},
     "train": {"num_steps", "num_epochs", "batch_size", "eval_interval", "patience"},
 }
@@ -65,8 +65,9 @@ def tokenizer_lines(name: str, files: Sequence[str], plan: Plan, recipe_file: Pa
 
 
 def data_lines(
-    name: str, patterns: Sequence[str], document: str, report: Report, plan: Plan, recipe_file: Path
+    name: str, patterns: Sequence[str], choice: str, report: Report, plan: Plan, recipe_file: Path
 ) -> Lines:
+    """`choice` is the line of `document` or `targets`."""
     n_documents = report.documents["train"]
     lines = [
         "",
@@ -77,16 +78,33 @@ def data_lines(
         f"held_out = {plan.held_out:g}  # for valid, and as much for test: about "
         f"{plan.held_out * n_documents:,.0f} {report.unit}, drawn by a hash of each",
     ]
-    if report.task == "lm":
-        reason = "blank lines divide documents"
-        if document == "line":
-            reason = "the text has hardly a blank line"
-        lines.append(f'document = "{document}"  # {reason}')
-    lines += toml({"shards": f"out/{name}/shards/{report.task}"})
+    lines += [choice, *toml({"shards": f"out/{name}/shards/{report.task}"})]
     return lines + taken_over(recipe_file, "data")
 
 
-def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool) -> Lines:
+def document_line(document: str) -> str:
+    """How text is cut into documents."""
+    reason = "blank lines divide documents"
+    if document == "line":
+        reason = "the text has hardly a blank line"
+    return f'document = "{document}"  # {reason}'
+
+
+def targets_line(targets: Targets) -> str:
+    """What a ChatLM learns of own dialogues."""
+    return f'targets = "{targets.value}"  # {targets.reason}'
+
+
+def context_line(plan: Plan, reports: dict[str, Report], recipe: Config) -> str:
+    """The context; where it is not the default's, the dialogues are why."""
+    line = f"n_ctx = {plan.n_ctx}"
+    if plan.n_ctx == recipe.model.n_ctx:
+        return line
+    share = sizing.cut_share(reports["chatlm"])
+    return f"{line}  # {100 * share:.0f} % of the dialogues do not fit into {recipe.model.n_ctx} tokens"
+
+
+def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool, context: str) -> Lines:
     n_layer, n_embd = plan.size
     lines = ["", "[model]"]
     if has_sizes:
@@ -95,7 +113,7 @@ def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool) -> Lines:
             f"n_layer = {n_layer}",
             f"n_head = {max(1, n_embd // sizing.HEAD_WIDTH)}  # {sizing.HEAD_WIDTH} wide each",
             f"n_embd = {n_embd}",
-            f"n_ctx = {plan.n_ctx}",
+            context,
         ]
     if plan.epochs > sizing.FRESH_EPOCHS:
         lines.append(f"dropout = 0.1  # the data is read {plan.epochs:.1f} times")
@@ -135,50 +153,49 @@ def head_lines(task: str, name: str, minutes: float, speed: Speed, start: str) -
     return [*lines, f'init_from = "{start}"'] if start else lines
 
 
-def targets_line(chat: Sequence[str], is_first: bool) -> str:
-    """What a ChatLM learns of own dialogues."""
-    if is_first:
-        return 'targets = "all"  # without an LM before it, it learns from every turn'
-    if all(is_jsonl(pattern) for pattern in chat):
-        return 'targets = "responder"  # every message of the assistant; "turns": of both'
-    return 'targets = "response"  # rows may repeat earlier turns; "responder" learns those, too'
-
-
-def plan_configs(
-    name: str, text: Sequence[str], chat: Sequence[str], minutes: float
-) -> dict[str, str]:
-    """What to write: file name -> content. Raises UserError for data that is missing or too little.
+def survey(
+    text: Sequence[str], chat: Sequence[str], targets: Targets, recipe: Config
+) -> tuple[dict[str, Report], str]:
+    """(task -> what its files hold, how text is cut into documents).
 
     A note on stderr tells what `gptchat check` would warn of.
     """
-    folder = DEFAULTS / "gpt2-small" if torch.cuda.is_available() else DEFAULTS
-    recipe_files = {task: folder / f"{task}.toml" for task in ("lm", "chatlm")}
-    recipe = load_config(str(recipe_files["lm"]))
     reports: dict[str, Report] = {}
     document = "block"
     if text:
         reports["lm"], document = sizing.survey("lm", text, recipe.model.n_ctx)
     if chat:
-        reports["chatlm"], _ = sizing.survey("chatlm", chat, recipe.model.n_ctx)
+        reports["chatlm"], _ = sizing.survey("chatlm", chat, recipe.model.n_ctx, targets.value)
     for report in reports.values():
         if report.warnings:
             print(verdict(report), file=sys.stderr)
+    return reports, document
+
+
+def plan_configs(
+    name: str, text: Sequence[str], chat: Sequence[str], minutes: float
+) -> dict[str, str]:
+    """What to write: file name -> content. Raises UserError for data missing or too little."""
+    folder = DEFAULTS / "gpt2-small" if torch.cuda.is_available() else DEFAULTS
+    recipe_files = {task: folder / f"{task}.toml" for task in ("lm", "chatlm")}
+    recipe = load_config(str(recipe_files["lm"]))
+    targets = choose_targets(chat, has_lm=bool(text))
+    reports, document = survey(text, chat, targets, recipe)
     speed = sizing.measure(recipe)
     plans = make_plans(reports, minutes, speed, recipe, recipe_files)
+    patterns = {"lm": text, "chatlm": chat}
+    choices = {"lm": document_line(document), "chatlm": targets_line(targets)}
     contents: dict[str, str] = {}
-    files = [*text, *chat]
     for task, plan in plans.items():
         recipe_file = recipe_files[task]
         is_first = task == "lm" or not text
         lines = head_lines(task, name, minutes, speed, "" if is_first else f"out/{name}/lm/model")
         if is_first:
-            lines += tokenizer_lines(name, files, plan, recipe_files["lm"])
-        patterns = text if task == "lm" else chat
-        data = data_lines(name, patterns, document, reports[task], plan, recipe_file)
-        if task == "chatlm":
-            data = [line for line in data if not line.startswith("targets")]
-            data.append(targets_line(chat, is_first))
-        lines += data + model_lines(plan, recipe_file, is_first) + train_lines(plan, recipe_file)
+            lines += tokenizer_lines(name, [*text, *chat], plan, recipe_files["lm"])
+        lines += data_lines(name, patterns[task], choices[task], reports[task], plan, recipe_file)
+        context = context_line(plan, reports, recipe)
+        lines += model_lines(plan, recipe_file, is_first, context)
+        lines += train_lines(plan, recipe_file)
         contents[f"{task}.toml"] = "\n".join(lines) + "\n"
     return contents
 

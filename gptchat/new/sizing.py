@@ -4,8 +4,9 @@ The rules, in this order:
 - Minutes: STEPS_SHARE of them are for optimizer steps, the rest for everything else. An LM and its
   ChatLM divide them by LM_SHARE. The time of a step is measured on the default model (a few steps)
   and scaled by floating-point operations.
-- Context: the default's; twice that if more than one dialogue in ten does not fit, four times if
-  more than three in ten do not. A step has as many tokens as the default's.
+- Context: the default's; twice that if more than one dialogue in ten would be cut, four times if
+  more than three in ten would. Long conversations that are read in several examples are not cut. A
+  step has as many tokens as the default's.
 - Vocabulary: an entry for each BYTES_PER_ENTRY bytes of text, rounded down to a power of two, at
   most as many as the default.
 - Steps: as many as there is time for, but MAX_EPOCHS passes over the data at most.
@@ -71,15 +72,18 @@ class Plan:
     held_out: float
 
 
-def survey(task: str, patterns: Sequence[str], n_ctx: int) -> tuple[Report, str]:
+def survey(
+    task: str, patterns: Sequence[str], n_ctx: int, targets: str = "response"
+) -> tuple[Report, str]:
     """(what the files hold, how they are cut into documents); `n_ctx` is the default context.
 
-    Text without blank lines is cut into lines. Raises UserError for missing files, or too little.
+    `targets`, of [data], decides which dialogues would be cut. Text without blank lines is cut into
+    lines. Raises UserError for missing files, or too little.
     """
     for document in ("block", "line"):
         config = Config(
             task=task,
-            data=DataConfig(train=tuple(patterns), document=document),
+            data=DataConfig(train=tuple(patterns), document=document, targets=targets),
             tokenizer=TokenizerConfig(dir=""),
             model=replace(Config().model, n_ctx=n_ctx),
         )
@@ -164,12 +168,16 @@ def choose_vocabulary(n_bytes: float, recipe: Config) -> int:
     return min(max(entries, MIN_ENTRIES), recipe.tokenizer.vocab_size)
 
 
+def cut_share(report: Report) -> float:
+    """The share of dialogues of which something would be cut in the default context."""
+    return report.total("cut_rows") / report.documents["train"]
+
+
 def choose_context(report: Report, recipe: Config) -> int:
     n_ctx = recipe.model.n_ctx
-    too_long = report.total("long_rows") / report.documents["train"]
-    if too_long > 0.3:
+    if cut_share(report) > 0.3:
         return 4 * n_ctx
-    return 2 * n_ctx if too_long > 0.1 else n_ctx
+    return 2 * n_ctx if cut_share(report) > 0.1 else n_ctx
 
 
 def choose_held_out(report: Report) -> float:
