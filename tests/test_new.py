@@ -1,7 +1,7 @@
 """`gptchat new`: configs for own data that load, are sized by stated rules, overwrite nothing."""
 
 import json
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import pytest
 from gptchat import new
 from gptchat.config import load_config, load_run_config
 from gptchat.console import UserError
-from gptchat.data.check import check
+from gptchat.data.check import check, in_five_lines
 from gptchat.new import sizing
 from gptchat.new.sizing import Speed
+from gptchat.training.start import check_size
 
 SPEED = 3e11  # FLOP/s, about that of two cores
 
@@ -203,8 +204,30 @@ def test_long_conversations_that_lose_nothing_leave_the_context_as_it_is(
     config = load_config("configs/bard/chatlm.toml")
     first = load_config("configs/bard/lm.toml") if has_lm else config
     assert config.data.targets == targets and first.model.n_ctx == 256
-    report = check(replace(config, init_from="", model=first.model))
+    report = check(config)
     assert report.total("long_rows") == 100 and report.total("cut_rows") == 0
+
+
+def test_long_rows_of_a_chatlm_are_counted_before_its_lm_is_there(folder: Path) -> None:
+    Path("talks/a.tsv").write_text(f"Who?\t{'long ' * 300}\n" * 5 + "Why?\tSo.\n" * 95)
+    run(*BOTH)
+    config = load_config("configs/bard/chatlm.toml")
+    text = Path("configs/bard/chatlm.toml").read_text()
+    assert config.init_from and "\nn_ctx = 256  # that of the LM\n" in text
+    lines = in_five_lines(check(config), "chatlm.toml")
+    assert "long rows: about 5 are longer than 256 tokens" in lines
+
+
+@pytest.mark.parametrize("n_ctx", [256, 257])
+def test_the_context_beside_an_lm_is_accepted_if_it_is_that_of_the_lm(
+    folder: Path, n_ctx: int
+) -> None:
+    run(*BOTH)
+    lm = load_config("configs/bard/lm.toml")
+    config = load_config("configs/bard/chatlm.toml", [f"model.n_ctx={n_ctx}"])
+    found = sizing.model_config((lm.model.n_layer, lm.model.n_embd), lm)
+    with nullcontext() if n_ctx == 256 else pytest.raises(UserError, match="n_ctx is 257"):
+        check_size(config, found)
 
 
 def test_rows_of_one_conversation_at_different_turns_give_their_last_turn(folder: Path) -> None:

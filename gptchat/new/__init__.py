@@ -95,13 +95,19 @@ def targets_line(targets: Targets) -> str:
     return f'targets = "{targets.value}"  # {targets.reason}'
 
 
-def context_line(plan: Plan, reports: dict[str, Report], recipe: Config) -> str:
-    """The context; where it is not the default's, the dialogues are why."""
+def context_line(plan: Plan, reports: dict[str, Report], recipe: Config, has_lm: bool) -> str:
+    """The context; where it is not the default's, the dialogues are why.
+
+    A ChatLM would have its LM's without this line, but `gptchat check` could not know that before
+    the LM is trained.
+    """
     line = f"n_ctx = {plan.n_ctx}"
+    if has_lm:
+        return f"{line}  # that of the LM"
     if plan.n_ctx == recipe.model.n_ctx:
         return line
-    share = sizing.cut_share(reports["chatlm"])
-    return f"{line}  # {100 * share:.0f} % of the dialogues do not fit into {recipe.model.n_ctx} tokens"
+    percent = f"{100 * sizing.cut_share(reports['chatlm']):.0f} %"
+    return f"{line}  # {percent} of the dialogues do not fit into {recipe.model.n_ctx} tokens"
 
 
 def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool, context: str) -> Lines:
@@ -113,12 +119,11 @@ def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool, context: str) ->
             f"n_layer = {n_layer}",
             f"n_head = {max(1, n_embd // sizing.HEAD_WIDTH)}  # {sizing.HEAD_WIDTH} wide each",
             f"n_embd = {n_embd}",
-            context,
         ]
+    lines.append(context)
     if plan.epochs > sizing.FRESH_EPOCHS:
         lines.append(f"dropout = 0.1  # the data is read {plan.epochs:.1f} times")
-    lines += taken_over(recipe_file, "model")
-    return lines if len(lines) > 2 else []
+    return lines + taken_over(recipe_file, "model")
 
 
 def train_lines(plan: Plan, recipe_file: Path) -> Lines:
@@ -193,7 +198,7 @@ def plan_configs(
         if is_first:
             lines += tokenizer_lines(name, [*text, *chat], plan, recipe_files["lm"])
         lines += data_lines(name, patterns[task], choices[task], reports[task], plan, recipe_file)
-        context = context_line(plan, reports, recipe)
+        context = context_line(plan, reports, recipe, not is_first)
         lines += model_lines(plan, recipe_file, is_first, context)
         lines += train_lines(plan, recipe_file)
         contents[f"{task}.toml"] = "\n".join(lines) + "\n"

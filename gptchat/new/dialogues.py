@@ -74,6 +74,7 @@ def choose_targets(patterns: Sequence[str], has_lm: bool) -> Targets:
     if have_roles:
         return Targets("responder", 'every message of the assistant; "turns": of both')
     if are_whole:
-        reason = f"rows are whole conversations: {n_turns:.1f} turns each, {100 * repeated:.0f} % repeated"
-        return Targets("responder", f'{reason}; "response": the last turn')
+        figures = f"{n_turns:.1f} turns each, {100 * repeated:.0f} % repeated"
+        reason = f'rows are whole conversations ({figures}); "response": the last turn'
+        return Targets("responder", reason)
     return Targets("response", 'rows may repeat earlier turns; "responder" learns those, too')
