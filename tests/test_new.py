@@ -152,6 +152,18 @@ def test_text_without_blank_lines_is_cut_into_lines(folder: Path) -> None:
     assert 'document = "line"' in contents["lm.toml"]
 
 
+@pytest.mark.parametrize("n_files, has_alternative", [(29, False), (30, True)])
+def test_document_has_its_size_beside_it_and_each_file_as_the_alternative_of_many(
+    folder: Path, n_files: int, has_alternative: bool
+) -> None:
+    for i in range(n_files):
+        Path(f"mine/act{i}.txt").write_text(f"HAMLET {i:02}.\n\nTo be.\n\nOr not.\n")
+    contents = new.plan_configs("x", ["mine/act*.txt"], [], 1)
+    line = 'document = "block"  # blank lines divide documents, 8 characters each on average'
+    line += '; "file": each file is one' if has_alternative else ""
+    assert line in contents["lm.toml"].splitlines()
+
+
 def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> None:
     lines = []
     for i in range(200):

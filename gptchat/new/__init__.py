@@ -38,6 +38,7 @@ CHOSEN = {
 }
 EVALUATIONS = 5  # in a run, where the text is not read so often that it should end early
 PATIENCE = 3
+HELD_OUT_FILES = 3  # for valid, on average: each is drawn by a hash, and one is needed at least
 Lines = list[str]
 
 
@@ -82,12 +83,16 @@ def data_lines(
     return lines + taken_over(recipe_file, "data")
 
 
-def document_line(document: str) -> str:
-    """How text is cut into documents."""
+def document_line(document: str, report: Report, plan: Plan) -> str:
+    """How text is cut into documents, and the other way where files enough would be held out."""
     reason = "blank lines divide documents"
     if document == "line":
         reason = "the text has hardly a blank line"
-    return f'document = "{document}"  # {reason}'
+    size = report.total("n_characters") / report.total("n_documents")
+    line = f'document = "{document}"  # {reason}, {size:,.0f} characters each on average'
+    if plan.held_out * len(report.files) < HELD_OUT_FILES:
+        return line
+    return f'{line}; "file": each file is one'
 
 
 def targets_line(targets: Targets) -> str:
@@ -189,7 +194,6 @@ def plan_configs(
     speed = sizing.measure(recipe)
     plans = make_plans(reports, minutes, speed, recipe, recipe_files)
     patterns = {"lm": text, "chatlm": chat}
-    choices = {"lm": document_line(document), "chatlm": targets_line(targets)}
     contents: dict[str, str] = {}
     for task, plan in plans.items():
         recipe_file = recipe_files[task]
@@ -197,7 +201,9 @@ def plan_configs(
         lines = head_lines(task, name, minutes, speed, "" if is_first else f"out/{name}/lm/model")
         if is_first:
             lines += tokenizer_lines(name, [*text, *chat], plan, recipe_files["lm"])
-        lines += data_lines(name, patterns[task], choices[task], reports[task], plan, recipe_file)
+        report = reports[task]
+        choice = document_line(document, report, plan) if task == "lm" else targets_line(targets)
+        lines += data_lines(name, patterns[task], choice, report, plan, recipe_file)
         context = context_line(plan, reports, recipe, not is_first)
         lines += model_lines(plan, recipe_file, is_first, context)
         lines += train_lines(plan, recipe_file)
