@@ -1,6 +1,7 @@
 """`gptchat new`: configs for own data that load, are sized by stated rules, overwrite nothing."""
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,44 @@ def test_the_default_run_gets_the_default_size(folder: Path) -> None:
     speed = Speed("cpu", sizing.step_flops(config, 1, 1, default.model.n_ctx) * tokens)
     found = sizing.choose_size(1e9, 8192, default.model.n_ctx, 1.01, speed, default)
     assert found == size
+
+
+def planned_minutes(task: str) -> float:
+    """What the config says beside num_steps."""
+    found = re.search(r"about ([\d.]+) minutes", Path(f"configs/bard/{task}.toml").read_text())
+    assert found
+    return float(found[1])
+
+
+def test_minutes_that_the_chatlm_cannot_use_go_to_the_lm(folder: Path) -> None:
+    Path("mine/a.txt").write_text("\n\n".join([Path("mine/a.txt").read_text()] * 10))
+    run(*BOTH, "--minutes", "15")
+    lm, chatlm = planned_minutes("lm"), planned_minutes("chatlm")
+    of_steps = 15 * sizing.STEPS_SHARE
+    assert chatlm < 0.5 * (1 - sizing.LM_SHARE) * of_steps
+    assert lm + chatlm == pytest.approx(of_steps, abs=0.1)
+    Path("x.toml").write_text(
+        new.plan_configs("x", ["mine/*.txt"], [], 15 * sizing.LM_SHARE)["lm.toml"]
+    )
+    larger = load_config("configs/bard/lm.toml").model
+    assert larger.n_embd > load_config("x.toml").model.n_embd
+
+
+@pytest.mark.parametrize("rows", [50, 5000, 50_000])
+@pytest.mark.parametrize("minutes", [2, 15, 60])
+def test_the_plans_of_both_never_take_more_than_the_minutes(
+    folder: Path, rows: int, minutes: int
+) -> None:
+    recipe_files = {task: new.DEFAULTS / f"{task}.toml" for task in ("lm", "chatlm")}
+    recipe = load_config(str(recipe_files["lm"]))
+    Path("mine/a.txt").write_text("\n\n".join([Path("mine/a.txt").read_text()] * 10))
+    reports = {"lm": sizing.survey("lm", ["mine/*.txt"], 256)[0]}
+    Path("talks/a.tsv").write_text("Who is there at this hour?\tIt is only me.\n" * rows)
+    reports["chatlm"], _ = sizing.survey("chatlm", ["talks/*.tsv"], 256)
+    plans = new.make_plans(reports, minutes, Speed("cpu", SPEED), recipe, recipe_files)
+    assert plans["lm"].size == plans["chatlm"].size
+    seconds = plans["lm"].seconds + plans["chatlm"].seconds
+    assert 0.5 < seconds / (60 * minutes * sizing.STEPS_SHARE) <= 1 + 1e-9
 
 
 def test_text_without_blank_lines_is_cut_into_lines(folder: Path) -> None:

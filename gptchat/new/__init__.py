@@ -224,18 +224,16 @@ def make_plans(
     n_ctx = recipe.model.n_ctx
     if "chatlm" in reports:
         n_ctx = sizing.choose_context(reports["chatlm"], recipe)
-    plans: dict[str, Plan] = {}
-    for task, report in reports.items():
-        share = 1.0
-        if len(reports) == 2:
-            share = sizing.LM_SHARE if task == "lm" else 1 - sizing.LM_SHARE
-        seconds = 60 * minutes * sizing.STEPS_SHARE * share
+
+    def plan(task: str, seconds: float, size: tuple[int, int] | None = None) -> Plan:
         train = load_config(str(recipe_files[task])).train
-        size = plans["lm"].size if "lm" in plans else None
-        plans[task] = sizing.make_plan(
-            report, seconds, speed, replace(recipe, train=train), vocab_size, n_ctx, size
-        )
-    return plans
+        own_recipe = replace(recipe, train=train)
+        return sizing.make_plan(reports[task], seconds, speed, own_recipe, vocab_size, n_ctx, size)
+
+    seconds = 60 * minutes * sizing.STEPS_SHARE
+    if len(reports) == 1:
+        return {task: plan(task, seconds) for task in reports}
+    return sizing.divide(seconds, plan)
 
 
 def positive(text: str) -> float:

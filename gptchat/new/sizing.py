@@ -2,8 +2,9 @@
 
 The rules, in this order:
 - Minutes: STEPS_SHARE of them are for optimizer steps, the rest for everything else. An LM and its
-  ChatLM divide them by LM_SHARE. The time of a step is measured on the default model (a few steps)
-  and scaled by floating-point operations.
+  ChatLM divide them by LM_SHARE. What the ChatLM cannot use, since its steps end with MAX_EPOCHS,
+  goes to the LM, which may become larger; then both are planned again, ROUNDS times. The time of a
+  step is measured on the default model (a few steps) and scaled by floating-point operations.
 - Context: the default's; twice that if more than one dialogue in ten would be cut, four times if
   more than three in ten would. Long conversations that are read in several examples are not cut. A
   step has as many tokens as the default's.
@@ -19,7 +20,7 @@ The rules, in this order:
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ SIZES = ((2, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768), (16, 1024)
 HEAD_WIDTH = 64
 STEPS_SHARE = 0.8
 LM_SHARE = 0.55
+ROUNDS = 2  # of planning again; a larger LM makes the ChatLM slower, which needs more of its share
 MEASURED_STEPS = 3
 MEASURED_SECONDS = 4  # on a slow machine it takes fewer steps
 MAX_EPOCHS = 10
@@ -238,3 +240,17 @@ def make_plan(
         seconds=seconds * num_steps * step_tokens / seen,
         held_out=held_out,
     )
+
+
+def divide(seconds: float, plan: Callable[..., Plan]) -> dict[str, Plan]:
+    """The plans of an LM and its ChatLM, which take `seconds` of optimizer steps together, at most.
+
+    `plan(task, seconds, size)` plans one of them; without `size` it is chosen.
+    """
+    lm_share = LM_SHARE * seconds
+    lm_seconds = lm_share
+    for _ in range(1 + ROUNDS):
+        size = plan("lm", lm_seconds).size
+        chatlm = plan("chatlm", seconds - lm_share, size)
+        lm_seconds = max(lm_share, seconds - chatlm.seconds)
+    return {"lm": plan("lm", lm_seconds, size), "chatlm": chatlm}
