@@ -18,6 +18,7 @@ from gptchat import paths
 from gptchat.clean import clean, main
 from gptchat.config import load_config
 from gptchat.console import UserError
+from gptchat.data.dialogue_files import read_prompts
 from gptchat.files import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,7 @@ class Project:
         self.log = folder / "commands.log"
         self.write("pyproject.toml", "")
         self.write("configs/constraints.txt", "")
+        self.write("configs/prompts.tsv", "Hi!\n")
         stubs = stubs.replace("{corpora}", " ".join(paths.CORPORA))
         self.write("venv/bin/python", PYTHON.format(root=ROOT, python=sys.executable, stubs=stubs))
         (folder / "venv/bin/python").chmod(0o755)
@@ -361,6 +363,25 @@ def test_chat_and_serve_take_what_these_configs_have_trained(project: Project) -
     (project.folder / "configs/bard/chatlm.toml").unlink()
     project.make("chat", BARD)
     assert project.commands == ["chat --model out/bard/model"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_new_chatlm_answers_the_prompts_beside_its_config_or_else_the_default_ones(
+    project: Project, own: bool
+) -> None:
+    if own:
+        project.write("configs/bard/prompts.tsv", "Who is there?\n")
+    output = project.make("chatlm", BARD)
+    (chat,) = [command for command in project.commands if command.startswith("chat ")]
+    assert f" --input configs/{'bard/' if own else ''}prompts.tsv " in chat
+    assert "\nyou> Hi\nbot> Hello\n" in output
+
+
+@pytest.mark.parametrize("folder, n", [("configs", 10), ("configs/japanese", 9)])
+def test_the_prompts_of_our_configs_are_one_turn_each(folder: str, n: int) -> None:
+    prompts = list(read_prompts(ROOT / folder / "prompts.tsv"))
+    assert [len(prompt.turns) for prompt in prompts] == [1] * n
+    assert prompts[0].line == ("Hi! How are you?" if n == 10 else "こんにちは！")
 
 
 def test_without_test_files_a_run_ends_well(project: Project) -> None:

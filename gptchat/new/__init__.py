@@ -3,7 +3,8 @@
 Writes configs/NAME/lm.toml for text and configs/NAME/chatlm.toml for dialogues, sized to the data,
 the machine and the minutes (sizing.py has the rules, dialogues.py those of what is learned of
 dialogues), and never over a file that is there. Without text the ChatLM starts from new weights;
-without dialogues there is the LM alone.
+without dialogues there is the LM alone. Some of the dialogues' first turns go to
+configs/NAME/prompts.tsv, which `make chatlm` lets the new ChatLM answer.
 
 What is not sized comes from the default configs, on a GPU from those of gpt2-small. A comment
 beside each number says where it is from.
@@ -24,8 +25,9 @@ import gptchat.new.sizing as sizing
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
+from gptchat.data.dialogue_files import format_row
 from gptchat.files import atomic_write, shipped
-from gptchat.new.dialogues import Targets, choose_targets
+from gptchat.new.dialogues import Targets, choose_prompts, choose_targets, sample
 from gptchat.new.sizing import Plan, Speed
 
 DEFAULTS = shipped("configs")
@@ -236,6 +238,22 @@ def make_plans(
     return sizing.divide(seconds, plan)
 
 
+def write(path: Path, content: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def write_prompts(path: Path, chat: Sequence[str]) -> None:
+    """Write first turns of the dialogues, unless the file is there; say so."""
+    if path.exists():
+        print(f"kept {path}, which is there already")
+        return
+    prompts = choose_prompts(sample(chat))
+    write(path, "".join(format_row([text]) for text in prompts))
+    what = "a first turn" if len(prompts) == 1 else f"{len(prompts)} first turns"
+    print(f"wrote {path}: {what} of your dialogues, which `make chatlm` answers at the end")
+
+
 def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -266,10 +284,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{existing[0]}: is there already; wanted another NAME, or it removed")
     contents = plan_configs(args.name, args.text, args.chat, args.minutes)
     for file_name, content in contents.items():
-        with atomic_write(folder / file_name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write(folder / file_name, content)
         load_config(str(folder / file_name))
         print(f"wrote {folder / file_name}")
+    if args.chat:
+        write_prompts(folder / "prompts.tsv", args.chat)
     targets = " ".join(Path(file_name).stem for file_name in contents)
     print("next:")
     for file_name in contents:

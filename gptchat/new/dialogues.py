@@ -1,4 +1,4 @@
-"""What a person's dialogues are like, seen from a sample of them, and what a ChatLM learns of them.
+"""What a ChatLM learns of a person's dialogues, and what it is asked at the end: from a sample.
 
 Whole conversations, one a row, are read in several examples where they are long (targets
 "responder" and "turns", see data/dialogue.py), so that nothing of them is cut. Rows that show one
@@ -7,7 +7,7 @@ rows, or those of two turns, give their last turn alone; without an LM, every to
 """
 
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ ROWS = 1000  # of the sample
 FILES = 10  # that it is taken from, at most
 CONVERSATION = 4  # turns of a row, on average, from which on rows may be whole conversations
 REPEATED = 0.2  # share of repeated turns from which on rows show one conversation several times
+PROMPTS = 10  # that a new ChatLM answers, at most
+SHORT = 80  # characters of a prompt
 Dialogue = list[TextTurn]
 
 
@@ -78,3 +80,20 @@ def choose_targets(patterns: Sequence[str], has_lm: bool) -> Targets:
         reason = f'rows are whole conversations ({figures}); "response": the last turn'
         return Targets("responder", reason)
     return Targets("response", 'rows may repeat earlier turns; "responder" learns those, too')
+
+
+def opening(turns: Dialogue) -> str:
+    """What the other speaker is to answer first: the first turn, or one behind a system message."""
+    first_speaker = turns[0][0]
+    *_, (_, text) = takewhile(lambda turn: turn[0] == first_speaker, turns)
+    return text
+
+
+def choose_prompts(dialogues: Sequence[Dialogue]) -> list[str]:
+    """Up to PROMPTS short openings, spread over the dialogues; if none is short the shortest."""
+    openings = list(dict.fromkeys(map(opening, dialogues)))
+    short = [text for text in openings if len(text) <= SHORT]
+    if not short:
+        return sorted(openings, key=len)[:1]
+    n = min(PROMPTS, len(short))
+    return [short[i * len(short) // n] for i in range(n)]
