@@ -330,9 +330,20 @@ def test_a_file_whose_name_make_cannot_handle_is_told_and_used_all_the_same(
     (project.folder / "mine/b.txt").rename(project.folder / "mine/two words.txt")
     output = project.make("lm", BARD)
     assert "'mine/two words.txt': make cannot handle a name with other characters" in output
+    assert output.count("make cannot handle") == 1  # although [data] and [tokenizer] name it
     assert project.commands == TRAINING
     record = json.loads((project.folder / "out/bard-tokenizer/trained.json").read_text())
     assert list(record["sources"]) == ["mine/a.txt", "mine/two words.txt"]
+
+
+def test_files_that_make_cannot_handle_are_told_in_one_line_for_both_configs(
+    project: Project,
+) -> None:
+    (project.folder / "mine/b.txt").rename(project.folder / "mine/b (1).txt")
+    (project.folder / "talks/a.tsv").rename(project.folder / "talks/[a].tsv")
+    output = project.make("lm", "chatlm", BARD)
+    assert output.count("make cannot handle") == 1
+    assert "'mine/b (1).txt': make cannot" in output and "(2 files are named so)" in output
 
 
 def test_a_chatlm_without_an_lm_trains_its_own_vocabulary(project: Project) -> None:
