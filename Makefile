@@ -10,9 +10,8 @@ HOST      ?= 127.0.0.1
 PIP       := $(VENV)/bin/pip --quiet
 INSTALL   := $(PIP) install --constraint configs/constraints.txt
 GPTCHAT   := $(VENV)/bin/python -m gptchat
-PROMPTS   := 'Hi! How are you?' 'What do you like to do on weekends?' 'Where are you from?' \
-  'What are you studying?' 'Do you have any pets?' 'What kind of music do you like?' \
-  'I had a long day at work.' 'Have you seen any good movies?' 'What is your favorite food?' 'Bye!'
+# What a new ChatLM answers at the end, one dialogue a line: the file beside its config, or ours.
+PROMPTS   := $(firstword $(wildcard $(dir $(CHATLM))prompts.tsv) configs/prompts.tsv)
 
 .DELETE_ON_ERROR:
 .PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak fuzz \
@@ -102,11 +101,10 @@ chatlm: $(CHATLM_TEST)  ## fine-tune the LM to answer
 $(CHATLM_TEST): $(CHATLM) $(CHATLM_DATA) $(CHATLM_START)
 	$(GPTCHAT) shards --config $(CHATLM)
 	$(GPTCHAT) train --config $(CHATLM)
-	@printf '%s\n' $(PROMPTS) > $(@D)/prompts.tsv
-	$(GPTCHAT) chat --model $(@D)/model --seed 1 --pick median --input $(@D)/prompts.tsv --output $(@D)/answers.tsv
+	$(GPTCHAT) chat --model $(@D)/model --seed 1 --pick median --input $(PROMPTS) --output $(@D)/answers.tsv
 	$(if $(CHATLM_HAS_TEST),$(GPTCHAT) evaluate --config $(CHATLM),@echo 'no test data') > $@
 	@cat $(filter %/test.txt,$(CHATLM_START)) $@
-	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$1, $$2}' $(@D)/answers.tsv
+	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$(NF - 1), $$NF}' $(@D)/answers.tsv
 
 # --- using it
 

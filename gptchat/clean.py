@@ -41,7 +41,6 @@ RUN_FILES = (
     "log.jsonl",
     "speed.jsonl",
     "test.txt",
-    "prompts.tsv",
     "answers.tsv",
     "chat_history",
     "tensorboard/events.out.tfevents.*",

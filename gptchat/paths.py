@@ -58,6 +58,7 @@ def words(configs: dict[str, tuple[str, Config]], with_data: bool) -> Iterator[s
         files = " and ".join(file for file, _ in configs.values())
         raise UserError(f"{files}: both have the run folder {runs[0]}; wanted one each")
     vocabularies: set[str] = set()
+    left_out: dict[str, None] = {}  # files that make cannot handle; data and vocabulary share some
     for (prefix, (file, config)), run in zip(configs.items(), runs, strict=True):
         yield f"{prefix}_RUN:={run}"
         if patterns_of(config.data, "test"):
@@ -67,13 +68,14 @@ def words(configs: dict[str, tuple[str, Config]], with_data: bool) -> Iterator[s
         patterns = chain.from_iterable(patterns_of(config.data, split) for split in SPLITS)
         named = _named_files(dict.fromkeys(patterns), f"[data] of {file}")
         _check_apart(run, named, file)
-        yield from (f"{prefix}_DATA+={name}" for name in _for_make(named))
+        yield from (f"{prefix}_DATA+={name}" for name in _for_make(named, left_out))
         if not config.init_from:
-            yield from _vocabulary_words(prefix, file, config, vocabularies)
+            yield from _vocabulary_words(prefix, file, config, vocabularies, left_out)
         elif prefix == "CHATLM" and "LM" in configs and _starts_from(config, configs["LM"][1]):
             yield f"{prefix}_START:={configs['LM'][1].run}/test.txt"
     if with_data:
         yield from (f"CORPORA+={name}" for name in CORPORA)
+    _warn_of(list(left_out))
     yield "PATHS_READ:=yes"
 
 
@@ -88,7 +90,11 @@ def _check_apart(run: str, names: Sequence[str], file: str) -> None:
 
 
 def _vocabulary_words(
-    prefix: str, file: str, config: Config, vocabularies: set[str]
+    prefix: str,
+    file: str,
+    config: Config,
+    vocabularies: set[str],
+    left_out: dict[str, None],
 ) -> Iterator[str]:
     """The words about the vocabulary that a run without `init_from` takes.
 
@@ -107,7 +113,7 @@ def _vocabulary_words(
         print(standing.note, file=sys.stderr)
     if standing.needs_training:
         texts = _named_files(settings.files, f"[tokenizer] of {file}")
-        yield from (f"{prefix}_VOCABULARY_TEXT+={name}" for name in _for_make(texts))
+        yield from (f"{prefix}_VOCABULARY_TEXT+={name}" for name in _for_make(texts, left_out))
         if os.path.exists(path):
             yield f"{prefix}_VOCABULARY_IS_OLD:=yes"
 
@@ -131,17 +137,24 @@ def _named_files(patterns: Sequence[str] | dict[str, None], named_by: str) -> li
     return list(dict.fromkeys(names))
 
 
-def _for_make(names: Sequence[str]) -> Iterator[str]:
-    """The names that make can handle; a line on stderr tells of the first other one."""
-    odd = [name for name in names if not NAME_FOR_MAKE.fullmatch(name)]
-    if odd:
+def _for_make(names: Sequence[str], left_out: dict[str, None]) -> Iterator[str]:
+    """The names that make can handle; the others become keys of `left_out`."""
+    for name in names:
+        if NAME_FOR_MAKE.fullmatch(name):
+            yield name
+        else:
+            left_out[name] = None
+
+
+def _warn_of(left_out: Sequence[str]) -> None:
+    """A line on stderr tells of the first file that make cannot handle, and how many there are."""
+    if left_out:
         print(
-            f"warning: {odd[0]!r}: make cannot handle a name with other characters than letters, "
-            "digits and ./_+@,- and so does not notice when this file changes"
-            + (f" ({len(odd)} files are named so)" if len(odd) > 1 else ""),
+            f"warning: {left_out[0]!r}: make cannot handle a name with other characters than "
+            "letters, digits and ./_+@,- and so does not notice when this file changes"
+            + (f" ({len(left_out)} files are named so)" if len(left_out) > 1 else ""),
             file=sys.stderr,
         )
-    return (name for name in names if NAME_FOR_MAKE.fullmatch(name))
 
 
 def _folder(name: str, key: str) -> str:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,15 @@ def test_what_looks_private_is_found_and_dates_are_not(text: Data) -> None:
     assert found["e-mail address"] == {"count": 1, "places": [f"{name}:1"]}
     assert found["number that looks private"]["count"] == 4
     assert set(found["number that looks private"]["places"]) == {f"{name}:2", f"{name}:3"}
+
+
+def test_numbers_in_groups_are_found_as_without_possessive_repetitions() -> None:
+    plain = re.compile(scan.NUMBER.pattern.replace("}+", "}"))
+    draw = random.Random(1)
+    for _ in range(20_000):
+        text = "".join(draw.choices("0123456789 .-)x", k=draw.randint(9, 40)))
+        found = [match.span() for match in scan.NUMBER.finditer(text)]
+        assert found == [match.span() for match in plain.finditer(text)]
 
 
 def test_all_that_training_would_refuse_is_told_at_once(talks: Data) -> None:

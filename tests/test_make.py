@@ -18,6 +18,7 @@ from gptchat import paths
 from gptchat.clean import clean, main
 from gptchat.config import load_config
 from gptchat.console import UserError
+from gptchat.data.dialogue_files import read_prompts
 from gptchat.files import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,7 @@ class Project:
         self.log = folder / "commands.log"
         self.write("pyproject.toml", "")
         self.write("configs/constraints.txt", "")
+        self.write("configs/prompts.tsv", "Hi!\n")
         stubs = stubs.replace("{corpora}", " ".join(paths.CORPORA))
         self.write("venv/bin/python", PYTHON.format(root=ROOT, python=sys.executable, stubs=stubs))
         (folder / "venv/bin/python").chmod(0o755)
@@ -328,9 +330,20 @@ def test_a_file_whose_name_make_cannot_handle_is_told_and_used_all_the_same(
     (project.folder / "mine/b.txt").rename(project.folder / "mine/two words.txt")
     output = project.make("lm", BARD)
     assert "'mine/two words.txt': make cannot handle a name with other characters" in output
+    assert output.count("make cannot handle") == 1  # although [data] and [tokenizer] name it
     assert project.commands == TRAINING
     record = json.loads((project.folder / "out/bard-tokenizer/trained.json").read_text())
     assert list(record["sources"]) == ["mine/a.txt", "mine/two words.txt"]
+
+
+def test_files_that_make_cannot_handle_are_told_in_one_line_for_both_configs(
+    project: Project,
+) -> None:
+    (project.folder / "mine/b.txt").rename(project.folder / "mine/b (1).txt")
+    (project.folder / "talks/a.tsv").rename(project.folder / "talks/[a].tsv")
+    output = project.make("lm", "chatlm", BARD)
+    assert output.count("make cannot handle") == 1
+    assert "'mine/b (1).txt': make cannot" in output and "(2 files are named so)" in output
 
 
 def test_a_chatlm_without_an_lm_trains_its_own_vocabulary(project: Project) -> None:
@@ -361,6 +374,25 @@ def test_chat_and_serve_take_what_these_configs_have_trained(project: Project) -
     (project.folder / "configs/bard/chatlm.toml").unlink()
     project.make("chat", BARD)
     assert project.commands == ["chat --model out/bard/model"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_new_chatlm_answers_the_prompts_beside_its_config_or_else_the_default_ones(
+    project: Project, own: bool
+) -> None:
+    if own:
+        project.write("configs/bard/prompts.tsv", "Who is there?\n")
+    output = project.make("chatlm", BARD)
+    (chat,) = [command for command in project.commands if command.startswith("chat ")]
+    assert f" --input configs/{'bard/' if own else ''}prompts.tsv " in chat
+    assert "\nyou> Hi\nbot> Hello\n" in output
+
+
+@pytest.mark.parametrize("folder, n", [("configs", 10), ("configs/japanese", 9)])
+def test_the_prompts_of_our_configs_are_one_turn_each(folder: str, n: int) -> None:
+    prompts = list(read_prompts(ROOT / folder / "prompts.tsv"))
+    assert [len(prompt.turns) for prompt in prompts] == [1] * n
+    assert prompts[0].line == ("Hi! How are you?" if n == 10 else "こんにちは！")
 
 
 def test_without_test_files_a_run_ends_well(project: Project) -> None:

@@ -1,6 +1,9 @@
 """`gptchat new`: configs for own data that load, are sized by stated rules, overwrite nothing."""
 
 import json
+import os
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,11 @@ import pytest
 from gptchat import new
 from gptchat.config import load_config, load_run_config
 from gptchat.console import UserError
-from gptchat.data.check import check
+from gptchat.data.check import check, in_five_lines
+from gptchat.data.dialogue_files import read_prompts
 from gptchat.new import sizing
 from gptchat.new.sizing import Speed
+from gptchat.training.start import check_size
 
 SPEED = 3e11  # FLOP/s, about that of two cores
 
@@ -47,6 +52,8 @@ def test_both_configs_load_and_name_the_files(folder: Path, capsys: Any) -> None
     assert capsys.readouterr().out.splitlines() == [
         "wrote configs/bard/lm.toml",
         "wrote configs/bard/chatlm.toml",
+        "wrote configs/bard/prompts.tsv: 10 first turns of your dialogues, which `make chatlm` "
+        "answers at the end",
         "next:",
         "  gptchat check --config configs/bard/lm.toml",
         "  gptchat check --config configs/bard/chatlm.toml",
@@ -79,7 +86,7 @@ def test_text_alone_gives_an_lm_alone(folder: Path, capsys: Any) -> None:
 
 def test_dialogues_alone_give_a_chatlm_from_new_weights(folder: Path) -> None:
     run("--chat", "talks/*.tsv")
-    assert [path.name for path in Path("configs/bard").iterdir()] == ["chatlm.toml"]
+    assert sorted(os.listdir("configs/bard")) == ["chatlm.toml", "prompts.tsv"]
     config = load_run_config("configs/bard/chatlm.toml")
     assert config.init_from == "" and config.data.targets == "all" and config.model.n_embd > 0
     assert config.tokenizer.files == ("talks/*.tsv",)
@@ -91,6 +98,50 @@ def test_what_is_there_is_never_overwritten(folder: Path) -> None:
     with pytest.raises(UserError, match="configs/bard/chatlm.toml: is there already"):
         run("--text", "mine/*.txt")
     assert [path.name for path in Path("configs/bard").iterdir()] == ["chatlm.toml"]
+
+
+def prompts() -> list[str]:
+    return [turns[0][1] for _, turns, _ in read_prompts("configs/bard/prompts.tsv")]
+
+
+def test_prompts_are_short_first_turns_from_all_files_in_their_order(folder: Path) -> None:
+    for name in ("b", "c"):
+        rows = [f"Question {name}{i}?\tYes.\n" for i in range(3000)]
+        Path(f"talks/{name}.tsv").write_text("".join(["long " * 17 + "\tNo.\n"] * 100 + rows))
+    run(*BOTH)
+    found = prompts()
+    assert len(set(found)) == 10 and max(map(len, found)) <= 80
+    order = [re.sub(r"\d+\?", "", text) for text in found]
+    assert order == sorted(order) and len(set(order)) == 3
+
+
+def test_prompts_are_what_people_say_first_once_each_and_escaped(folder: Path) -> None:
+    lines = []
+    for i in range(100):
+        messages = [{"role": "system", "content": "Be kind."}]
+        messages += [{"role": "user", "content": f"A line\nand\tanother {i % 3}."}]
+        messages += [{"role": "assistant", "content": "Yes."}]
+        lines.append(json.dumps({"messages": messages}))
+    Path("some.jsonl").write_text("\n".join(lines))
+    run("--chat", "some.jsonl")
+    assert prompts() == [f"A line\nand\tanother {i}." for i in range(3)]
+
+
+def test_the_shortest_first_turn_is_the_prompt_where_none_is_short(
+    folder: Path, capsys: Any
+) -> None:
+    Path("talks/a.tsv").write_text("".join(f"{'long ' * (20 + i)}\tYes.\n" for i in range(50)))
+    run("--chat", "talks/*.tsv")
+    assert prompts() == ["long " * 20]
+    assert "prompts.tsv: a first turn of your dialogues, which" in capsys.readouterr().out
+
+
+def test_prompts_that_are_there_stay(folder: Path, capsys: Any) -> None:
+    Path("configs/bard").mkdir(parents=True)
+    Path("configs/bard/prompts.tsv").write_text("Mine?\n")
+    run(*BOTH)
+    assert prompts() == ["Mine?"]
+    assert "kept configs/bard/prompts.tsv, which is there already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -144,10 +195,60 @@ def test_the_default_run_gets_the_default_size(folder: Path) -> None:
     assert found == size
 
 
+def planned_minutes(task: str) -> float:
+    """What the config says beside num_steps."""
+    found = re.search(r"about ([\d.]+) minutes", Path(f"configs/bard/{task}.toml").read_text())
+    assert found
+    return float(found[1])
+
+
+def test_minutes_that_the_chatlm_cannot_use_go_to_the_lm(folder: Path) -> None:
+    Path("mine/a.txt").write_text("\n\n".join([Path("mine/a.txt").read_text()] * 10))
+    run(*BOTH, "--minutes", "15")
+    lm, chatlm = planned_minutes("lm"), planned_minutes("chatlm")
+    of_steps = 15 * sizing.STEPS_SHARE
+    assert chatlm < 0.5 * (1 - sizing.LM_SHARE) * of_steps
+    assert lm + chatlm == pytest.approx(of_steps, abs=0.1)
+    Path("x.toml").write_text(
+        new.plan_configs("x", ["mine/*.txt"], [], 15 * sizing.LM_SHARE)["lm.toml"]
+    )
+    larger = load_config("configs/bard/lm.toml").model
+    assert larger.n_embd > load_config("x.toml").model.n_embd
+
+
+@pytest.mark.parametrize("rows", [50, 50_000])
+@pytest.mark.parametrize("minutes", [2, 15])
+def test_the_plans_of_both_never_take_more_than_the_minutes(
+    folder: Path, rows: int, minutes: int
+) -> None:
+    recipe_files = {task: new.DEFAULTS / f"{task}.toml" for task in ("lm", "chatlm")}
+    recipe = load_config(str(recipe_files["lm"]))
+    Path("mine/a.txt").write_text("\n\n".join([Path("mine/a.txt").read_text()] * 10))
+    reports = {"lm": sizing.survey("lm", ["mine/*.txt"], 256)[0]}
+    Path("talks/a.tsv").write_text("Who is there at this hour?\tIt is only me.\n" * rows)
+    reports["chatlm"], _ = sizing.survey("chatlm", ["talks/*.tsv"], 256)
+    plans = new.make_plans(reports, minutes, Speed("cpu", SPEED), recipe, recipe_files)
+    assert plans["lm"].size == plans["chatlm"].size
+    seconds = plans["lm"].seconds + plans["chatlm"].seconds
+    assert 0.5 < seconds / (60 * minutes * sizing.STEPS_SHARE) <= 1 + 1e-9
+
+
 def test_text_without_blank_lines_is_cut_into_lines(folder: Path) -> None:
     Path("lines.txt").write_text("".join(f"Line {i} stands alone here.\n" for i in range(500)))
     contents = new.plan_configs("x", ["lines.txt"], [], 1)
     assert 'document = "line"' in contents["lm.toml"]
+
+
+@pytest.mark.parametrize("n_files, has_alternative", [(29, False), (30, True)])
+def test_document_has_its_size_beside_it_and_each_file_as_the_alternative_of_many(
+    folder: Path, n_files: int, has_alternative: bool
+) -> None:
+    for i in range(n_files):
+        Path(f"mine/act{i}.txt").write_text(f"HAMLET {i:02}.\n\nTo be.\n\nOr not.\n")
+    contents = new.plan_configs("x", ["mine/act*.txt"], [], 1)
+    line = 'document = "block"  # blank lines divide documents, 8 characters each on average'
+    line += '; "file": each file is one' if has_alternative else ""
+    assert line in contents["lm.toml"].splitlines()
 
 
 def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> None:
@@ -162,6 +263,77 @@ def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> Non
     config = load_config("configs/bard/lm.toml")
     assert config.model.n_ctx == 4 * default.model.n_ctx
     assert config.train.batch_size == default.train.batch_size // 4
+
+
+def test_a_longer_context_has_its_figures_beside_it(folder: Path) -> None:
+    lines = [f"Question {i}?\tThe answer is {i}.\n" for i in range(150)]
+    lines += [f"Question {i}?\t{'long ' * 300}\n" for i in range(50)]
+    Path("talks/a.tsv").write_text("".join(lines))
+    run(*BOTH)
+    text = Path("configs/bard/lm.toml").read_text()
+    assert "\nn_ctx = 512  # 25 % of the dialogues do not fit into 256 tokens\n" in text
+
+
+def conversation(number: int) -> list[str]:
+    """Thirty turns, about 600 tokens."""
+    return [f"Turn {turn} of {number}: " + f"some words {turn} " * 6 for turn in range(30)]
+
+
+def write_conversations(name: str) -> str:
+    turns = [conversation(number) for number in range(100)]
+    lines = ["\t".join(texts) for texts in turns]
+    if name.endswith(".jsonl"):
+        roles = ("user", "assistant") * 15
+        messages = [
+            [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+            for texts in turns
+        ]
+        lines = [json.dumps({"messages": each}) for each in messages]
+    Path(name).write_text("\n".join(lines))
+    return name
+
+
+@pytest.mark.parametrize("name", ["whole.tsv", "whole.jsonl"])
+@pytest.mark.parametrize("has_lm, targets", [(True, "responder"), (False, "turns")])
+def test_long_conversations_that_lose_nothing_leave_the_context_as_it_is(
+    folder: Path, name: str, has_lm: bool, targets: str
+) -> None:
+    text = ("--text", "mine/*.txt") if has_lm else ()
+    run(*text, "--chat", write_conversations(name))
+    config = load_config("configs/bard/chatlm.toml")
+    first = load_config("configs/bard/lm.toml") if has_lm else config
+    assert config.data.targets == targets and first.model.n_ctx == 256
+    report = check(config)
+    assert report.total("long_rows") == 100 and report.total("cut_rows") == 0
+
+
+def test_long_rows_of_a_chatlm_are_counted_before_its_lm_is_there(folder: Path) -> None:
+    Path("talks/a.tsv").write_text(f"Who?\t{'long ' * 300}\n" * 5 + "Why?\tSo.\n" * 95)
+    run(*BOTH)
+    config = load_config("configs/bard/chatlm.toml")
+    text = Path("configs/bard/chatlm.toml").read_text()
+    assert config.init_from and "\nn_ctx = 256  # that of the LM\n" in text
+    lines = in_five_lines(check(config), "chatlm.toml")
+    assert "long rows: about 5 are longer than 256 tokens" in lines
+
+
+@pytest.mark.parametrize("n_ctx", [256, 257])
+def test_the_context_beside_an_lm_is_accepted_if_it_is_that_of_the_lm(
+    folder: Path, n_ctx: int
+) -> None:
+    run(*BOTH)
+    lm = load_config("configs/bard/lm.toml")
+    config = load_config("configs/bard/chatlm.toml", [f"model.n_ctx={n_ctx}"])
+    found = sizing.model_config((lm.model.n_layer, lm.model.n_embd), lm)
+    with nullcontext() if n_ctx == 256 else pytest.raises(UserError, match="n_ctx is 257"):
+        check_size(config, found)
+
+
+def test_rows_of_one_conversation_at_different_turns_give_their_last_turn(folder: Path) -> None:
+    rows = [conversation(i)[:end] for i in range(50) for end in range(2, 13)]
+    Path("talks/a.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    run(*BOTH)
+    assert load_config("configs/bard/chatlm.toml").data.targets == "response"
 
 
 def test_the_speed_that_is_measured_is_that_of_the_default_model() -> None:

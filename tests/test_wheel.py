@@ -76,6 +76,8 @@ def test_the_wheel_installs_the_package_gptchat_and_nothing_else(wheel: Path) ->
     for name in (
         "_handlers/page/page.html",
         "_configs/gpt2-small/lm.toml",
+        "_configs/prompts.tsv",
+        "_configs/japanese/prompts.tsv",
         "_configs/serve/jvm.options",
         "_configs/cluster/nginx.conf",
     ):

@@ -139,10 +139,10 @@ def read_lines(path: Source, on_invalid: Callable[[int, int], None] | None = Non
     rest = ""  # what follows the last line end
     for text in read_text(path, PIECE, on_invalid):
         *lines, rest = (rest + text).split("\n")
-        for line in lines:
-            number += 1
-            _check_length(line, path, number)
-            yield line
+        if lines:  # only the first can have begun before this piece
+            _check_length(lines[0], path, number + 1)
+        yield from lines
+        number += len(lines)
         _check_length(rest, path, number + 1)
     if rest:
         yield rest

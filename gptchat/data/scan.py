@@ -12,7 +12,7 @@ Invariants:
 
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,14 +22,23 @@ from gptchat.data.dialogue import alternate, excerpts, fit, input_length
 from gptchat.data.dialogue_files import is_jsonl, parse_messages, parse_row
 from gptchat.data.encoding import BLOCK, read_documents
 from gptchat.data.reading import open_bytes, read_lines, read_text
-from gptchat.data.splits import HASHED, as_number, hash_of, new_hash, split_of, split_of_dialogue
+from gptchat.data.splits import (
+    HASHED,
+    SPLITS,
+    as_number,
+    hash_of,
+    new_hash,
+    split_and_hash,
+    split_of,
+)
 
 PLACES = 5  # that are kept of each finding
 LONE_CR = re.compile(rb"\r(?!\n)")
 EMAIL = re.compile(r"@[\w-]+\.\w")  # from the @ on, which is searched for fastest
-# Nine digits or more, in one piece or in groups of two to four: telephones, cards, accounts.
+# Nine digits or more, in one piece or in groups of two to four: telephones, cards, accounts. `+`
+# behind a repetition keeps what it took: giving it back never helps here, and takes time.
 NUMBER = re.compile(
-    r"[0-9](?:[0-9]{8}|[0-9]{0,3}\)?[ .-]{1,2}[0-9]{2,4}(?:[ .-][0-9]{2,4}){1,4}(?![0-9]))"
+    r"[0-9](?:[0-9]{8}|[0-9]{0,3}+\)?[ .-]{1,2}+[0-9]{2,4}+(?:[ .-][0-9]{2,4}+){1,4}(?![0-9]))"
 )
 DATE_OR_YEARS = re.compile(r"[12][0-9]{3}(?:[ .-][01][0-9][ .-]|(?:[ .-]{1,2}[12][0-9]{3})+$)")
 
@@ -215,32 +224,46 @@ def _scan_dialogues(
     name = scan.name  # in rows by the hundred thousand, str(path) takes time
     as_jsonl = is_jsonl(path)
     longest = n_ctx * characters_per_token  # characters, about
+    hashes = scan.hashes = {split: array("Q") for split in SPLITS}
     for number, line in enumerate(read_lines(path, lambda byte, line: None), 1):
         if not line:
             continue
         try:
-            texts, speakers = parse_texts(line, f"{name}:{number}", as_jsonl)
+            texts, speakers = parse_texts(line, name, as_jsonl)
         except UserError as error:
-            scan.refuse(*_split_message(error, f"{name}:{number}"))
+            scan.refuse(*_split_message(error, name, number))
             continue
         whole = "\0".join(texts)  # no text has a NUL
         n_characters = len(whole) - len(texts) + 1
-        split = scan.split or split_of_dialogue(texts, data.held_out)
-        scan.add_document(hash_of(whole), split, n_characters)
+        scan.n_documents += 1
+        scan.n_characters += n_characters
+        if scan.split:
+            hashes[scan.split].append(hash_of(whole))
+        else:
+            split, text_hash = split_and_hash(whole, len(texts[-1]), data.held_out)
+            hashes[split].append(text_hash)
         if 0 < longest < n_characters:
-            lengths = [int(len(text) / characters_per_token) for text in texts]
             speakers = speakers or [speaker for speaker, _ in alternate(texts)]
-            cut_tokens = 0
-            for first, last in excerpts(lengths, speakers, n_ctx, data.targets):
-                part = lengths[first:last]
-                cut_tokens += max(0, input_length(part) - fit(part, n_ctx).length)
-            scan.long_rows += input_length(lengths) > n_ctx
-            scan.cut_rows += cut_tokens > 0
-            scan.cut_tokens += cut_tokens
+            lengths = [int(len(text) / characters_per_token) for text in texts]
+            _count_long_row(scan, lengths, speakers, n_ctx, data.targets)
 
 
-def _split_message(error: UserError, place: str) -> tuple[str, str]:
-    """(what was found, FILE:LINE or the whole error) of an error in a file."""
-    message = str(error).removeprefix(f"{place}: ")
+def _count_long_row(
+    scan: FileScan, lengths: Sequence[int], speakers: Sequence[int], n_ctx: int, targets: str
+) -> None:
+    """Count a dialogue, given the tokens and speakers of its turns, that may not fit."""
+    cut_tokens = 0
+    for first, last in excerpts(lengths, speakers, n_ctx, targets):
+        part = lengths[first:last]
+        cut_tokens += max(0, input_length(part) - fit(part, n_ctx).length)
+    scan.long_rows += input_length(lengths) > n_ctx
+    scan.cut_rows += cut_tokens > 0
+    scan.cut_tokens += cut_tokens
+
+
+def _split_message(error: UserError, name: str, line: int = 0) -> tuple[str, str]:
+    """(what was found, FILE:LINE or the whole error) of an error in a file, or a line of it."""
+    message = str(error).removeprefix(f"{name}: ")
+    place = f"{name}:{line}" if line else name
     found = re.sub(r"\d+", "N", message.partition("; wanted")[0])  # one kind for all columns
     return found, f"{place}: {message}"

@@ -1,9 +1,10 @@
 """Configs for a person's own data: `gptchat new NAME --text FILES --chat FILES --minutes 15`.
 
 Writes configs/NAME/lm.toml for text and configs/NAME/chatlm.toml for dialogues, sized to the data,
-the machine and the minutes (sizing.py has the rules), and never over a file that is there. Without
-text the ChatLM starts from new weights and learns every turn; without dialogues there is the LM
-alone.
+the machine and the minutes (sizing.py has the rules, dialogues.py those of what is learned of
+dialogues), and never over a file that is there. Without text the ChatLM starts from new weights;
+without dialogues there is the LM alone. Some of the dialogues' first turns go to
+configs/NAME/prompts.tsv, which `make chatlm` lets the new ChatLM answer.
 
 What is not sized comes from the default configs, on a GPU from those of gpt2-small. A comment
 beside each number says where it is from.
@@ -24,20 +25,22 @@ import gptchat.new.sizing as sizing
 from gptchat.config import Config, load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
-from gptchat.data.dialogue_files import is_jsonl
+from gptchat.data.dialogue_files import format_row
 from gptchat.files import atomic_write, shipped
+from gptchat.new.dialogues import Targets, choose_prompts, choose_targets, sample
 from gptchat.new.sizing import Plan, Speed
 
 DEFAULTS = shipped("configs")
 # Keys of the default configs that are chosen anew; all others are taken over.
 CHOSEN = {
     "tokenizer": {"dir", "vocab_size", "files"},
-    "data": {"train", "valid", "test", "weights", "held_out", "shards", "document"},
+    "data": {"train", "valid", "test", "weights", "held_out", "shards", "document", "targets"},
     "model": {"n_layer", "n_head", "n_embd", "n_ctx", "dropout"},
     "train": {"num_steps", "num_epochs", "batch_size", "eval_interval", "patience"},
 }
 EVALUATIONS = 5  # in a run, where the text is not read so often that it should end early
 PATIENCE = 3
+HELD_OUT_FILES = 3  # for valid, on average: each is drawn by a hash, and one is needed at least
 Lines = list[str]
 
 
@@ -65,8 +68,9 @@ def tokenizer_lines(name: str, files: Sequence[str], plan: Plan, recipe_file: Pa
 
 
 def data_lines(
-    name: str, patterns: Sequence[str], document: str, report: Report, plan: Plan, recipe_file: Path
+    name: str, patterns: Sequence[str], choice: str, report: Report, plan: Plan, recipe_file: Path
 ) -> Lines:
+    """`choice` is the line of `document` or `targets`."""
     n_documents = report.documents["train"]
     lines = [
         "",
@@ -77,16 +81,43 @@ def data_lines(
         f"held_out = {plan.held_out:g}  # for valid, and as much for test: about "
         f"{plan.held_out * n_documents:,.0f} {report.unit}, drawn by a hash of each",
     ]
-    if report.task == "lm":
-        reason = "blank lines divide documents"
-        if document == "line":
-            reason = "the text has hardly a blank line"
-        lines.append(f'document = "{document}"  # {reason}')
-    lines += toml({"shards": f"out/{name}/shards/{report.task}"})
+    lines += [choice, *toml({"shards": f"out/{name}/shards/{report.task}"})]
     return lines + taken_over(recipe_file, "data")
 
 
-def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool) -> Lines:
+def document_line(document: str, report: Report, plan: Plan) -> str:
+    """How text is cut into documents, and the other way where files enough would be held out."""
+    reason = "blank lines divide documents"
+    if document == "line":
+        reason = "the text has hardly a blank line"
+    size = report.total("n_characters") / report.total("n_documents")
+    line = f'document = "{document}"  # {reason}, {size:,.0f} characters each on average'
+    if plan.held_out * len(report.files) < HELD_OUT_FILES:
+        return line
+    return f'{line}; "file": each file is one'
+
+
+def targets_line(targets: Targets) -> str:
+    """What a ChatLM learns of own dialogues."""
+    return f'targets = "{targets.value}"  # {targets.reason}'
+
+
+def context_line(plan: Plan, reports: dict[str, Report], recipe: Config, has_lm: bool) -> str:
+    """The context; where it is not the default's, the dialogues are why.
+
+    A ChatLM would have its LM's without this line, but `gptchat check` could not know that before
+    the LM is trained.
+    """
+    line = f"n_ctx = {plan.n_ctx}"
+    if has_lm:
+        return f"{line}  # that of the LM"
+    if plan.n_ctx == recipe.model.n_ctx:
+        return line
+    percent = f"{100 * sizing.cut_share(reports['chatlm']):.0f} %"
+    return f"{line}  # {percent} of the dialogues do not fit into {recipe.model.n_ctx} tokens"
+
+
+def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool, context: str) -> Lines:
     n_layer, n_embd = plan.size
     lines = ["", "[model]"]
     if has_sizes:
@@ -95,12 +126,11 @@ def model_lines(plan: Plan, recipe_file: Path, has_sizes: bool) -> Lines:
             f"n_layer = {n_layer}",
             f"n_head = {max(1, n_embd // sizing.HEAD_WIDTH)}  # {sizing.HEAD_WIDTH} wide each",
             f"n_embd = {n_embd}",
-            f"n_ctx = {plan.n_ctx}",
         ]
+    lines.append(context)
     if plan.epochs > sizing.FRESH_EPOCHS:
         lines.append(f"dropout = 0.1  # the data is read {plan.epochs:.1f} times")
-    lines += taken_over(recipe_file, "model")
-    return lines if len(lines) > 2 else []
+    return lines + taken_over(recipe_file, "model")
 
 
 def train_lines(plan: Plan, recipe_file: Path) -> Lines:
@@ -135,50 +165,50 @@ def head_lines(task: str, name: str, minutes: float, speed: Speed, start: str) -
     return [*lines, f'init_from = "{start}"'] if start else lines
 
 
-def targets_line(chat: Sequence[str], is_first: bool) -> str:
-    """What a ChatLM learns of own dialogues."""
-    if is_first:
-        return 'targets = "all"  # without an LM before it, it learns from every turn'
-    if all(is_jsonl(pattern) for pattern in chat):
-        return 'targets = "responder"  # every message of the assistant; "turns": of both'
-    return 'targets = "response"  # rows may repeat earlier turns; "responder" learns those, too'
-
-
-def plan_configs(
-    name: str, text: Sequence[str], chat: Sequence[str], minutes: float
-) -> dict[str, str]:
-    """What to write: file name -> content. Raises UserError for data that is missing or too little.
+def survey(
+    text: Sequence[str], chat: Sequence[str], targets: Targets, recipe: Config
+) -> tuple[dict[str, Report], str]:
+    """(task -> what its files hold, how text is cut into documents).
 
     A note on stderr tells what `gptchat check` would warn of.
     """
-    folder = DEFAULTS / "gpt2-small" if torch.cuda.is_available() else DEFAULTS
-    recipe_files = {task: folder / f"{task}.toml" for task in ("lm", "chatlm")}
-    recipe = load_config(str(recipe_files["lm"]))
     reports: dict[str, Report] = {}
     document = "block"
     if text:
         reports["lm"], document = sizing.survey("lm", text, recipe.model.n_ctx)
     if chat:
-        reports["chatlm"], _ = sizing.survey("chatlm", chat, recipe.model.n_ctx)
+        reports["chatlm"], _ = sizing.survey("chatlm", chat, recipe.model.n_ctx, targets.value)
     for report in reports.values():
         if report.warnings:
             print(verdict(report), file=sys.stderr)
+    return reports, document
+
+
+def plan_configs(
+    name: str, text: Sequence[str], chat: Sequence[str], minutes: float
+) -> dict[str, str]:
+    """What to write: file name -> content. Raises UserError for data missing or too little."""
+    folder = DEFAULTS / "gpt2-small" if torch.cuda.is_available() else DEFAULTS
+    recipe_files = {task: folder / f"{task}.toml" for task in ("lm", "chatlm")}
+    recipe = load_config(str(recipe_files["lm"]))
+    targets = choose_targets(chat, has_lm=bool(text))
+    reports, document = survey(text, chat, targets, recipe)
     speed = sizing.measure(recipe)
     plans = make_plans(reports, minutes, speed, recipe, recipe_files)
+    patterns = {"lm": text, "chatlm": chat}
     contents: dict[str, str] = {}
-    files = [*text, *chat]
     for task, plan in plans.items():
         recipe_file = recipe_files[task]
         is_first = task == "lm" or not text
         lines = head_lines(task, name, minutes, speed, "" if is_first else f"out/{name}/lm/model")
         if is_first:
-            lines += tokenizer_lines(name, files, plan, recipe_files["lm"])
-        patterns = text if task == "lm" else chat
-        data = data_lines(name, patterns, document, reports[task], plan, recipe_file)
-        if task == "chatlm":
-            data = [line for line in data if not line.startswith("targets")]
-            data.append(targets_line(chat, is_first))
-        lines += data + model_lines(plan, recipe_file, is_first) + train_lines(plan, recipe_file)
+            lines += tokenizer_lines(name, [*text, *chat], plan, recipe_files["lm"])
+        report = reports[task]
+        choice = document_line(document, report, plan) if task == "lm" else targets_line(targets)
+        lines += data_lines(name, patterns[task], choice, report, plan, recipe_file)
+        context = context_line(plan, reports, recipe, not is_first)
+        lines += model_lines(plan, recipe_file, is_first, context)
+        lines += train_lines(plan, recipe_file)
         contents[f"{task}.toml"] = "\n".join(lines) + "\n"
     return contents
 
@@ -196,18 +226,32 @@ def make_plans(
     n_ctx = recipe.model.n_ctx
     if "chatlm" in reports:
         n_ctx = sizing.choose_context(reports["chatlm"], recipe)
-    plans: dict[str, Plan] = {}
-    for task, report in reports.items():
-        share = 1.0
-        if len(reports) == 2:
-            share = sizing.LM_SHARE if task == "lm" else 1 - sizing.LM_SHARE
-        seconds = 60 * minutes * sizing.STEPS_SHARE * share
+
+    def plan(task: str, seconds: float, size: tuple[int, int] | None = None) -> Plan:
         train = load_config(str(recipe_files[task])).train
-        size = plans["lm"].size if "lm" in plans else None
-        plans[task] = sizing.make_plan(
-            report, seconds, speed, replace(recipe, train=train), vocab_size, n_ctx, size
-        )
-    return plans
+        own_recipe = replace(recipe, train=train)
+        return sizing.make_plan(reports[task], seconds, speed, own_recipe, vocab_size, n_ctx, size)
+
+    seconds = 60 * minutes * sizing.STEPS_SHARE
+    if len(reports) == 1:
+        return {task: plan(task, seconds) for task in reports}
+    return sizing.divide(seconds, plan)
+
+
+def write(path: Path, content: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def write_prompts(path: Path, chat: Sequence[str]) -> None:
+    """Write first turns of the dialogues, unless the file is there; say so."""
+    if path.exists():
+        print(f"kept {path}, which is there already")
+        return
+    prompts = choose_prompts(sample(chat))
+    write(path, "".join(format_row([text]) for text in prompts))
+    what = "a first turn" if len(prompts) == 1 else f"{len(prompts)} first turns"
+    print(f"wrote {path}: {what} of your dialogues, which `make chatlm` answers at the end")
 
 
 def positive(text: str) -> float:
@@ -240,10 +284,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{existing[0]}: is there already; wanted another NAME, or it removed")
     contents = plan_configs(args.name, args.text, args.chat, args.minutes)
     for file_name, content in contents.items():
-        with atomic_write(folder / file_name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write(folder / file_name, content)
         load_config(str(folder / file_name))
         print(f"wrote {folder / file_name}")
+    if args.chat:
+        write_prompts(folder / "prompts.tsv", args.chat)
     targets = " ".join(Path(file_name).stem for file_name in contents)
     print("next:")
     for file_name in contents:

@@ -2,10 +2,12 @@
 
 The rules, in this order:
 - Minutes: STEPS_SHARE of them are for optimizer steps, the rest for everything else. An LM and its
-  ChatLM divide them by LM_SHARE. The time of a step is measured on the default model (a few steps)
-  and scaled by floating-point operations.
-- Context: the default's; twice that if more than one dialogue in ten does not fit, four times if
-  more than three in ten do not. A step has as many tokens as the default's.
+  ChatLM divide them by LM_SHARE. What the ChatLM cannot use, since its steps end with MAX_EPOCHS,
+  goes to the LM, which may become larger; then both are planned again, ROUNDS times. The time of a
+  step is measured on the default model (a few steps) and scaled by floating-point operations.
+- Context: the default's; twice that if more than one dialogue in ten would be cut, four times if
+  more than three in ten would. Long conversations that are read in several examples are not cut. A
+  step has as many tokens as the default's.
 - Vocabulary: an entry for each BYTES_PER_ENTRY bytes of text, rounded down to a power of two, at
   most as many as the default.
 - Steps: as many as there is time for, but MAX_EPOCHS passes over the data at most.
@@ -18,7 +20,7 @@ The rules, in this order:
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,6 +42,7 @@ SIZES = ((2, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768), (16, 1024)
 HEAD_WIDTH = 64
 STEPS_SHARE = 0.8
 LM_SHARE = 0.55
+ROUNDS = 2  # of planning again; a larger LM makes the ChatLM slower, which needs more of its share
 MEASURED_STEPS = 3
 MEASURED_SECONDS = 4  # on a slow machine it takes fewer steps
 MAX_EPOCHS = 10
@@ -71,15 +74,18 @@ class Plan:
     held_out: float
 
 
-def survey(task: str, patterns: Sequence[str], n_ctx: int) -> tuple[Report, str]:
+def survey(
+    task: str, patterns: Sequence[str], n_ctx: int, targets: str = "response"
+) -> tuple[Report, str]:
     """(what the files hold, how they are cut into documents); `n_ctx` is the default context.
 
-    Text without blank lines is cut into lines. Raises UserError for missing files, or too little.
+    `targets`, of [data], decides which dialogues would be cut. Text without blank lines is cut into
+    lines. Raises UserError for missing files, or too little.
     """
     for document in ("block", "line"):
         config = Config(
             task=task,
-            data=DataConfig(train=tuple(patterns), document=document),
+            data=DataConfig(train=tuple(patterns), document=document, targets=targets),
             tokenizer=TokenizerConfig(dir=""),
             model=replace(Config().model, n_ctx=n_ctx),
         )
@@ -164,12 +170,16 @@ def choose_vocabulary(n_bytes: float, recipe: Config) -> int:
     return min(max(entries, MIN_ENTRIES), recipe.tokenizer.vocab_size)
 
 
+def cut_share(report: Report) -> float:
+    """The share of dialogues of which something would be cut in the default context."""
+    return report.total("cut_rows") / report.documents["train"]
+
+
 def choose_context(report: Report, recipe: Config) -> int:
     n_ctx = recipe.model.n_ctx
-    too_long = report.total("long_rows") / report.documents["train"]
-    if too_long > 0.3:
+    if cut_share(report) > 0.3:
         return 4 * n_ctx
-    return 2 * n_ctx if too_long > 0.1 else n_ctx
+    return 2 * n_ctx if cut_share(report) > 0.1 else n_ctx
 
 
 def choose_held_out(report: Report) -> float:
@@ -230,3 +240,17 @@ def make_plan(
         seconds=seconds * num_steps * step_tokens / seen,
         held_out=held_out,
     )
+
+
+def divide(seconds: float, plan: Callable[..., Plan]) -> dict[str, Plan]:
+    """The plans of an LM and its ChatLM, which take `seconds` of optimizer steps together, at most.
+
+    `plan(task, seconds, size)` plans one of them; without `size` it is chosen.
+    """
+    lm_share = LM_SHARE * seconds
+    lm_seconds = lm_share
+    for _ in range(1 + ROUNDS):
+        size = plan("lm", lm_seconds).size
+        chatlm = plan("chatlm", seconds - lm_share, size)
+        lm_seconds = max(lm_share, seconds - chatlm.seconds)
+    return {"lm": plan("lm", lm_seconds, size), "chatlm": chatlm}
