@@ -90,6 +90,9 @@ def test_dialogues_alone_give_a_chatlm_from_new_weights(folder: Path) -> None:
     config = load_run_config("configs/bard/chatlm.toml")
     assert config.init_from == "" and config.data.targets == "all" and config.model.n_embd > 0
     assert config.tokenizer.files == ("talks/*.tsv",)
+    lm = load_config(str(new.DEFAULTS / "lm.toml")).train
+    for key in ("learning_rate", "embedding_learning_rate", "muon_learning_rate"):
+        assert getattr(config.train, key) == getattr(lm, key)  # not those of fine-tuning
 
 
 def test_what_is_there_is_never_overwritten(folder: Path) -> None:

@@ -190,6 +190,8 @@ def plan_configs(
     """What to write: file name -> content. Raises UserError for data missing or too little."""
     folder = DEFAULTS / "gpt2-small" if torch.cuda.is_available() else DEFAULTS
     recipe_files = {task: folder / f"{task}.toml" for task in ("lm", "chatlm")}
+    if not text:
+        recipe_files["chatlm"] = recipe_files["lm"]  # it starts from new weights, as an LM does
     recipe = load_config(str(recipe_files["lm"]))
     targets = choose_targets(chat, has_lm=bool(text))
     reports, document = survey(text, chat, targets, recipe)
