@@ -115,6 +115,7 @@ def model_directory(tmp_path_factory):
         ("decode --model MODEL --prompt 100", "164 tokens (--prompt and --new) do not fit into"),
         ("decode --model MODEL --first 9 --text nowhere", "nowhere: cannot be read: No such file"),
         ("decode --first 9 --text README.md", "--text: found no --model"),
+        ("decode --cuda-graphs", "--cuda-graphs: found no GPU; wanted one, which records them"),
         ("train --row 2000", "2000 tokens (--row) do not fit into"),
         ("serve --model MODEL --url http://127.0.0.1:9/x", "127.0.0.1:9/x: cannot be asked: "),
         ("serve --model MODEL --new 1000", "1032 tokens (--prompt and --new) do not fit into"),
@@ -126,6 +127,7 @@ def test_wrong_use_is_one_line(arguments, reason, model_directory, monkeypatch):
     if words[0] == "serve":
         words += ["--clients", "1", "--rounds", "1"]
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(decode, "default_device", lambda: "cpu")
     with pytest.raises(UserError) as error:
         bench.main(words)
     assert reason in str(error.value) and "\n" not in str(error.value)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptchat.bench.report import Report, check_context, positive, timed
+from gptchat.bench.report import Report, check_context, positive, timed, wait_for_device
 from gptchat.console import UserError
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.engine import Engine, Request, generate
@@ -30,11 +30,13 @@ from gptchat.inference.linear import DTYPES
 from gptchat.inference.prefix_cache import PrefixCache
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
+from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.weight_files import hugging_face_state
 from gptchat.runtime import tune_memory
 
 TURN = 20  # tokens of a message, and of an answer, in a conversation
+GPU_DTYPES = ("float32", "bfloat16")  # int8's kernel is for CPUs
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -45,10 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtypes",
         nargs="+",
-        default=DTYPES,
+        default=DTYPES if default_device() == "cpu" else GPU_DTYPES,
         choices=DTYPES,
-        help="dtypes of our weights (default: all)",
+        help="dtypes of our weights (default: all that the device has)",
     )
+    add("--cuda-graphs", action="store_true", help="record our decoding steps on a GPU")
     add(
         "--batches",
         nargs="+",
@@ -74,15 +77,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def benchmark_model(directory: str | None) -> tuple[GPT2, Tokenizer | None, str]:
-    """The model, tokenizer and task of a directory; without one, GPT-2 124M with seeded weights."""
+    """The model, tokenizer and task of a directory; without one, GPT-2 124M with seeded weights.
+
+    The model is on a GPU where there is one.
+    """
     torch.manual_seed(0)
     if directory:
-        return pretrained.load_model(directory)
-    return GPT2(GPT2Config()).eval(), None, "lm"
+        return pretrained.load_model(directory, default_device())
+    return GPT2(GPT2Config()).to(default_device()).eval(), None, "lm"
 
 
 class Transformers:
-    """transformers' GPT2LMHeadModel with the weights of ours."""
+    """transformers' GPT2LMHeadModel with the weights of ours, on the same device."""
 
     def __init__(self, model: GPT2):
         try:
@@ -95,6 +101,7 @@ class Transformers:
         self.model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**keys)).eval()
         state = hugging_face_state(model)
         self.model.load_state_dict({"lm_head.weight": model.wte.weight} | state, strict=False)
+        self.model.to(model.wte.weight.device)
 
     def generate(self, prompts: Tensor, n: int, do_sample: bool = False) -> list[float]:
         """Generate `n` tokens after each of `prompts` (B, T). Returns the seconds of each token.
@@ -104,9 +111,11 @@ class Transformers:
         stamps = [time.perf_counter()]
 
         def record_time(ids: Tensor, scores: Tensor) -> Tensor:
+            wait_for_device()
             stamps.append(time.perf_counter())
             return scores
 
+        prompts = prompts.to(self.model.device)
         ids = self.model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -147,6 +156,8 @@ class DecodeBenchmark:
     def __init__(self, args: argparse.Namespace, report: Report):
         self.args = args
         self.report = report
+        if args.cuda_graphs and default_device() == "cpu":
+            raise UserError("--cuda-graphs: found no GPU; wanted one, which records them")
         if args.text and not args.model:
             raise UserError(
                 "--text: found no --model; wanted one, whose tokenizer encodes the text"
@@ -162,10 +173,14 @@ class DecodeBenchmark:
         length = max(args.prompt + args.new, self.first_length + 1, self.history + TURN + 1)
         length = min(length, self.config.n_positions)
         slots = max(args.batches)
-        self.engines = {dtype: Engine(self.model, slots, length, dtype) for dtype in args.dtypes}
+        self.engines = {
+            dtype: Engine(self.model, slots, length, dtype, cuda_graphs=args.cuda_graphs)
+            for dtype in args.dtypes
+        }
         linear_layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
         # As many float32 numbers as a step reads weights.
-        self.block = torch.ones(sum(layer.weight.numel() for layer in linear_layers))
+        n_weights = sum(layer.weight.numel() for layer in linear_layers)
+        self.block = torch.ones(n_weights, device=self.model.wte.weight.device)
 
     def race_steps(self, batch: int) -> None:
         """Race the decoding steps of a batch; note how near each dtype comes to memory's limit."""
@@ -181,11 +196,11 @@ class DecodeBenchmark:
             f"decode, batch {batch}", "tokens/s", contestants, args.rounds, batch
         )
         mean_length = args.prompt + args.new / 2
-        # Keys and values, float32 whatever the weights' dtype.
-        cache_bytes = 2 * 4 * self.config.n_layer * self.config.n_embd * batch * mean_length
+        n_cached = 2 * self.config.n_layer * self.config.n_embd * batch * mean_length
         seconds_per_byte = medians["reading float32"] / self.block.nbytes
-        for dtype in self.engines:
+        for dtype, engine in self.engines.items():
             weight_bytes = self.block.numel() * BYTES_PER_WEIGHT[dtype]
+            cache_bytes = n_cached * engine.cache.kv.element_size()
             limit = seconds_per_byte * (weight_bytes + cache_bytes)
             self.report.note(dtype, of_memory_limit=f"{limit / medians[dtype]:.0%}")
         if "float32" in self.engines:
@@ -267,7 +282,7 @@ def quality(model: GPT2, candidate: GPT2, ids: Tensor) -> tuple[float, float]:
     `candidate`.
     """
     agreement, loss = 0.0, 0.0
-    for row in ids.split(1):  # (1, T)
+    for row in ids.to(model.wte.weight.device).split(1):  # (1, T)
         reference = model.logits(model(row))[0, :-1].float()  # (T - 1, V)
         logits = candidate.logits(candidate(row))[0, :-1].float()  # (T - 1, V)
         same = logits.argmax(-1) == reference.argmax(-1)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from gptchat.console import UserError
+from gptchat.model.devices import default_device
 
 
 class Report:
@@ -116,11 +117,14 @@ def format_line(line: dict[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     """What the results depend on. The memory bandwidth is that of the best of 20 sums of 256 MB."""
-    block = torch.ones(1 << 26)
+    block = torch.ones(1 << 26, device=default_device())
     best_seconds = min(timed(block.sum)[0] for _ in range(20))
+    device = torch.backends.cpu.get_cpu_capability()
+    if block.is_cuda:
+        device = torch.cuda.get_device_name()
     return {
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": device,
         "allocator": os.environ.get("LD_PRELOAD", "the system's"),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -129,8 +133,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def wait_for_device() -> None:
+    """Wait until a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def timed(run: Callable[[], Any]) -> list[float]:
-    """The seconds that `run` takes, as a list of one."""
+    """The seconds that `run` takes, those of a GPU included, as a list of one."""
     start = time.perf_counter()
     run()
+    wait_for_device()
     return [time.perf_counter() - start]

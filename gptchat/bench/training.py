@@ -1,8 +1,9 @@
 """`gptchat bench train`: one optimizer step of AdamW, beside transformers' GPT2LMHeadModel.
 
-Each contestant runs in its own process, because the allocator's settings and the peak memory belong
-to a process. The processes take turns: while one makes a step, the others wait. "As found" is
-without the settings of runtime.py, by which glibc keeps freed memory.
+On a GPU where there is one, else on the CPU. Each contestant runs in its own process, because the
+allocator's settings and the peak memory belong to a process. The processes take turns: while one
+makes a step, the others wait. "As found" is without the settings of runtime.py, by which glibc
+keeps freed memory.
 
 Invariant: all contestants start from the same weights and train on the same ids.
 """
@@ -21,11 +22,12 @@ from gptchat.bench.decode import Transformers
 from gptchat.bench.report import Report, check_context, positive, timed
 from gptchat.config import TrainConfig, load_config
 from gptchat.console import UserError
+from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
 from gptchat.training.distributed import World, wrap_model
 from gptchat.training.metrics import PRECISIONS, autocast, resolve_precision
-from gptchat.training.monitor import matmul_peak, peak_memory, step_flops
+from gptchat.training.monitor import peak_flops, peak_memory, step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
 
 CONTESTANTS = ("transformers as found", "transformers", "gptchat eager", "gptchat compiled")
@@ -36,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE", help="take the model's size from here (default: GPT-2 124M)")
     add("--rows", type=positive, default=4, help="rows of a step (%(default)s)")
     add("--row", type=positive, default=256, help="tokens of a row (%(default)s)")
-    precision_help = "default: bf16 if the CPU multiplies that, else fp32"
+    precision_help = "default: bf16 if the device multiplies that, else fp32"
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help=precision_help)
 
 
@@ -60,21 +62,22 @@ def training_step(contestant: str, args: argparse.Namespace) -> Callable[[], Non
     """A function that makes one optimizer step of AdamW on random ids."""
     torch.manual_seed(0)
     config = train_config(args)
-    model = GPT2(config).train()
+    device = default_device()
+    model = GPT2(config).to(device).train()
     settings = TrainConfig(compile="compiled" in contestant)
-    ids = torch.randint(config.vocab_size, (args.rows, args.row + 1))
+    ids = torch.randint(config.vocab_size, (args.rows, args.row + 1)).to(device)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     ours = "gptchat" in contestant
     if ours:
-        trained = wrap_model(model, settings, World("cpu"))
+        trained = wrap_model(model, settings, World(device))
         labels = {"targets": targets.flatten()}
     else:
-        trained = Transformers(model).model.train()
+        trained = Transformers(model).model.to(device).train()
         labels = {"labels": inputs}  # transformers itself shifts them by one
     optimizer = make_optimizers(trained, settings)[0]  # type: ignore[arg-type]
 
     def step() -> None:
-        with autocast("cpu", args.precision):
+        with autocast(device, args.precision):
             output = trained(input_ids=inputs, **labels)
         if ours:
             loss = output / targets.numel()  # ours is a sum over targets
@@ -99,7 +102,7 @@ def worker(pipe: Connection, contestant: str, args: argparse.Namespace) -> None:
         tune_memory()
     while pipe.recv():
         pipe.send(timed(step))
-    pipe.send(peak_memory(torch.device("cpu")))
+    pipe.send(peak_memory(torch.device(default_device())))
 
 
 def exchange(contestant: str, pipe: Connection, goes_on: bool) -> Any:
@@ -113,7 +116,7 @@ def exchange(contestant: str, pipe: Connection, goes_on: bool) -> Any:
 
 def run(args: argparse.Namespace, report: Report) -> None:
     check_context(args.row, "--row", train_config(args).n_positions)
-    args.precision = resolve_precision(args.precision, "cpu")
+    args.precision = resolve_precision(args.precision, default_device())
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for contestant in CONTESTANTS:
@@ -129,10 +132,10 @@ def run(args: argparse.Namespace, report: Report) -> None:
         args.rounds,
         n_tokens,
     )
-    peak_flops = matmul_peak(torch.device("cpu"), PRECISIONS[args.precision])
+    peak = peak_flops(torch.device(default_device()), PRECISIONS[args.precision])
     flops = step_flops(train_config(args), n_tokens, n_tokens, args.row)
     for contestant, pipe in pipes.items():
         peak_bytes = exchange(contestant, pipe, False)
-        share = flops / medians[contestant] / peak_flops
+        share = flops / medians[contestant] / peak
         memory_gb = round(peak_bytes / 1e9, 2)
         report.note(contestant, of_matmul_peak=f"{share:.0%}", peak_memory_gb=memory_gb)
