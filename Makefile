@@ -63,7 +63,8 @@ include $(VENV)/.base
 ifneq ($(wildcard $(VENV)/.base),)
 $(foreach word,$(shell $(GPTCHAT) paths $(LM_FILE:%=--lm %) \
   $(if $(filter-out $(WITHOUT_CHATLM),$(GOALS))$(if $(LM_FILE),,no LM),$(CHATLM_FILE:%=--chatlm %)) \
-  $(if $(filter-out $(WITHOUT_DATA),$(GOALS)),--data)),$(eval $(word)))
+  $(if $(filter-out $(WITHOUT_DATA),$(GOALS)),--data) \
+  $(if $(filter chatlm,$(GOALS)),--prompts $(PROMPTS))),$(eval $(word)))
 ifndef PATHS_READ
 $(error stopped by the mistake above; nothing was done)
 endif

@@ -380,7 +380,7 @@ def parse_arguments(
 def main(argv: Sequence[str] | None = None) -> None:
     args, settings = parse_arguments(argv)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    slots = SLOTS if args.input else CANDIDATES
+    slots = SLOTS if args.input else 2 * CANDIDATES  # those of a turn, and what mmi scores
     is_conversation = not args.input and args.prompt is None
     generator = load_generator(args.model, slots, args.dtype, prefix_cache=is_conversation)
     tune_memory()

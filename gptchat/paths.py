@@ -174,6 +174,14 @@ def read_configs(args: argparse.Namespace) -> dict[str, tuple[str, Config]]:
     return {prefix: (file, load(file)) for prefix, file in files.items() if file}
 
 
+def check_prompts(file: str) -> None:
+    """Raise UserError where a file of prompts could not be answered, after all training."""
+    from gptchat.data.dialogue_files import read_prompts  # only here: it takes time to load
+
+    for _ in read_prompts(file):
+        pass
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "paths",
@@ -183,7 +191,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lm", metavar="FILE", help="config of an LM")
     parser.add_argument("--chatlm", metavar="FILE", help="config of a ChatLM")
     parser.add_argument("--data", action="store_true", help="data and vocabulary, too")
+    parser.add_argument("--prompts", metavar="FILE", help="check that these can be answered")
     args = parser.parse_args(argv)
     if not (args.lm or args.chatlm):
         raise UserError("wanted --lm FILE, --chatlm FILE or both")
+    if args.prompts:
+        check_prompts(args.prompts)
     print("\n".join(words(read_configs(args), args.data)))

@@ -207,6 +207,32 @@ def test_an_lm_has_no_context_to_pick_by(tmp_path, monkeypatch, capsys):
     assert "error: pick mmi: found an LM" in printed and "pick first" in printed
 
 
+def test_picking_by_mutual_information(bot, tmp_path, monkeypatch, capsys):
+    settings = ["--seed", 1, "--max-new-tokens", 20, "--pick", "mmi"]
+    ask = ["--model", bot, *settings]
+    answer = run(monkeypatch, capsys, *ask, "--prompt", "hello").strip("\n")
+    prompts = tmp_path / "prompts.tsv"
+    prompts.write_text("hello\nhello\tthere\thow are you\n")
+    run(monkeypatch, capsys, *ask, "--input", prompts, "--output", tmp_path / "answers.tsv")
+    (first, second) = read_rows(tmp_path / "answers.tsv")
+    assert first == ["hello", answer] and len(answer) == 20
+    assert second[:3] == ["hello", "there", "how are you"] and len(second[3]) == 20
+    others = [run(monkeypatch, capsys, *ask[:-1], pick, "--prompt", "hello") for pick in chat.PICKS]
+    assert len(set(others)) > 1
+
+
+def test_a_turn_that_was_picked_is_not_computed_again(bot):
+    generator = load_generator(bot, 2 * chat.CANDIDATES, "float32", prefix_cache=True)
+    settings = chat.settings_parser().parse_args(["--pick", "mmi", "--max-new-tokens", "20"])
+    turns = [(0, "hello there")]
+    [answer] = generator.complete([chat.make_request(generator, turns, settings)], pick="mmi")
+    turns += [(1, answer), (0, "and then?")]
+    request = chat.make_request(generator, turns, settings)
+    generator.engine.submit(request)
+    cached = max(output.n_cached for output in generator.engine.step())
+    assert cached >= len("hello there") + len(answer)
+
+
 def test_the_median_of_five(bot):
     generator = load_generator(bot, chat.CANDIDATES, "float32")
     settings = chat.settings_parser().parse_args(

@@ -270,10 +270,13 @@ def test_mutual_information_picks_what_fits_the_context_and_what_the_context_fit
         turns = [encode(text) for text in context]
         scores = {}
         for candidate in candidates:
-            forwards = logprob_of_reply(generator, turns, candidate.ids)
-            backwards = logprob_of_reply(generator, [candidate.ids], turns[-1])
-            score = forwards / (len(candidate.ids) + 1) + CONTEXT_WEIGHT * backwards
-            scores[score] = whole_text(generator.tokenizer, candidate.ids)
+            text = whole_text(generator.tokenizer, candidate.ids)
+            scored = list(candidate.ids)
+            if candidate[-1].finish_reason == "stop":
+                scored.append(generator.stop_id)
+            forwards = logprob_of_reply(generator, turns, scored) / len(scored)
+            backwards = logprob_of_reply(generator, [encode(text)], turns[-1])
+            scores[forwards + CONTEXT_WEIGHT * backwards] = text
         wanted.append(scores[max(scores)])
     pieces = list(generator.stream(requests, pick="mmi"))
     given = {piece.index: piece.text for piece in pieces if piece.last}
@@ -282,6 +285,51 @@ def test_mutual_information_picks_what_fits_the_context_and_what_the_context_fit
     assert not any(piece.text for piece in pieces if not piece.last)
     medians = generator.complete(requests)
     assert medians != wanted  # so that the choice matters here
+
+
+def test_mutual_information_scores_what_is_said_and_prefers_any_answer_to_none():
+    generator = small_generator("chatlm")
+    request = ask(generator, "Hello", n=4, logprobs=0)
+    texts = [
+        whole_text(generator.tokenizer, c.ids) for c in generate(generator.engine, [request])[0]
+    ]
+    stop = texts[0][:1]  # so that the first candidate says nothing
+    assert not all(text.startswith(stop) for text in texts)
+    [answer] = generator.complete([request], [stop], pick="mmi")
+    assert answer and stop not in answer
+    assert answer in {text.partition(stop)[0] for text in texts}
+    everything = list(dict.fromkeys("".join(texts)))
+    assert generator.complete([request], everything, pick="mmi") == [""]
+
+
+def test_mutual_information_needs_a_context_and_log_probabilities():
+    with pytest.raises(ValueError, match="mmi is for a ChatLM"):
+        lm = small_generator("lm")
+        lm.complete([ask(lm, "Hello", n=4, logprobs=0)], pick="mmi")
+    with pytest.raises(ValueError, match="mmi needs log-probabilities"):
+        chatlm = small_generator("chatlm")
+        chatlm.complete([ask(chatlm, "Hello", n=4)], pick="mmi")
+
+
+@pytest.mark.parametrize("text", ["", "x" * (N_CTX - 20 - 1)])
+def test_mutual_information_takes_an_empty_context_and_one_that_fills_the_room(text):
+    generator = small_generator("chatlm")
+    request = ask(generator, text, n=4, logprobs=0, max_new_tokens=20)
+    if text:
+        assert len(request.input_ids) == prompt_room(N_CTX, 20)
+    texts = [
+        whole_text(generator.tokenizer, c.ids) for c in generate(generator.engine, [request])[0]
+    ]
+    assert generator.complete([request], pick="mmi")[0] in texts
+
+
+def test_rows_are_scored_before_all_the_rows_behind_them_begin():
+    generator = small_generator("chatlm")
+    requests = [ask(generator, text, n=4, logprobs=0) for text in ("One", "Two", "Three")]
+    order = list(generator.stream(requests, pick="mmi"))
+    first_end = next(number for number, piece in enumerate(order) if piece.last)
+    assert order[first_end].index == 0
+    assert all(piece.index < 2 for piece in order[:first_end])
 
 
 def test_a_stream_that_is_closed_while_candidates_are_scored_leaves_nothing():

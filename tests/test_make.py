@@ -35,7 +35,8 @@ train) run=$(sed -n 's/^run = "\\(.*\\)"/\\1/p' "$5"); mkdir -p "$run"; touch "$
 shards) exit 0;;
 evaluate) echo "figures of $5"; exit 0;;
 serve) exit 0;;
-chat) for last; do :; done; printf 'Hi\\tHello\\n' > "$last"; exit 0;;
+chat) while [ "$1" != --input ]; do shift; done
+  sed 's/$/\\tHello/' "$2" > "$4"; exit 0;;
 corpora) mkdir -p data/lm data/chatlm
   for name in {corpora}; do echo text > $name; done; exit 0;;
 """
@@ -376,16 +377,25 @@ def test_chat_and_serve_take_what_these_configs_have_trained(project: Project) -
     assert project.commands == ["chat --model out/bard/model"]
 
 
+def test_prompts_that_cannot_be_answered_stop_make_before_it_trains(project: Project) -> None:
+    project.write("configs/bard/prompts.tsv", "Hi!\n\t \t\n")
+    output = project.make("chatlm", BARD, status=2)
+    assert "error: configs/bard/prompts.tsv:2: found" in output
+    assert project.commands == []
+    assert project.make("tokenizer", "lm", BARD) and project.commands
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_new_chatlm_answers_the_prompts_beside_its_config_or_else_the_default_ones(
     project: Project, own: bool
 ) -> None:
     if own:
-        project.write("configs/bard/prompts.tsv", "Who is there?\n")
+        project.write("configs/bard/prompts.tsv", "Who?\tMe.\tWho is there?\n")
     output = project.make("chatlm", BARD)
     (chat,) = [command for command in project.commands if command.startswith("chat ")]
     assert f" --input configs/{'bard/' if own else ''}prompts.tsv " in chat
-    assert "\nyou> Hi\nbot> Hello\n" in output
+    assert f"\nyou> {'Who is there?' if own else 'Hi!'}\nbot> Hello\n" in output
+    assert "--pick mmi" in chat
 
 
 @pytest.mark.parametrize("folder, n", [("configs", 10), ("configs/japanese", 9)])

@@ -130,6 +130,34 @@ def test_prompts_are_what_people_say_first_once_each_and_escaped(folder: Path) -
     assert prompts() == [f"A line\nand\tanother {i}." for i in range(3)]
 
 
+def test_no_system_message_and_no_response_is_a_prompt(folder: Path) -> None:
+    lines = []
+    for i in range(60):
+        if i % 2:
+            turns = [("system", "Be kind."), ("assistant", f"Hello {i}."), ("user", "Who?")]
+        else:
+            turns = [("system", "Be kind."), ("user", f"Question {i}?")]
+        turns.append(("assistant", "Yes."))
+        messages = [{"role": role, "content": text} for role, text in turns]
+        lines.append(json.dumps({"messages": messages}))
+    Path("some.jsonl").write_text("\n".join(lines))
+    run("--chat", "some.jsonl")
+    assert len(prompts()) == 10 and all(prompt.startswith("Question") for prompt in prompts())
+
+
+def test_rows_that_repeat_a_conversation_give_their_last_turn_also_with_roles(folder: Path) -> None:
+    lines = []
+    for talk in range(30):
+        messages = [{"role": "system", "content": "Be kind."}]
+        for turn in range(6):
+            messages.append({"role": "user", "content": f"Question {talk} {turn}?"})
+            messages.append({"role": "assistant", "content": f"Answer {talk} {turn}."})
+            lines.append(json.dumps({"messages": messages}))
+    Path("log.jsonl").write_text("\n".join(lines))
+    run("--text", "mine/*.txt", "--chat", "log.jsonl")
+    assert load_config("configs/bard/chatlm.toml").data.targets == "response"
+
+
 def test_the_shortest_first_turn_is_the_prompt_where_none_is_short(
     folder: Path, capsys: Any
 ) -> None:

@@ -1,11 +1,12 @@
 """`gptchat bench decode`: greedy decoding of random prompts, beside transformers' `generate`.
 
-Four measurements, each for our weights in float32, bfloat16 and int8 (transformers: float32 only):
-the speed of decoding steps at several batch sizes, the time to the first token of a long prompt,
-the same of a conversation's next turn with and without the prefix cache, and how far the smaller
-dtypes change the model's predictions. Decoding is also compared with the
-limit that memory sets: a step reads all weights and all cached keys and values once, and cannot be
-faster than a plain sum over as many bytes. The model is --model, or GPT-2 124M with random weights.
+On a GPU where there is one, else on the CPU. Four measurements, each for our weights in float32,
+bfloat16 and, on a CPU, int8 (transformers: float32 only): the speed of decoding steps at several
+batch sizes, the time to the first token of a long prompt, the same of a conversation's next turn
+with and without the prefix cache, and how far the smaller dtypes change the model's predictions.
+Decoding is also compared with the limit that memory sets: a step reads all weights and all cached
+keys and values once, and cannot be faster than a plain sum over as many bytes. The model is
+--model, or GPT-2 124M with random weights.
 
 Invariant: all contestants of a race start from the same float32 weights and the same prompts.
 """

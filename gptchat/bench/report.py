@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from gptchat.console import UserError
-from gptchat.model.devices import default_device
 
 
 class Report:
@@ -117,14 +116,12 @@ def format_line(line: dict[str, Any]) -> str:
 
 def machine() -> dict[str, Any]:
     """What the results depend on. The memory bandwidth is that of the best of 20 sums of 256 MB."""
-    block = torch.ones(1 << 26, device=default_device())
+    block = torch.ones(1 << 26)
     best_seconds = min(timed(block.sum)[0] for _ in range(20))
-    device = torch.backends.cpu.get_cpu_capability()
-    if block.is_cuda:
-        device = torch.cuda.get_device_name()
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "threads": torch.get_num_threads(),
-        "capability": device,
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "allocator": os.environ.get("LD_PRELOAD", "the system's"),
         "torch": torch.__version__,
         "transformers": version("transformers"),

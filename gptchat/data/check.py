@@ -10,8 +10,7 @@ Promises:
 - Documents or dialogues count as duplicates if they are equal to the character.
 - Tokens are estimated: from the characters per token of a sample (SAMPLE characters of each of up
   to SAMPLED_FILES files) if there is a tokenizer, else as 4 bytes each.
-- 20 MB/s or more on one core, less where rows are shorter than 100 bytes; memory for 8 bytes a
-  document.
+- 20 MB/s or more on one core, half of that where rows have 50 bytes; memory for 8 bytes a document.
 """
 
 import json

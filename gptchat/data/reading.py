@@ -139,7 +139,7 @@ def read_lines(path: Source, on_invalid: Callable[[int, int], None] | None = Non
     rest = ""  # what follows the last line end
     for text in read_text(path, PIECE, on_invalid):
         *lines, rest = (rest + text).split("\n")
-        if lines:  # only the first can have begun before this piece
+        if lines:  # only the first can be too long: the others are shorter than PIECE
             _check_length(lines[0], path, number + 1)
         yield from lines
         number += len(lines)

@@ -106,15 +106,15 @@ def scan_file(
     return scan
 
 
-def parse_texts(line: str, place: str, as_jsonl: bool) -> tuple[list[str], list[int]]:
+def parse_texts(line: str, source: str, as_jsonl: bool) -> tuple[list[str], list[int]]:
     """(texts, speakers) of the dialogue in one line, the response last.
 
     Where the speakers alternate, in TSV, there are none: in short rows they would take as long as
-    the rest. Raises UserError at `place`.
+    the rest. Raises UserError that begins with `source`.
     """
     if not as_jsonl:
-        return parse_row(line, place, 2), []
-    turns = parse_messages(line, place, ends_with_response=True)
+        return parse_row(line, source, 2), []
+    turns = parse_messages(line, source, ends_with_response=True)
     return [text for _, text in turns], [speaker for speaker, _ in turns]
 
 
@@ -235,6 +235,7 @@ def _scan_dialogues(
             continue
         whole = "\0".join(texts)  # no text has a NUL
         n_characters = len(whole) - len(texts) + 1
+        # `add_document` written out, which is a tenth faster in short rows
         scan.n_documents += 1
         scan.n_characters += n_characters
         if scan.split:

@@ -78,8 +78,7 @@ def as_number(text_hash: blake2b) -> int:
 
 def hash_of(text: str) -> int:
     """A number below 2**64 that stands for the text."""
-    text_hash = blake2b(text.encode(errors="replace"), digest_size=8)
-    return int.from_bytes(text_hash.digest())
+    return as_number(new_hash(text.encode(errors="replace")))
 
 
 def split_of(text: str, held_out: float) -> str:
@@ -108,10 +107,11 @@ def split_and_hash(whole: str, n_response: int, held_out: float) -> tuple[str, i
     `n_response` are the characters of the last turn. One hash that goes on is faster than two.
     """
     n_context = len(whole) - n_response - 1
-    text_hash = blake2b(whole[:n_context].encode(errors="replace"), digest_size=8)
-    split = split_at(int.from_bytes(text_hash.digest()), held_out)
+    text_hash = new_hash()
+    text_hash.update(whole[:n_context].encode(errors="replace"))
+    split = split_at(as_number(text_hash), held_out)
     text_hash.update(whole[n_context:].encode(errors="replace"))
-    return split, int.from_bytes(text_hash.digest())
+    return split, as_number(text_hash)
 
 
 def dialogues_of(

@@ -45,8 +45,8 @@ class Graphs:
     """`function(*inputs, length)` of tensors and a number, recorded for each of their shapes.
 
     The result stands in memory that the next call of any of these graphs may overwrite. The
-    function has to compute the same when it is run again on the same inputs: the first call runs it
-    three times.
+    function has to compute the same when it is run again on the same inputs: the first call does
+    so.
     """
 
     def __init__(self, function: Pass):

@@ -120,8 +120,11 @@ class Engine:
         """Tokens in the slot of the partially prefilled prompt; 0 where there is none."""
         return self.waiting[0].n_prefilled if self.waiting else 0
 
-    def submit(self, request: Request) -> int:
-        """Queue a request and return its id. Raises ValueError if it could never be served."""
+    def submit(self, request: Request, next_in_line: bool = False) -> int:
+        """Queue a request, at the end or the front, and return its id.
+
+        Raises ValueError if it could never be served.
+        """
         check_request(request, self.slots, self.length, self.model.config)
         typed = request.token_type_ids is not None
         if self.typed not in (None, typed):
@@ -143,7 +146,11 @@ class Engine:
             )
             for candidate in range(request.n)
         ]
-        self.waiting.append(QueuedRequest(request, sequences))
+        queued = QueuedRequest(request, sequences)
+        if next_in_line:
+            self.waiting.insert(1 if self._n_partial else 0, queued)
+        else:
+            self.waiting.append(queued)
         return self.submitted
 
     def cancel(self, request_id: int, candidate: int | None = None) -> None:

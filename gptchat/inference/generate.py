@@ -57,8 +57,9 @@ class CandidateText:
     the prompt, in which they do. A caller who wants to know where each token stands notes
     `len(text)` before `take`; characters that are held back at that moment come with a later token.
 
-    `ids` are the generated tokens, `logprob` is the sum of their log-probabilities where the
-    request asked for these. `finish_reason` is "" until the candidate has ended, then "stop" (also
+    `n_tokens` counts the generated tokens. Where the request asked for log-probabilities, `logprob`
+    is the sum of `n_scored` of them, those of the tokens and of the id that ended the answer.
+    `finish_reason` is "" until the candidate has ended, then "stop" (also
     for a stop string) or "length". `must_cancel` is true if a stop string ended the candidate while
     the engine, which knows no text, goes on with it: the caller cancels it.
     """
@@ -74,24 +75,22 @@ class CandidateText:
         self.text = echo
         for id in beginning:
             self.text += self._decoder.push(id)
-        self.ids: list[int] = []
+        self.n_tokens = 0
+        self.n_scored = 0
         self.logprob = 0.0
         self.finish_reason = ""
         self.must_cancel = False
-
-    @property
-    def n_tokens(self) -> int:
-        """How many tokens have been generated."""
-        return len(self.ids)
 
     def take(self, output: Output) -> str:
         """Add the engine's next output. Returns the piece of text that is certain now."""
         if self.finish_reason:
             return ""
         piece = ""
+        if output.logprob is not None:
+            self.n_scored += 1
+            self.logprob += output.logprob
         if output.token is not None:
-            self.ids.append(output.token)
-            self.logprob += output.logprob or 0.0
+            self.n_tokens += 1
             piece = self._decoder.push(output.token)
         if output.finish_reason:
             piece += self._decoder.finish()
@@ -128,8 +127,12 @@ class _Pending:
 
     @property
     def best(self) -> str:
-        """The text of the candidate with the highest score."""
-        return self.candidates[max(self.scores, key=self.scores.__getitem__)].text
+        """The text of the candidate with the highest score; one without text only if all are."""
+
+        def rank(number: int) -> tuple[bool, float]:
+            return self.candidates[number].text != "", self.scores[number]
+
+        return self.candidates[max(self.scores, key=rank)].text
 
 
 class TextGenerator:
@@ -220,10 +223,14 @@ class TextGenerator:
 
         A piece may be empty: a step of the engine yields one for every live candidate. A request
         for several candidates has empty pieces until all of them have ended; its last piece is the
-        one that `pick` says, "median" or "mmi" (rerank.py; a ChatLM's, with `logprobs`). Closing
-        the generator cancels the unfinished requests. Raises ValueError if the engine can never
-        serve a request (see `Engine.submit`).
+        one of median length, or with `pick` = "mmi" the one that rerank.py says. Closing the
+        generator cancels the unfinished requests. Raises ValueError if the engine can never serve a
+        request (see `Engine.submit`), and for "mmi" of an LM or without `logprobs`.
         """
+        if pick == "mmi" and self.task != "chatlm":
+            raise ValueError("mmi is for a ChatLM, which answers a context")
+        if pick == "mmi" and any(r.n > 1 and r.sampling.logprobs is None for r in requests):
+            raise ValueError("mmi needs log-probabilities; wanted logprobs of 0 or more")
         unfinished: dict[int, _Pending] = {}  # by the engine's request id
         scoring: dict[int, tuple[_Pending, int]] = {}  # and the number of the candidate
         try:
@@ -265,15 +272,16 @@ class TextGenerator:
         context = rerank.last_turn(pending.request, sep_id)
         scoring = {}
         for number, candidate in enumerate(pending.candidates):
-            request = rerank.context_request(candidate.ids, context, sep_id)
-            scoring[self.engine.submit(request)] = (pending, number)
+            said = self.tokenizer.encode(candidate.text)  # without a stop string
+            request = rerank.context_request(said, context, sep_id)
+            scoring[self.engine.submit(request, next_in_line=True)] = (pending, number)
         return scoring
 
     def _note_score(self, pending: _Pending, number: int, output: Output) -> None:
         candidate = pending.candidates[number]
         context = rerank.last_turn(pending.request, self.tokenizer.sep_id)
         pending.scores[number] = rerank.mutual_information(
-            candidate.logprob, candidate.n_tokens, rerank.context_logprob(output, context)
+            candidate.logprob, candidate.n_scored, rerank.context_logprob(output, context)
         )
 
     def complete(

@@ -39,9 +39,10 @@ class Output:
     """What a step gives a candidate: a token, or the reason why there are no more, or both.
 
     `finish_reason` is "stop" (a stop id, or nothing left to draw), "length", or None: not the last.
-    `logprob` and `top` are those of `Scored`. `prompt_logprobs` comes with the first output of a
-    request that asked for it: an entry per token, the first one without a log-probability.
-    `n_cached` comes with the same output: how many of the prompt's tokens were found in the cache.
+    `logprob` and `top` are those of `Scored`; where a stop id ended the answer, `logprob` is its
+    own. `prompt_logprobs` comes with the first output of a request that asked for it: an entry
+    per token, the first one without a log-probability. `n_cached` comes with the same output: how
+    many of the prompt's tokens were found in the cache.
     """
 
     request_id: int

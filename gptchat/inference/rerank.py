@@ -3,8 +3,9 @@
 Median length is the choice of the original program. Maximum mutual information (Li et al., "A
 Diversity-Promoting Objective Function for Neural Conversation Models", 2016) asks not only how
 likely an answer is after its context, but also how likely the context is after the answer, so that
-one which would fit anything does not win. Their second model is ours: it has learned the turns of
-both speakers, so the context's last turn is scored as the reply to the answer.
+one which would fit anything does not win. Theirs is a second model; here the ChatLM itself scores
+the context's last turn as the reply to the answer. It can where it has learned the turns of both
+speakers (`targets = "turns"` or "all"), or where both speak alike.
 """
 
 from collections.abc import Sequence
@@ -46,8 +47,8 @@ def context_logprob(output: Output, context: Ids) -> float:
 
 
 def mutual_information(answer_logprob: float, n_tokens: int, context_logprob: float) -> float:
-    """The score of an answer of `n_tokens`: the higher, the better.
+    """The score of an answer: the higher, the better.
 
-    Its end counts as one token more, so that short answers have no disadvantage.
+    `answer_logprob` is the sum over its `n_tokens` tokens, its end ([CLS]) included.
     """
-    return answer_logprob / (n_tokens + 1) + CONTEXT_WEIGHT * context_logprob
+    return answer_logprob / max(1, n_tokens) + CONTEXT_WEIGHT * context_logprob

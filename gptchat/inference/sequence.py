@@ -50,6 +50,8 @@ def accept(sequence: Sequence, drawn: Scored) -> Output:
         output.finish_reason = "length"
     elif drawn.token < 0 or drawn.token in sequence.request.stop_ids:
         output.finish_reason = "stop"
+        if drawn.token >= 0:
+            output.logprob = drawn.logprob
     else:
         sequence.ids.append(drawn.token)
         output.token, output.logprob, output.top = drawn

@@ -44,8 +44,9 @@ class KVCache:
     def view(self, first: int, start: Tensor, n_new: int, length: int) -> "CacheView":
         """The n slots from `first` on, for a pass over T = `n_new` tokens in each.
 
-        `start` (n,) are the positions of their first new tokens, `length` is max(start) + n_new: no
-        token attends to a position beyond. (The caller knows it without reading a tensor.)
+        `start` (n,) are the positions of their first new tokens, `length` is max(start) + n_new, or
+        more than that where `length_step` is above 1: no token attends to a position beyond. (The
+        caller knows it without reading a tensor.)
         """
         return CacheView(self, first, start, n_new, length)
 

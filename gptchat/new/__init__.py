@@ -158,7 +158,7 @@ def head_lines(task: str, name: str, minutes: float, speed: Speed, start: str) -
         f"{speed.device.replace('cuda', 'GPU').replace('cpu', 'CPU')}",
         f"# made {speed.flops / 1e9:,.1f} GFLOP/s. File names are relative to the working "
         "directory. configs/README.md",
-        "# explains every key, gptchat/new/sizing.py the choices.",
+        "# explains every key, gptchat/new/ the choices.",
         f'task = "{task}"',
         f'run = "out/{name}/{task}"',
     ]
@@ -246,11 +246,13 @@ def write(path: Path, content: str) -> None:
 
 
 def write_prompts(path: Path, chat: Sequence[str]) -> None:
-    """Write first turns of the dialogues, unless the file is there; say so."""
+    """Write first turns of the dialogues, unless there are none or the file is there; say so."""
     if path.exists():
         print(f"kept {path}, which is there already")
         return
     prompts = choose_prompts(sample(chat))
+    if not prompts:
+        return
     write(path, "".join(format_row([text]) for text in prompts))
     what = "a first turn" if len(prompts) == 1 else f"{len(prompts)} first turns"
     print(f"wrote {path}: {what} of your dialogues, which `make chatlm` answers at the end")
