@@ -35,8 +35,8 @@ train) run=$(sed -n 's/^run = "\\(.*\\)"/\\1/p' "$5"); mkdir -p "$run"; touch "$
 shards) exit 0;;
 evaluate) echo "figures of $5"; exit 0;;
 serve) exit 0;;
-chat) while [ "$1" != --input ]; do shift; done
-  sed 's/$/\\tHello/' "$2" > "$4"; exit 0;;
+chat) while [ $# -gt 3 ] && [ "$1" != --input ]; do shift; done
+  [ "$1" != --input ] || sed 's/$/\\tHello/' "$2" > "$4"; exit 0;;
 corpora) mkdir -p data/lm data/chatlm
   for name in {corpora}; do echo text > $name; done; exit 0;;
 """
