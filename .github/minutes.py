@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 760, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 66, 46  # margins
 GAP = 56  # between the two parts
 PARTS = {"lm": "LM: held-out text", "chatlm": "ChatLM: held-out responses"}
+STEPS = (1, 2, 5, 10, 15, 30, 60, 120)  # minutes between ticks
 Points = list[tuple[float, float]]  # minutes, bits per byte
 
 
@@ -39,7 +40,7 @@ def draw_part(title: str, default: Points, evening: Points, left: float, width: 
         _, y = place((0, tick / 20))
         parts.append(f'<path class="grid" d="M{left} {y:.1f} h{width:.1f}"/>')
         parts.append(text(left - 8, y + 4, f"{tick / 20:.2f}", "soft", "end"))
-    step = max(1, round(last / 4))
+    step = next(step for step in STEPS if step >= last / 6)
     for minutes in range(0, int(last) + 1, step):
         x, _ = place((minutes, low))
         parts.append(text(x, bottom + 18, str(minutes), "soft", "middle"))
