@@ -218,17 +218,24 @@ def test_a_training_step_does_not_wait_for_the_gpu(
 # --- inference
 
 
+def clear_model_and_prompts(
+    device: torch.device, max_new_tokens: int
+) -> tuple[GPT2, list[Request]]:
+    """A model whose logits differ clearly, and greedy requests of many lengths."""
+    model, _ = model_on(device)
+    with torch.no_grad():
+        model.wte.weight.mul_(20)
+    draw = random.Random(0)
+    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens, logprobs=2)
+    prompts = [[draw.randrange(V) for _ in range(draw.randint(1, 40))] for _ in range(10)]
+    return model, [Request(ids, sampling=sampling) for ids in prompts]
+
+
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-3), ("bfloat16", 0.2)])
 def test_greedy_ids_in_company_are_those_alone_where_the_best_is_clear(
     device: torch.device, dtype: str, rounding: float
 ) -> None:
-    model, _ = model_on(device)
-    with torch.no_grad():
-        model.wte.weight.mul_(20)  # logits that differ
-    draw = random.Random(0)
-    sampling = Sampling(temperature=0, max_new_tokens=12, logprobs=2)
-    prompts = [[draw.randrange(V) for _ in range(draw.randint(1, 40))] for _ in range(10)]
-    requests = [Request(ids, sampling=sampling) for ids in prompts]
+    model, requests = clear_model_and_prompts(device, max_new_tokens=12)
     together = generate(Engine(model, slots=4, dtype=dtype), requests)
     equal = 0
     for request, [company] in zip(requests, together, strict=True):
@@ -242,13 +249,7 @@ def test_recorded_decoding_steps_give_the_ids_of_those_that_are_launched(
 ) -> None:
     if device.type == "cpu":
         pytest.skip("a CPU has no graphs; tests/test_devices.py has a stand-in")
-    model, _ = model_on(device)
-    with torch.no_grad():
-        model.wte.weight.mul_(20)  # logits that differ
-    draw = random.Random(1)
-    sampling = Sampling(temperature=0, max_new_tokens=20, logprobs=2)
-    prompts = [[draw.randrange(V) for _ in range(draw.randint(1, 40))] for _ in range(10)]
-    requests = [Request(ids, sampling=sampling) for ids in prompts]
+    model, requests = clear_model_and_prompts(device, max_new_tokens=20)
     launched = generate(Engine(model, slots=4), requests)
     recorded = generate(Engine(model, slots=4, cuda_graphs=True), requests)
     equal = 0

@@ -31,6 +31,7 @@ from gptchat.data.dialogue import Turn, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference import rerank
 from gptchat.inference.engine import Engine, Output, Request
+from gptchat.inference.request import Ids
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import CharacterFilter, StreamDecoder
 from gptchat.model import pretrained
@@ -59,9 +60,9 @@ class CandidateText:
 
     `n_tokens` counts the generated tokens. Where the request asked for log-probabilities, `logprob`
     is the sum of `n_scored` of them, those of the tokens and of the id that ended the answer.
-    `finish_reason` is "" until the candidate has ended, then "stop" (also
-    for a stop string) or "length". `must_cancel` is true if a stop string ended the candidate while
-    the engine, which knows no text, goes on with it: the caller cancels it.
+    `finish_reason` is "" until the candidate has ended, then "stop" (also for a stop string) or
+    "length". `must_cancel` is true if a stop string ended the candidate while the engine, which
+    knows no text, goes on with it: the caller cancels it.
     """
 
     def __init__(
@@ -114,10 +115,13 @@ class Piece:
 
 @dataclass
 class _Pending:
-    """A request of a stream: its candidates, and the scores of those that have one."""
+    """A request of a stream: its candidates, and the scores of those that have one.
+
+    `context` are the ids of the turn that a ChatLM answers.
+    """
 
     index: int
-    request: Request
+    context: Ids
     candidates: list[CandidateText]
     scores: dict[int, float] = field(default_factory=dict)  # by the candidate's number
 
@@ -236,7 +240,8 @@ class TextGenerator:
         try:
             for index, request in enumerate(requests):
                 candidates = [CandidateText(self.tokenizer, stop) for _ in range(request.n)]
-                pending = _Pending(index, request, candidates)
+                context = rerank.last_turn(request, self.tokenizer.sep_id)
+                pending = _Pending(index, context, candidates)
                 unfinished[self.engine.submit(request)] = pending
             while unfinished or scoring:
                 for output in self.engine.step():
@@ -268,20 +273,18 @@ class TextGenerator:
 
     def _start_scoring(self, pending: _Pending) -> dict[int, tuple[_Pending, int]]:
         """Ask the engine for the context's log-probability after each candidate."""
-        sep_id = self.tokenizer.sep_id
-        context = rerank.last_turn(pending.request, sep_id)
         scoring = {}
         for number, candidate in enumerate(pending.candidates):
             said = self.tokenizer.encode(candidate.text)  # without a stop string
-            request = rerank.context_request(said, context, sep_id)
+            request = rerank.context_request(said, pending.context, self.tokenizer.sep_id)
             scoring[self.engine.submit(request, next_in_line=True)] = (pending, number)
         return scoring
 
     def _note_score(self, pending: _Pending, number: int, output: Output) -> None:
         candidate = pending.candidates[number]
-        context = rerank.last_turn(pending.request, self.tokenizer.sep_id)
+        context_logprob = rerank.context_logprob(output, pending.context)
         pending.scores[number] = rerank.mutual_information(
-            candidate.logprob, candidate.n_scored, rerank.context_logprob(output, context)
+            candidate.logprob, candidate.n_scored, context_logprob
         )
 
     def complete(
