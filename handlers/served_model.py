@@ -4,6 +4,7 @@ The engine gets as many slots as `settings.slots` asks for and `settings.cache_m
 `generator.engine.slots` is their number; the settings never change.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +44,18 @@ def slots_that_fit(config: GPT2Config, settings: ServerSettings) -> int:
 
 
 def load_served_model(directory: Path, name: str, settings: ServerSettings) -> ServedModel:
-    """Read a model directory and start an engine, which then has run once. Raises UserError."""
+    """Read a model directory and start an engine, which then has run once. Raises UserError.
+
+    This happens in a thread that ends with it. Each thread that computes gets OpenMP threads of its
+    own, which live as long as it does, and with more of them than cores, libgomp lets all sleep
+    where they would wait for work: the decode thread would take two to three times as long for a
+    step of a small model.
+    """
+    with ThreadPoolExecutor(1, "load") as thread:
+        return thread.submit(_load, directory, name, settings).result()
+
+
+def _load(directory: Path, name: str, settings: ServerSettings) -> ServedModel:
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     model, tokenizer, task = pretrained.load_model(directory, default_device())
     slots = slots_that_fit(model.config, settings)

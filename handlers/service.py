@@ -27,12 +27,11 @@ from handlers.answers import JSON, Answer, Page, model_list
 from handlers.budget import check_answer
 from handlers.fields import Refusal
 from handlers.jobs import JobReader
-from handlers.loop import DecodeLoop
+from handlers.loop import ROUND_SECONDS, DecodeLoop
 from handlers.openapi import describe
 from handlers.served_model import ServedModel
 
 HTML = "text/html; charset=utf-8"
-PATIENCE = 0.01  # seconds that a round waits for the decode thread
 SECONDS_TO_ANSWER = 0.5  # before the process ends because the decode thread has died
 GAUGES = ("live_requests", "live_slots", "queued")
 
@@ -116,7 +115,7 @@ class Service:
         """The next chunk of every live request, in the order of `ids`; `arrivals` are new."""
         self._take_in(ids, arrivals)
         answered = any(answer.done for answer in self.live.values())
-        for output in self.loop.collect(0 if answered else PATIENCE):
+        for output in self.loop.collect(0 if answered else ROUND_SECONDS):
             self._deliver(output)
         if self.loop.failure and self.live:
             self._fail_all()
@@ -193,7 +192,7 @@ class Service:
             answer.engine_ids.append(engine_id)
             self.owners[engine_id] = (answer, number)
             if job.stream:
-                self.loop.streaming_ids.add(engine_id)
+                self.loop.stream(engine_id)
 
     def _deliver(self, output: Output) -> None:
         """Give an output to its answer; those of requests that have been forgotten are dropped."""
@@ -236,7 +235,7 @@ class Service:
                 with self.loop.at_rest() as engine:
                     engine.cancel(engine_id)
             del self.owners[engine_id]
-            self.loop.streaming_ids.discard(engine_id)
+            self.loop.forget(engine_id)
         self._report(answer, result, ended)
 
     def _report(self, answer: Answer, result: str, ended: float) -> None:

@@ -94,7 +94,8 @@ def test_later_calls_go_on_until_the_answer_is_whole(chat):
     assert chat.ends[-1] is True and not any(chat.ends[:-1]) and None not in chat.ends
 
 
-def test_stream_is_the_whole_answer_in_pieces(chat):
+def test_stream_is_the_whole_answer_in_pieces(chat, monkeypatch):
+    monkeypatch.setattr("handlers.service.ROUND_SECONDS", 1e-3)  # hand over after each step
     body = {"context": "hello", "max_tokens": 20, "n": 1} | LONG
     whole = chat.ask(body)[1]
     chat.send("stream", body | {"stream": True})

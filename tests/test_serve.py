@@ -106,7 +106,7 @@ def test_original_requests_and_answers(server, reference):
     assert answer["response"].startswith("I am") and answer["request"]["response"] == "I am"
 
 
-def test_stream_arrives_token_by_token(server):
+def test_stream_arrives_in_pieces_the_first_of_them_at_once(server):
     body = {
         "context": "hello",
         "stream": True,
@@ -117,10 +117,7 @@ def test_stream_arrives_token_by_token(server):
     events = server.events("chatlm", body)
     times = [at for at, event in events if "token" in event]
     new = events[-1][1]["model_info"]["completion_tokens"][0]
-    assert (
-        len(times) > new / 6
-    )  # what gathers while a chunk is on its way, 4 tokens at most, goes out together
-    assert new < 20 or times[0] < 0.5 * times[-1]
+    assert new > 20 and len(times) > 3 and times[0] < 0.5 * times[-1]
     assert "".join(event.get("token", "") for _, event in events) == events[-1][1]["response"]
 
 

@@ -28,6 +28,7 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
+from gptchat.runtime import tune_memory
 
 DEFAULT_URL = "http://127.0.0.1:8080/predictions/chatlm/1.0/v1/completions"
 
@@ -44,7 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[1, 8, 32, 64],
         help="at once (1 8 32 64)",
     )
-    add("--dtype", default=DTYPES[0], choices=DTYPES, help="of the engine alone (%(default)s)")
+    choices = ("auto", *DTYPES)  # the server's own setting is auto, too
+    add("--dtype", default="auto", choices=choices, help="of the engine alone (%(default)s)")
     add("--prompt", type=positive, default=32, help="tokens of the prompt (%(default)s)")
     add("--new", type=positive, default=64, help="new tokens of an answer (%(default)s)")
 
@@ -111,7 +113,10 @@ class ServingBenchmark:
             with self.lock:
                 return len(self.peer.generate(prompts, self.args.new, do_sample=True))
 
-        return self.threads.map(answer, range(n))
+        # The threads end, and with them the OpenMP threads that each of them had: otherwise those
+        # of the engine would find too few cores and sleep between two operations.
+        with ThreadPoolExecutor(n) as threads:
+            return list(threads.map(answer, range(n)))
 
     def engine_alone(self, n: int) -> Iterable[int]:
         for candidates in generate(self.engine, [self.request] * n):
@@ -159,5 +164,6 @@ def seconds_per_token(answer: Callable[[int], Iterable[int]], n: int) -> list[fl
 
 def run(args: argparse.Namespace, report: Report) -> None:
     benchmark = ServingBenchmark(args)
+    tune_memory()
     for n in args.clients:
         benchmark.race(n, report)

@@ -137,7 +137,9 @@ class TorchServe:
         return path
 
     def _environment(self) -> dict[str, str]:
-        environment = {"MALLOC_ARENA_MAX": "2"} | os.environ
+        # Java would spread over 8 heaps of glibc's for each core. With too few of them altogether,
+        # threads of the worker that decode together wait for each other's.
+        environment = {"MALLOC_ARENA_MAX": "8"} | os.environ
         return environment | {
             "GPTCHAT_RUN": str(self.options.run),
             "GPTCHAT_HOST": self.options.host,
