@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from serving import Server, tiny_model
+from serving import Server, configs, tiny_model
 
 TEXT = "good morning how are you where do you live in a small town by the sea thank you おはよう 😀"
 WORDS = TEXT.split()
@@ -143,7 +143,9 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder, "chatlm"), "chatlm", n_embd=128, n_layer=4)
-        server = Server(Path(folder, "run"), {"chatlm": model}).wait_until_ready()
+        # In float32, in which the greedy answers do not depend on the load.
+        arguments = ("--configs", str(configs(Path(folder, "configs"))))
+        server = Server(Path(folder, "run"), {"chatlm": model}, *arguments).wait_until_ready()
         try:
             crowd = Crowd(server, 0)
             crowd.prepare()
