@@ -47,7 +47,7 @@ def dump_threads_on_signal() -> None:
 
     It works while the main thread is stuck in C code, unless that holds Python's lock. (The module
     faulthandler needs no lock, but it reads the frames of threads that run meanwhile: it crashed
-    a training at every fiftieth to hundredth signal.) Without SIGUSR1 (Windows) nothing is set.
+    three of four trainings within 32 to 97 signals.) Without SIGUSR1 (Windows) nothing is set.
     """
     if not hasattr(signal, "SIGUSR1"):
         return
