@@ -52,7 +52,7 @@ def dump_threads_on_signal() -> None:
     if not hasattr(signal, "SIGUSR1"):
         return
     signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    signal.siginterrupt(signal.SIGUSR1, False)
+    signal.siginterrupt(signal.SIGUSR1, False)  # C code that waits in a system call goes on waiting
     # In one more thread: nobody might read what it prints, which must not delay a stop signal.
     _act_on_signals(
         (signal.SIGUSR1,),
