@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from types import FrameType
 
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
@@ -72,7 +73,9 @@ def _print_threads() -> None:
         print("".join(lines), file=sys.stderr, flush=True)
 
 
-def handle_stop_signals(handler: object) -> None:
+def handle_stop_signals(
+    handler: Callable[[int, FrameType | None], object] | signal.Handlers,
+) -> None:
     """Set the handler of SIGINT, SIGTERM and SIGHUP.
 
     SIGINT is handled even if it was ignored from the start, as a shell ignores it for what it
@@ -80,7 +83,7 @@ def handle_stop_signals(handler: object) -> None:
     """
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
 
 def on_stop_signals(stop: Callable[[], None]) -> None:
