@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from gptchat.console import UserError
 from gptchat.data.batches import Batches
 from gptchat.data.shards import open_sources
 from gptchat.data.tokenizer import tokenizer_for
-from gptchat.inference import cuda_graphs, linear
+from gptchat.inference import cuda_graphs, draw, linear
 from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import Sampling
 from gptchat.model import gpt2, kv_cache
@@ -159,17 +160,25 @@ EVERY_SETTING = Sampling(
     "settings", [[Sampling(temperature=0)], [EVERY_SETTING], [EVERY_SETTING, Sampling(seed=3)] * 4]
 )
 def test_a_decoding_step_reads_from_the_device_as_often_for_many_rows_as_for_one(
-    settings: list[Sampling], logprobs: int | None, n_reads: int
+    settings: list[Sampling],
+    logprobs: int | None,
+    n_reads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With top-p once more for each time that rows are looked through for ids outside of it."""
+    looked = Mock(side_effect=draw.heavier)
+    monkeypatch.setattr(draw, "heavier", looked)
     engine = Engine(model_on(META), slots=len(settings), length=64, suppress=(0, 1))
     for sampling in settings:
         sampling = replace(sampling, logprobs=logprobs, max_new_tokens=50)
         engine.submit(Request([5, 6, 7], sampling=sampling, stop_ids=(2,)))
     with DeviceWatch():
         engine.step()
+    looked.reset_mock()
     with DeviceWatch() as watch:
         assert len(engine.step()) == len(settings)
-    assert watch.reads.total() == n_reads
+    assert watch.reads.total() == n_reads + looked.call_count
+    assert bool(looked.call_count) == (EVERY_SETTING in settings)
 
 
 def unfused_optimizers(model: GPT2, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -15,12 +15,13 @@ from transformers.generation import logits_process as theirs
 
 from gptchat.inference import draw as drawing
 from gptchat.inference import sampling
-from gptchat.inference.draw import filtered_weights, score, uniform
+from gptchat.inference.blocks import ONE, best, block_sums, draw_place
+from gptchat.inference.draw import drop_below_min_p, heavier, score, uniform, weigh
 from gptchat.inference.sampling import Row, Sampling
 from tests.hf_models import BadWords
 
 V = 301
-TINY = 1e-11  # ours rounds what is less than 2**-40 of the best down to 0
+TINY = 1e-11  # ours hardly ever draws what is less than 2**-40
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +47,31 @@ def row(ids=(1, 2, 3), candidate=0, n_prompt=0, stop_ids=(), **settings):
     return Row(sampling, candidate, list(ids), n_prompt=n_prompt, stop_ids=stop_ids)
 
 
+def outside_top_p(weights, limit):
+    """Of each place of a row of weights (K,) whether what is heavier reaches a limit (1,)."""
+    rows = weights.expand(len(weights), -1)
+    places = torch.arange(len(weights))[:, None]
+    return heavier(rows, places, limit)[-1][:, 0]
+
+
+def probabilities_and_sum(scores, settings):
+    """What is drawn from before top-p, and the sum of which top-p is a share."""
+    weights = weigh(scores, scores.amax(-1, keepdim=True), settings)
+    total = block_sums(weights).sum(-1, keepdim=True)
+    drop_below_min_p(weights, settings)
+    return weights, total
+
+
 def ours(logits, settings):
     """The ids that may be drawn, and their probabilities, by our sampler."""
-    all_mass = torch.zeros(logits.shape, dtype=torch.int64)
+    all_weights = torch.zeros(logits.shape)
     for i, s in enumerate(settings):
         best = logits[i : i + 1].topk(min(s.top_k or logits.shape[1], logits.shape[1]))
-        all_mass[i, best.indices[0]] = filtered_weights(best.values, [s])[0]
-    if not any(s.top_k for s in settings):
-        assert torch.equal(filtered_weights(logits.clone(), settings), all_mass)
-    return all_mass > 0, all_mass / all_mass.sum(-1, keepdim=True)
+        (weights,), (total,) = probabilities_and_sum(best.values, [s])
+        if s.top_p < 1:
+            weights[outside_top_p(weights, s.top_p * total)] = 0
+        all_weights[i, best.indices[0]] = weights
+    return all_weights > 0, all_weights / all_weights.sum(-1, keepdim=True)
 
 
 def chain(logits, settings):
@@ -103,15 +120,16 @@ def test_rows_of_different_settings_do_not_mix():
     assert_same(some_logits(len(SETTINGS), seed=5), SETTINGS)
 
 
-@pytest.mark.parametrize("scale", [0.0005, 0.5, 4.0])  # nuclei of thousands, hundreds and a few ids
-def test_a_wide_nucleus_is_found_in_a_large_vocabulary(scale):
-    logits = some_logits(3, seed=1, scale=scale, size=20_000).double().float()
-    settings = [Sampling(top_p=p) for p in (0.2, 0.9, 0.97)]
-    kept = ours(logits, settings)[0].sum(-1)
-    kept_there = chain(logits.double(), settings)[0].sum(
-        -1
-    )  # summed in float32 theirs is off by some ids of 20,000
-    assert torch.equal(kept, kept_there)
+@pytest.mark.parametrize("scale", [0.05, 0.5, 4.0])  # nuclei of thousands, hundreds and a few ids
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.97])
+def test_a_wide_nucleus_ends_at_the_same_id_in_a_large_vocabulary(scale, top_p):
+    logits = some_logits(1, seed=1, scale=scale, size=20_000)
+    # Summed in float32 theirs is off by some ids of 20,000.
+    n_kept = chain(logits.double(), [Sampling(top_p=top_p)])[0].sum()
+    weights, total = probabilities_and_sum(logits.clone(), [Sampling()])
+    last_in, first_out = logits.argsort(descending=True)[0, n_kept - 1 : n_kept + 1].tolist()
+    rows, places = weights.expand(2, -1), torch.tensor([[last_in], [first_out]])
+    assert heavier(rows, places, top_p * total)[-1][:, 0].tolist() == [False, True]
 
 
 def test_repetition_penalty_equals_transformers():
@@ -242,18 +260,20 @@ def test_word_filter_forbids_what_it_names():
     assert scores.isinf().nonzero().tolist() == [[0, 7]]
 
 
-def test_drawn_tokens_follow_the_distribution():
-    """Chi-square over 20,000 draws of each of three rows of settings, at fixed seeds."""
-    logits = some_logits(1, seed=2, scale=1.5, size=40)
+@pytest.mark.parametrize("size", [40, 800])  # less than a block of `blocks`, and some of them
+def test_drawn_tokens_follow_the_distribution(size):
+    """Chi-square over 20,000 draws of each of four rows of settings, at fixed seeds."""
+    logits = some_logits(1, seed=2, scale=1.5, size=size)
     for settings in (
         {},
         {"temperature": 0.7, "top_k": 12},
         {"temperature": 1.4, "top_p": 0.8, "min_p": 0.05},
+        {"top_p": 0.2},  # most are drawn several times
     ):
         expected = chain(logits, [Sampling(**settings)])[1][0].double()
         rows = [row(range(i % 50), i // 50, seed=11, **settings) for i in range(20_000)]
         drawn = torch.tensor([d.token for d in draw(logits.repeat(len(rows), 1), rows)])
-        counts = drawn.bincount(minlength=40)
+        counts = drawn.bincount(minlength=size)
         assert counts[expected == 0].sum() == 0
         kept = expected > 0
         expected = expected[kept] * len(rows)
@@ -278,8 +298,10 @@ def test_noise_of_neighbouring_places_is_uniform_and_uncorrelated():
         assert abs(product.mean()) < 4 / math.sqrt(product.numel())
 
 
-def test_a_draw_does_not_depend_on_the_other_rows():
-    logits = some_logits(len(SETTINGS), seed=3)
+@pytest.mark.parametrize("size", [V, 50_257])
+def test_a_draw_does_not_depend_on_the_other_rows(size):
+    torch.set_num_threads(2)
+    logits = some_logits(len(SETTINGS), seed=3, size=size)
     rows = [
         Row(s, i % 3, list(range(i)))
         for i, s in enumerate([*SETTINGS[:-1], Sampling(temperature=0)])
@@ -448,18 +470,6 @@ def test_rows_need_no_more_than_settings_candidate_and_ids():
     assert draw(logits.clone(), [other])[0].token == logits.argmax()
 
 
-def nucleus_by_sorting(scores, weights, top_p):
-    """The reference: all ids in order, the least probable first."""
-    bounds = []
-    for row_scores, row_weights, p in zip(scores, weights, top_p[:, 0].tolist(), strict=True):
-        order = row_scores.argsort(stable=True)
-        cumulative = row_weights[order].cumsum(0)
-        outside = int((1 - p) * float(cumulative[-1]))
-        place = min(int((cumulative <= outside).sum()), len(order) - 1)
-        bounds.append(row_scores[order[place]])
-    return torch.stack(bounds)[:, None]
-
-
 @st.composite
 def rows_of_scores(draw):
     """Scores (R, K) of rows that are flat, peaked, tied, all equal or nearly all forbidden."""
@@ -481,12 +491,42 @@ def rows_of_scores(draw):
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @given(rows_of_scores(), st.data())
-def test_top_p_has_the_bound_of_going_through_a_row_id_by_id(scores, data):
-    shares = st.sampled_from([0.0, 1e-17, 1e-9, 0.3, 0.9, 0.95, 0.999999, 1 - 1e-12])
+def test_top_p_is_what_going_through_a_row_id_by_id_finds(scores, data):
+    """At a place of each row: all that is heavier, summed in float64, which rounds otherwise."""
+    shares = st.sampled_from([0.0, 1e-17, 1e-9, 0.3, 0.9, 0.95, 0.999999])
     top_p = torch.tensor([[data.draw(shares)] for _ in scores], dtype=torch.float64)
-    weights = scores.exp().mul(2.0**40).long()
-    wanted = nucleus_by_sorting(scores, weights, top_p)
-    assert torch.equal(drawing.nucleus(scores, top_p), wanted)
+    size = scores.shape[1]
+    places = torch.tensor([[data.draw(st.integers(0, size - 1))] for _ in scores])
+    weights, total = probabilities_and_sum(scores, [Sampling()] * len(scores))
+    above, _, is_outside = heavier(weights, places, top_p * total)
+    own = weights.gather(1, places)
+    assert torch.equal(above, torch.where(weights > own, weights, 0))
+    sums = above.double().sum(-1, keepdim=True)
+    limit = top_p * weights.double().sum(-1, keepdim=True)
+    clear = (sums - limit).abs() > 1e-6
+    assert torch.equal(is_outside[clear], (sums > limit)[clear])
+    assert not is_outside[own == weights.amax(-1, keepdim=True)].any()
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@given(rows_of_scores())
+def test_the_best_of_blocks_is_the_best(scores):
+    assert torch.equal(best(scores), scores.max(-1, keepdim=True).indices)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@given(rows_of_scores(), st.floats(0, 1 - 2**-52))
+def test_a_place_is_drawn_where_the_cumulative_weight_passes_the_noise(scores, noise):
+    weights, total = probabilities_and_sum(scores, [Sampling()] * len(scores))
+    places = draw_place(
+        weights, block_sums(weights), torch.full((len(weights), 1), noise, dtype=torch.float64)
+    )
+    own = weights.gather(1, places)
+    cumulative = weights.double().cumsum(-1)
+    after = cumulative.gather(1, places) / cumulative[:, -1:]
+    assert (own > 0).all()
+    assert (after - own <= noise + 1e-6).all() and (after >= noise - 1e-6).all()
+    torch.testing.assert_close(total.double() / ONE, cumulative[:, -1:], atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])

@@ -2,28 +2,27 @@
 
 The settings apply in this order: logit bias; repetition penalty, frequency and presence penalty;
 filtered words, stop ids before `min_tokens`; then, unless greedy, temperature, top-k, top-p, min-p.
-(Where scores tie at the cut, top-k keeps k ids and top-p all that tie.)
+(Where ids tie at the cut, top-k keeps k of them, top-p all whose float32 probabilities are equal.)
 
 Given its logits, a row's id does not depend on the other rows. Its noise is one number in [0, 1), a
 hash of (seed, candidate, position), which becomes an id by inverting the cumulative distribution.
-Probabilities become integer weights (WEIGHT_OF_THE_BEST for the likeliest id), so their sums are
-exact in any order on any device, and an id of weight 0 is never drawn.
+If that id is outside of top-p, another number follows. An id that may not be drawn never is.
 """
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 from hashlib import blake2b
-from math import inf, log
+from itertools import count
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptchat.inference.blocks import best, block_sums, draw_place
 from gptchat.inference.sampling import Row, Sampling
 from gptchat.inference.text import BROKEN, CharacterFilter
-
-WEIGHT_OF_THE_BEST = 2.0**40  # 2**23 ids of that weight still fit into an int64
 
 
 class Scored(NamedTuple):
@@ -102,21 +101,28 @@ class Entries:
     """
 
     def __init__(self) -> None:
-        self.rows: list[np.ndarray] = []
+        self.rows: list[int] = []
         self.ids: list[np.ndarray] = []
         self.numbers: list[np.ndarray] = []
 
     def add(self, row: int, ids: Collection[int], numbers: float | list[float] = 0.0) -> None:
         """Add entries of a row, with a number for each, or one for all."""
-        self.rows.append(np.full(len(ids), row))
-        self.ids.append(np.fromiter(ids, np.int64, len(ids)))
-        self.numbers.append(np.broadcast_to(np.array(numbers, np.float32), len(ids)))
+        array = np.fromiter(ids, np.int64, len(ids))
+        if isinstance(numbers, list):
+            self.add_arrays(row, array, np.array(numbers, np.float32))
+        else:
+            self.add_arrays(row, array, np.full(len(array), numbers, np.float32))
 
-    def place(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and ids of all entries (N,), as an index into the scores."""
-        index = np.stack([np.concatenate(self.rows), np.concatenate(self.ids)])
-        rows, ids = torch.from_numpy(index).to(scores.device)
-        return rows, ids
+    def add_arrays(self, row: int, ids: np.ndarray, numbers: np.ndarray) -> None:
+        """The same with ids (n,) and their numbers (n,) as arrays."""
+        self.rows.append(row)
+        self.ids.append(ids)
+        self.numbers.append(numbers)
+
+    def place(self, scores: Tensor) -> Tensor:
+        """Where the entries (N,) are in the flattened scores."""
+        first = np.repeat(self.rows, [len(ids) for ids in self.ids]) * scores.shape[1]
+        return torch.from_numpy(first + np.concatenate(self.ids)).to(scores.device)
 
     def values(self, scores: Tensor) -> Tensor:
         """Their numbers (N,)."""
@@ -127,11 +133,10 @@ def add_biases(scores: Tensor, rows: Sequence[Row]) -> None:
     """In place: `logit_bias` is added."""
     biased = Entries()
     for i, row in enumerate(rows):
-        biases = row.sampling.logit_bias
-        if biases:
-            biased.add(i, biases, list(biases.values()))
+        if row.sampling.logit_bias:
+            biased.add_arrays(i, *row.sampling.bias_arrays)
     if biased.ids:
-        scores[biased.place(scores)] += biased.values(scores)
+        scores.view(-1).index_add_(0, biased.place(scores), biased.values(scores))
 
 
 def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -145,9 +150,9 @@ def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
             seen.add(i, row.ids, row.sampling.repetition_penalty)
     if seen.ids:
         place, penalties = seen.place(scores), seen.values(scores)
-        old = scores[place]
+        old = scores.view(-1)[place]
         # An id that was seen twice gets the same score twice.
-        scores[place] = torch.where(old < 0, old * penalties, old / penalties)
+        scores.view(-1)[place] = torch.where(old < 0, old * penalties, old / penalties)
 
 
 def penalize_answered(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -163,7 +168,7 @@ def penalize_answered(scores: Tensor, rows: Sequence[Row]) -> None:
             penalties = [count * frequency + presence for count in counts.values()]
             answered.add(i, counts, penalties)
     if answered.ids:
-        scores[answered.place(scores)] -= answered.values(scores)
+        scores.view(-1).index_add_(0, answered.place(scores), -answered.values(scores))
 
 
 def ban(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -176,7 +181,7 @@ def ban(scores: Tensor, rows: Sequence[Row]) -> None:
         if least and len(row.ids) - row.n_prompt < least:
             banned.add(i, row.stop_ids)
     if banned.ids:
-        scores[banned.place(scores)] = -inf
+        scores.view(-1).index_fill_(0, banned.place(scores), -inf)
 
 
 def keep_characters_whole(scores: Tensor, rows: Sequence[Row], characters: CharacterFilter) -> None:
@@ -195,8 +200,8 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
 
     OVERWRITES `scores` (B, V). Rows are drawn together where their settings allow it.
     """
-    none_left = ~scores.amax(-1, keepdim=True).isfinite()  # (B, 1)
-    ids = torch.empty(none_left.shape, dtype=torch.int64, device=scores.device)
+    highest = scores.amax(-1, keepdim=True)  # (B, 1)
+    ids = torch.empty(highest.shape, dtype=torch.int64, device=scores.device)
     greedy: list[int] = []
     by_top_k: dict[int, list[int]] = {}  # top_k -> rows
     for i, row in enumerate(rows):
@@ -206,11 +211,11 @@ def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
             by_top_k.setdefault(row.sampling.top_k, []).append(i)
     if greedy:
         place = row_index(greedy, len(rows))
-        ids[place] = scores[place].max(-1, True).indices  # a third of the time of `argmax`
+        ids[place] = best(scores[place])
     for top_k, group in by_top_k.items():
         place = row_index(group, len(rows))
-        ids[place] = sample(scores[place], top_k, [rows[i] for i in group])
-    return ids.masked_fill_(none_left, -1)[:, 0]
+        ids[place] = sample(scores[place], highest[place], top_k, [rows[i] for i in group])
+    return ids.masked_fill_(~highest.isfinite(), -1)[:, 0]
 
 
 def row_index(numbers: list[int], n_rows: int) -> list[int] | slice:
@@ -220,65 +225,99 @@ def row_index(numbers: list[int], n_rows: int) -> list[int] | slice:
     return numbers
 
 
-def sample(scores: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
-    """An id (R, 1) drawn from each row's `top_k` best, 0 for all. OVERWRITES `scores` (R, V)."""
+def sample(scores: Tensor, highest: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
+    """An id (R, 1) drawn from each row's `top_k` best, 0 for all. OVERWRITES `scores` (R, V).
+
+    `highest` (R, 1) is the best score of each row.
+    """
+    ids = None
     if top_k:
         scores, ids = scores.topk(min(top_k, scores.shape[1]))  # (R, K)
-    cumulative = filtered_weights(scores, [row.sampling for row in rows]).cumsum(-1)  # (R, K)
-    draws = [uniform(row.sampling.seed, row.candidate, len(row.ids)) for row in rows]
-    noise = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None]
-    aim = (noise * cumulative[:, -1:]).long()  # less than the total, rounded too
-    place = torch.searchsorted(cumulative, aim, right=True)  # (R, 1)
-    place.clamp_max_(scores.shape[1] - 1)  # beyond the end where all is NaN
-    if top_k:
-        return ids.gather(1, place)
-    return place
+    settings = [row.sampling for row in rows]
+    weights = weigh(scores, highest, settings)
+    sums = block_sums(weights)
+    limit = column([s.top_p if s.top_p < 1 else inf for s in settings], scores)
+    limit *= sums.sum(-1, keepdim=True)  # of all probability, before min-p
+    if any(s.min_p for s in settings):
+        drop_below_min_p(weights, settings)
+        sums = block_sums(weights)
+    places = draw_place(weights, sums, noise(rows, scores))  # (R, 1)
+    if any(s.top_p < 1 for s in settings):
+        draw_outsiders_again(places, weights, limit, rows)
+    if ids is None:
+        return places
+    return ids.gather(1, places)
 
 
-def uniform(seed: int, candidate: int, position: int) -> float:
-    """A number in [0, 1) of 52 bits, by BLAKE2b: a pure function of the seed and the token's
-    place.
+def column(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers, one a row, as float64 (R, 1) on the device of `like`."""
+    return torch.tensor(numbers, dtype=torch.float64, device=like.device)[:, None]
+
+
+def noise(rows: Sequence[Row], like: Tensor, attempt: int = 0) -> Tensor:
+    """The noise (R, 1) of the next token of each row, float64 on the device of `like`."""
+    numbers = [uniform(row.sampling.seed, row.candidate, len(row.ids), attempt) for row in rows]
+    return column(numbers, like)
+
+
+def uniform(seed: int, candidate: int, position: int, attempt: int = 0) -> float:
+    """A number in [0, 1) of 52 bits, by BLAKE2b.
+
+    It is a pure function of the seed, the token's place, and how often that was drawn before.
     """
-    key = f"{seed} {candidate} {position}".encode()
-    digest = blake2b(key, digest_size=8).digest()
+    key = f"{seed} {candidate} {position}"
+    if attempt:
+        key += f" {attempt}"
+    digest = blake2b(key.encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 12) * 2.0**-52
 
 
-def filtered_weights(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """Weights (R, K), int64, in proportion to the probabilities, 0 outside top-p and min-p.
+def weigh(scores: Tensor, highest: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """The probabilities (R, K) at each row's temperature. OVERWRITES `scores` (R, K).
 
-    `scores` (R, K), float32, one row for each of `settings`, are what top-k has left of the logits:
-    K is the vocabulary or the largest top-k, in any order, with -inf for what may not be drawn.
-    They are OVERWRITTEN. A row without a score (all -inf, or a NaN) gets weights that mean nothing;
-    `choose` gives such a row no id.
+    `highest` (R, 1) is the best score of each row. Where it is infinite or a NaN, the row gets
+    NaNs; `choose` gives such a row no id.
     """
-    # The best score will be 0, so min-p's bound is its logarithm.
-    numbers = [
-        (max(s.temperature, 1e-30), log(s.min_p) if s.min_p else -inf, s.top_p) for s in settings
-    ]
-    columns = torch.tensor(numbers, dtype=torch.float64, device=scores.device)  # (R, 3)
-    temperature, bound, top_p = columns.T[:, :, None]  # (R, 1) each
-    scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature.float())
-    weights = scores.exp().mul_(WEIGHT_OF_THE_BEST)  # fractions are cut off below
-    bound = bound.float()
-    with_top_p = [i for i, s in enumerate(settings) if s.top_p < 1]
-    if with_top_p:
-        place = row_index(with_top_p, len(settings))
-        bound[place] = nucleus(scores[place], top_p[place]).maximum(bound[place])
-    if with_top_p or any(s.min_p for s in settings):
-        # In place, `ge_` gives 0.0 and 1.0: a third of the time that a mask of bools takes.
-        weights.mul_(scores.ge_(bound))
-    return weights.long()
+    temperature = column([max(s.temperature, 1e-30) for s in settings], scores)
+    return scores.sub_(highest).div_(temperature.float()).softmax(-1)
 
 
-def nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
-    """The lowest score (R, 1) of the smallest set of best ids with probability `top_p` (R, 1)."""
-    if scores.is_cpu:  # numpy takes 0.1 ms for a row of 50,257, torch 3.5 ms
-        ordered = torch.from_numpy(np.sort(scores.numpy()))
-    else:
-        ordered = scores.sort().values
-    weights = ordered.exp().mul_(WEIGHT_OF_THE_BEST).long()
-    cumulative = weights.cumsum(-1)  # the least probable first
-    outside = ((1 - top_p) * cumulative[:, -1:]).long()  # what the set need not have
-    place = torch.searchsorted(cumulative, outside, right=True)
-    return ordered.gather(1, place.clamp_max_(scores.shape[1] - 1))
+def drop_below_min_p(weights: Tensor, settings: Sequence[Sampling]) -> None:
+    """In place: 0 for weights (R, K) below the share `min_p` of their row's largest."""
+    bound = column([s.min_p for s in settings], weights).float() * weights.amax(-1, keepdim=True)
+    # Numbers, not bools, are kept apart: a third of the time that a mask takes.
+    weights.mul_(torch.ge(weights, bound, out=torch.empty_like(weights)))
+
+
+def draw_outsiders_again(
+    places: Tensor, weights: Tensor, limit: Tensor, rows: Sequence[Row]
+) -> None:
+    """In place: another of `places` (R, 1), drawn from weights (R, K), for each outside of top-p.
+
+    `limit` (R, 1) is the sum of top-p, in ONEths. What is heavier than a place outside still holds
+    all of top-p, so the next draw is from there: no row is sorted (FlashInfer, arXiv 2501.01005).
+    Every twentieth draw is repeated at a top-p of 0.95.
+    """
+    pending = list(range(len(rows)))
+    for attempt in count(1):
+        weights, sums, is_outside = heavier(weights, places[pending], limit[pending])
+        again = [i for i, outside in enumerate(is_outside[:, 0].tolist()) if outside]
+        if not again:
+            return
+        pending, weights = [pending[i] for i in again], weights[again]
+        numbers = noise([rows[i] for i in pending], weights, attempt)
+        places[pending] = draw_place(weights, sums[again], numbers)
+
+
+def heavier(weights: Tensor, places: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights (R, K) that are above that of the place (R, 1) of each row, 0 for the others.
+
+    With them come their block sums, and whether (R, 1) the sum of these reaches `limit` (R, 1):
+    then the place is not among the likeliest that have so much together. A row's heaviest always
+    are.
+    """
+    above = torch.gt(weights, weights.gather(1, places), out=torch.empty_like(weights))
+    above.mul_(weights)
+    sums = block_sums(above)
+    total = sums.sum(-1, keepdim=True)
+    return above, sums, (total >= limit) & (total > 0)

@@ -8,8 +8,11 @@ theirs has no U+FFFD.)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import inf
 from typing import Any
+
+import numpy as np
 
 from gptchat.inference.text import WordFilter
 
@@ -82,6 +85,13 @@ class Sampling:
         _check_number("seed", self.seed, int, -inf, inf)
         if self.logprobs is not None:
             _check_number("logprobs", self.logprobs, int, 0, inf)
+
+    @cached_property
+    def bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ids (n,), int64, and the numbers (n,), float32, of `logit_bias`."""
+        ids = np.fromiter(self.logit_bias.keys(), np.int64, len(self.logit_bias))
+        biases = np.fromiter(self.logit_bias.values(), np.float32, len(self.logit_bias))
+        return ids, biases
 
 
 # The numbers among the settings: name -> field, whose metadata are "low", "high" and "help"

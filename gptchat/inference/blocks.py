@@ -1,0 +1,82 @@
+"""The best of many scores, and a draw among many weights, found block by block.
+
+A row of a whole vocabulary is read once, to reduce each block of BLOCK neighbouring entries to its
+maximum or its sum. What is looked for then lies in one block. So no cumulative row is needed: for
+32 rows of 50,257 entries, torch's own `max` and `cumsum` take four to ten times as long.
+
+Each row's result depends on that row alone.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+ONE = 2.0**40  # the integer for a weight of 1: integers add up exactly, in any order
+
+
+def reduce_blocks(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """`reduce` (torch.amax, torch.sum) of each block of x (R, K): (R, K / BLOCK, rounded up).
+
+    The last block is shorter where K is no multiple of BLOCK.
+    """
+    n_whole = x.shape[1] // BLOCK
+    whole = x[:, : n_whole * BLOCK].unflatten(1, (n_whole, BLOCK))
+    parts = [reduce(whole, -1)]
+    rest = x[:, n_whole * BLOCK :]
+    if rest.shape[1]:
+        parts.append(reduce(rest, -1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def take_block(x: Tensor, block: Tensor, missing: float) -> tuple[Tensor, Tensor]:
+    """The entries of the `block` (R, 1) of each row of x (R, K), and their places in the row.
+
+    Both are (R, BLOCK). Behind the end of a row, entries are `missing` and places those of its end.
+    """
+    places = block * BLOCK + torch.arange(BLOCK, device=x.device)
+    is_missing = places >= x.shape[1]
+    places.clamp_max_(x.shape[1] - 1)
+    return x.gather(1, places).masked_fill_(is_missing, missing), places
+
+
+def best(scores: Tensor) -> Tensor:
+    """The place (R, 1) of the highest score of each row (R, K), the first where some are equal."""
+    block = reduce_blocks(torch.amax, scores).max(-1, keepdim=True).indices
+    entries, places = take_block(scores, block, missing=-torch.inf)
+    return places.gather(1, entries.max(-1, keepdim=True).indices)
+
+
+def block_sums(weights: Tensor) -> Tensor:
+    """The sum of each block of weights (R, K), at most 2: int64 (R, K / BLOCK), in ONEths."""
+    return reduce_blocks(torch.sum, weights).mul_(ONE).long()
+
+
+def draw_place(weights: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
+    """A place (R, 1) of each row, drawn in proportion to the row's float32 `weights` (R, K).
+
+    `sums` are their `block_sums`. `noise` (R, 1), float64 in [0, 1), is turned into a place by the
+    inverse of the cumulative distribution. An entry of weight 0 is never drawn. A row without any
+    entry above 2**-40 has no place that means something.
+    """
+    block, share = _invert(sums, noise)
+    entries, places = take_block(weights, block, missing=0.0)
+    # A block may have small weights only, so they are measured by their largest.
+    entries.mul_(ONE / entries.amax(-1, keepdim=True))
+    place, _ = _invert(entries.long(), share)
+    return places.gather(1, place)
+
+
+def _invert(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The index (R, 1) into integer weights (R, K) to which `noise` (R, 1) leads.
+
+    With it comes where in the entry's own share the noise lies, a new number in [0, 1).
+    """
+    cumulative = weights.cumsum(-1)
+    aim = noise * cumulative[:, -1:]  # less than the total, rounded too
+    index = torch.searchsorted(cumulative, aim.long(), right=True)
+    index.clamp_max_(weights.shape[1] - 1)  # beyond the end where all is NaN
+    weight = weights.gather(1, index)
+    before = cumulative.gather(1, index) - weight
+    return index, (aim - before) / weight
