@@ -262,13 +262,14 @@ def test_word_filter_forbids_what_it_names():
 
 @pytest.mark.parametrize("size", [40, 800])  # less than a block of `blocks`, and some of them
 def test_drawn_tokens_follow_the_distribution(size):
-    """Chi-square over 20,000 draws of each of four rows of settings, at fixed seeds."""
+    """Chi-square over 20,000 draws of each of five rows of settings, at fixed seeds."""
     logits = some_logits(1, seed=2, scale=1.5, size=size)
     for settings in (
         {},
         {"temperature": 0.7, "top_k": 12},
         {"temperature": 1.4, "top_p": 0.8, "min_p": 0.05},
         {"top_p": 0.2},  # most are drawn several times
+        {"min_p": 0.4},
     ):
         expected = chain(logits, [Sampling(**settings)])[1][0].double()
         rows = [row(range(i % 50), i // 50, seed=11, **settings) for i in range(20_000)]
@@ -527,6 +528,27 @@ def test_a_place_is_drawn_where_the_cumulative_weight_passes_the_noise(scores, n
     assert (own > 0).all()
     assert (after - own <= noise + 1e-6).all() and (after >= noise - 1e-6).all()
     torch.testing.assert_close(total.double() / ONE, cumulative[:, -1:], atol=1e-9, rtol=1e-6)
+
+
+def test_an_id_is_outside_where_better_ones_have_all_of_top_p():
+    weights = torch.tensor([[0.5, 0.25, 0.25]]).expand(3, -1)
+    outside = outside_top_p(weights[0], torch.tensor([0.5 * ONE]))
+    assert outside.tolist() == [False, True, True]
+
+
+def test_a_rare_id_is_drawn_without_top_p_also_in_company_of_a_row_with_it(monkeypatch):
+    """The sum of what is better than it rounds to all there is."""
+    monkeypatch.setattr("gptchat.inference.draw.uniform", lambda *_: 1 - 2.0**-52)
+    logits = torch.tensor([[0.0, math.log(1e-9)]] * 2)
+    assert [d.token for d in draw(logits, [row(), row(top_p=0.9)])] == [1, 0]
+
+
+def test_in_a_block_of_rare_ids_one_without_weight_is_not_drawn():
+    weights = torch.zeros(1, 512)
+    weights[0, 0] = 1
+    weights[0, 256:500] = 2.0**-45
+    noise = torch.tensor([[1 - 2.0**-52]], dtype=torch.float64)
+    assert draw_place(weights, block_sums(weights), noise).item() == 499
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
