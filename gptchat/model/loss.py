@@ -62,14 +62,20 @@ class CrossEntropy(torch.autograd.Function):
         chunks = zip(logits.split(n_rows), targets[:, None].split(n_rows), strict=True)
         for chunk, ids in chunks:  # (rows, V), (rows, 1)
             ignored = ids == IGNORED
-            ids = ids.masked_fill(ignored, 0)
+            # A GPU would be waited for to look whether there are any.
+            any_ignored = not ids.is_cpu or bool(ignored.any())
+            if any_ignored:
+                ids = ids.masked_fill(ignored, 0)
             probabilities = chunk.softmax(-1, dtype)
             # the largest probability is exp(largest logit - logsumexp)
             logsumexp = chunk.amax(-1, True) - probabilities.amax(-1, True).log()
             losses = logsumexp - chunk.gather(1, ids)
-            total += losses.masked_fill_(ignored, 0).sum()  # times 0 a NaN would stay NaN
             minus_one = probabilities.new_full(ids.shape, -1)
-            gradient = probabilities.scatter_add_(1, ids, minus_one).masked_fill_(ignored, 0)
+            gradient = probabilities.scatter_add_(1, ids, minus_one)
+            if any_ignored:
+                losses.masked_fill_(ignored, 0)  # times 0 a NaN would stay NaN
+                gradient.masked_fill_(ignored, 0)
+            total += losses.sum()
             chunk.copy_(gradient)
         ctx.mark_dirty(logits)
         ctx.set_materialize_grads(False)
