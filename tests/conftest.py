@@ -18,12 +18,15 @@ import pytest
 import torch
 
 from gptchat.inference.engine import Output
+from tests.forked import Forked
 
 # nohup ignores SIGHUP, and a shell SIGINT for what it starts in the background; the processes that
 # tests start and send them to would ignore them too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+if THREADS == 1:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a worker has inherited its controller's 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of processes that tests start beside others
 torch.set_num_threads(THREADS)
@@ -70,9 +73,35 @@ def command(name: str, *arguments: object) -> list[str]:
 
 def run(name: str, *arguments: object, status: int = 0) -> str:
     """Run `gptchat NAME` and return stdout and stderr. Its exit status must be `status`."""
-    done = subprocess.run(command(name, *arguments), capture_output=True, text=True, timeout=300)
+    done = run_process(command(name, *arguments), timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run_process(
+    arguments: list[str], timeout: float, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with captured text, but a command of gptchat starts fast if it may."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    with popen(arguments, **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def popen(arguments: list[str], **options: Any) -> subprocess.Popen:
+    """A process; one that `tests/forked.py` starts, where that makes no difference."""
+    if Forked.can_run(arguments, options):
+        return Forked(arguments, **options)
+    return subprocess.Popen(arguments, **options)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes_have_the_environment_before_the_first_test() -> None:
+    Forked.environment = dict(os.environ)
 
 
 STARTED: list[subprocess.Popen] = []
@@ -80,7 +109,7 @@ STARTED: list[subprocess.Popen] = []
 
 def start_process(arguments: list[str], **options: Any) -> subprocess.Popen:
     """Start a process that is killed at the end of the test, if it still runs then."""
-    process = subprocess.Popen(arguments, text=True, **options)
+    process = popen(arguments, text=True, **options)
     STARTED.append(process)
     return process
 

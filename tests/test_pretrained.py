@@ -6,13 +6,13 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import command, run, run_process
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
@@ -445,12 +445,7 @@ def test_directory_written_here_is_left_as_it_is_by_adapt(tmp_path: Path) -> Non
 
 
 def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gptchat", "convert", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_process(command("convert", *arguments), timeout=120)
 
 
 @pytest.mark.slow
@@ -670,14 +665,8 @@ batch_size = 2
 """,
         encoding="utf-8",
     )
-    for command in ("shards", "train"):
-        done = subprocess.run(
-            [sys.executable, "-m", "gptchat", command, "--config", str(tmp_path / "run.toml")],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
+    for name in ("shards", "train"):
+        run(name, "--config", tmp_path / "run.toml")
     model, tokenizer, task = load_model(tmp_path / "run" / "model")
     assert (
         task == "chatlm" and model.config.type_rows == (50262, 50263) and tokenizer.cls_id == 50260

@@ -1,16 +1,15 @@
 """Data that changed, is damaged or makes no sense is told in one line, never trained on."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CONFIG, command
+from conftest import CONFIG, command, run_process
 
 
 def gptchat(name: str, *arguments: object) -> tuple[int, str]:
     """(exit status, stderr) of a command."""
-    done = subprocess.run(command(name, *arguments), capture_output=True, text=True, timeout=300)
+    done = run_process(command(name, *arguments), timeout=300)
     return done.returncode, done.stderr
 
 
