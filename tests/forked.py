@@ -1,12 +1,15 @@
 """Processes of `python -m gptchat` that start in milliseconds, for tests that need many.
 
 Each is a real process with its own pipes, signals and exit status. But it is forked from one that
-has imported torch and gptchat before, which takes three seconds of a core: `serve` is that one, a
-process for each process of pytest. A test that changes variables which are read at the start of a
-process or of torch (READ_AT_START) gets no such process; nor does one that needs more of Popen than
-its pipes.
+has imported torch and gptchat before, which takes three seconds of a core. `serve` runs in that
+one, of which each process of pytest has its own. A test that changes variables which are read at
+the start of a process or of torch (READ_AT_START) gets no such process; nor does one that needs
+more of Popen than its pipes.
 
-The forked process runs `gptchat.__main__.main` and leaves by the interpreter's own end.
+The forked process runs `gptchat.__main__.main` and leaves by the interpreter's own end. It differs
+from one that is started in what it has imported, in its parent, which is a keeper that waits for
+its end, and in its strings' hashes, which all forked processes share. The tests of `make` and of
+the wheel start every command of a training.
 """
 
 import array
@@ -17,16 +20,23 @@ import os
 import pickle
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).parents[1]
 
-READ_AT_START = re.compile("(ATEN|CUDA|DNNL|GOMP|KMP|LD|MALLOC|MKL|OMP|ONEDNN|PYTHON|.*TORCH).*")
+READ_AT_START = re.compile(
+    "(ATEN|CUDA|DNNL|GLIBC|GOMP|KMP|LANG|LC|LD|MALLOC|MKL|OMP|ONEDNN|OPENBLAS|PYTHON|TMPDIR|.*TORCH).*"
+)
 PRELOADED = [  # what a training imports; the other commands import less
     "gptchat.train",
     "gptchat.evaluate",
@@ -44,6 +54,7 @@ def serve(number: int) -> None:
     for name in PRELOADED:
         __import__(name)
     gc.freeze()  # a collection in a forked process would copy every page
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest and the commands
     channel = socket.socket(fileno=number)
     for message, files in iter(lambda: receive(channel), (b"", [])):
         reap(os.WNOHANG)
@@ -99,17 +110,31 @@ def keep(channel: int, task: tuple[list[str], str, dict[str, str]], files: list[
         if file > 2:
             os.close(file)
     sys.argv = arguments
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)
-    sys.stderr.reconfigure(line_buffering=True)
-    sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        setattr(sys, name, reopened(number, getattr(sys, f"__{name}__")))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.seed()  # a missing seed must show
+    np.random.seed()
+
+
+def reopened(number: int, at_start: TextIO) -> TextIO:
+    """A standard file, with the encoding that the one of the server's start has."""
+    file = open(
+        number,
+        "w" if number else "r",
+        encoding=at_start.encoding,
+        errors=at_start.errors,
+        closefd=False,
+    )
+    file.reconfigure(line_buffering=number == 2 or file.isatty())
+    return file
 
 
 class Forked(subprocess.Popen):
     """A Popen whose process is forked by the one of `serve`, which this process starts once."""
 
     channel: socket.socket | None = None
+    lock = threading.Lock()  # one request at a time
     environment: dict[str, str] = {}  # of the process of `serve`; set before the first test
 
     @classmethod
@@ -119,7 +144,7 @@ class Forked(subprocess.Popen):
             return False
         if options.keys() - {"stdin", "stdout", "stderr", "env", "cwd", "text"}:
             return False
-        environment = options.get("env") or os.environ
+        environment = os.environ if options.get("env") is None else options["env"]
         return read_at_start(environment) == read_at_start(cls.environment)
 
     @classmethod
@@ -136,6 +161,7 @@ class Forked(subprocess.Popen):
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
+        cls.channel.settimeout(60)
         atexit.register(server.wait, 60)
         atexit.register(cls.channel.close)  # first
 
@@ -148,13 +174,16 @@ class Forked(subprocess.Popen):
                 standard[number] = file
         self.ended, status = os.pipe()
         arguments = [f"{ROOT}/gptchat/__main__.py", *args[3:]]
-        task = (arguments, str(cwd or os.getcwd()), dict(environment or os.environ))
+        if environment is None:
+            environment = os.environ
+        task = pickle.dumps((arguments, str(cwd or os.getcwd()), dict(environment)))
         files = array.array("i", [*standard, status])
-        if self.channel is None:
-            self._start_server()
-        assert self.channel
-        self.channel.sendmsg([pickle.dumps(task)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
-        self.pid = pickle.loads(self.channel.recv(1024))
+        with self.lock:
+            if self.channel is None:
+                self._start_server()
+            assert self.channel
+            self.channel.sendmsg([task], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+            self.pid = pickle.loads(self.channel.recv(1024))
         self._child_created = True
         os.close(status)
         self._close_pipe_fds(*pipes)
@@ -169,11 +198,14 @@ class Forked(subprocess.Popen):
         return self.pid, how
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
-        if self.returncode is None:
-            with self._waitpid_lock:
-                pid, how = self._try_wait(os.WNOHANG)
-                if pid == self.pid:
-                    self._handle_exitstatus(how)
+        if self._waitpid_lock.acquire(False):  # else another thread waits
+            try:
+                if self.returncode is None:
+                    pid, how = self._try_wait(os.WNOHANG)
+                    if pid == self.pid:
+                        self._handle_exitstatus(how)
+            finally:
+                self._waitpid_lock.release()
         return self.returncode
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import command, run_process, start_process
@@ -33,6 +34,18 @@ def test_it_ends_by_the_signal_that_it_is_sent(small, tmp_path):
     assert process.wait(60) == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)
+
+
+def test_a_thread_that_waits_does_not_keep_another_from_ending_it(small, tmp_path):
+    words = command(
+        "train", "--config", small / "lm.toml", f"run={tmp_path}", "train.num_steps=9999"
+    )
+    process = start_process(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    waiting = threading.Thread(target=process.wait)
+    waiting.start()
+    process.kill()
+    waiting.join(60)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_what_is_read_at_the_start_of_a_process_needs_one_that_is_started(monkeypatch):

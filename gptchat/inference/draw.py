@@ -119,10 +119,12 @@ class Entries:
         self.ids.append(ids)
         self.numbers.append(numbers)
 
-    def place(self, scores: Tensor) -> Tensor:
-        """Where the entries (N,) are in the flattened scores."""
-        first = np.repeat(self.rows, [len(ids) for ids in self.ids]) * scores.shape[1]
-        return torch.from_numpy(first + np.concatenate(self.ids)).to(scores.device)
+    def place(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and ids of all entries (N,), as an index into the scores."""
+        row_numbers = np.repeat(self.rows, [len(ids) for ids in self.ids])
+        index = np.stack([row_numbers, np.concatenate(self.ids)])
+        rows, ids = torch.from_numpy(index).to(scores.device)
+        return rows, ids
 
     def values(self, scores: Tensor) -> Tensor:
         """Their numbers (N,)."""
@@ -136,7 +138,7 @@ def add_biases(scores: Tensor, rows: Sequence[Row]) -> None:
         if row.sampling.logit_bias:
             biased.add_arrays(i, *row.sampling.bias_arrays)
     if biased.ids:
-        scores.view(-1).index_add_(0, biased.place(scores), biased.values(scores))
+        scores[biased.place(scores)] += biased.values(scores)
 
 
 def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -150,9 +152,9 @@ def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
             seen.add(i, row.ids, row.sampling.repetition_penalty)
     if seen.ids:
         place, penalties = seen.place(scores), seen.values(scores)
-        old = scores.view(-1)[place]
+        old = scores[place]
         # An id that was seen twice gets the same score twice.
-        scores.view(-1)[place] = torch.where(old < 0, old * penalties, old / penalties)
+        scores[place] = torch.where(old < 0, old * penalties, old / penalties)
 
 
 def penalize_answered(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -168,7 +170,7 @@ def penalize_answered(scores: Tensor, rows: Sequence[Row]) -> None:
             penalties = [count * frequency + presence for count in counts.values()]
             answered.add(i, counts, penalties)
     if answered.ids:
-        scores.view(-1).index_add_(0, answered.place(scores), -answered.values(scores))
+        scores[answered.place(scores)] -= answered.values(scores)
 
 
 def ban(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -181,7 +183,7 @@ def ban(scores: Tensor, rows: Sequence[Row]) -> None:
         if least and len(row.ids) - row.n_prompt < least:
             banned.add(i, row.stop_ids)
     if banned.ids:
-        scores.view(-1).index_fill_(0, banned.place(scores), -inf)
+        scores[banned.place(scores)] = -inf
 
 
 def keep_characters_whole(scores: Tensor, rows: Sequence[Row], characters: CharacterFilter) -> None:
@@ -296,7 +298,8 @@ def draw_outsiders_again(
 
     `limit` (R, 1) is the sum of top-p, in ONEths. What is heavier than a place outside still holds
     all of top-p, so the next draw is from there: no row is sorted (FlashInfer, arXiv 2501.01005).
-    Every twentieth draw is repeated at a top-p of 0.95.
+    At a top-p of 0.95 about a twentieth of the draws is repeated; at 0, which leaves the best id
+    alone, all of 32 flat rows of 50,257 had it after 19 rounds.
     """
     pending = list(range(len(rows)))
     for attempt in count(1):

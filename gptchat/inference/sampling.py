@@ -88,7 +88,7 @@ class Sampling:
 
     @cached_property
     def bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """The ids (n,), int64, and the numbers (n,), float32, of `logit_bias`."""
+        """Ids (n,), int64, and biases (n,), float32: those that `logit_bias` has at first use."""
         ids = np.fromiter(self.logit_bias.keys(), np.int64, len(self.logit_bias))
         biases = np.fromiter(self.logit_bias.values(), np.float32, len(self.logit_bias))
         return ids, biases
