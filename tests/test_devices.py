@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from gptchat.model import gpt2, kv_cache
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.masks import additive_mask, packed_mask
 from gptchat.train import Run
-from gptchat.training import distributed, optim, start
+from gptchat.training import distributed, monitor, optim, start
 from gptchat.training.distributed import World, has_compiler, usable_device, wrap_model
 from gptchat.training.metrics import resolve_precision
 from gptchat.training.monitor import DATA_SHEET_PEAKS, peak_flops
@@ -468,3 +469,20 @@ def test_mfu_is_a_share_of_the_data_sheet_where_it_is_known(
     assert peak_flops(gpu, torch.bfloat16) == DATA_SHEET_PEAKS["NVIDIA H100 80GB HBM3"] == 989e12
     assert peak_flops(gpu, torch.bfloat16) == 7.0  # a part of a GPU
     assert peak_flops(gpu, torch.float32) == 7.0
+
+
+def test_the_peak_does_not_count_a_first_product_that_sets_kernels_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    durations = iter([0.3] + [0.01] * 1000)
+
+    class Matrix:
+        def __matmul__(self, other: object) -> None:
+            nonlocal now
+            now += next(durations)
+
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: Mock(to=lambda dtype: Matrix()))
+    monkeypatch.setattr("gptchat.training.monitor.time.perf_counter", lambda: now)
+    peak = monitor.matmul_peak(torch.device("cpu"), torch.float32, size=100)
+    assert peak == pytest.approx(2 * 100**3 / 0.01)
