@@ -59,22 +59,23 @@ class CrossEntropy(torch.autograd.Function):
         n_rows = GPU_ROWS
         if logits.device.type == "cpu":
             n_rows = CPU_ROWS
-        chunks = zip(logits.split(n_rows), targets[:, None].split(n_rows), strict=True)
-        for chunk, ids in chunks:  # (rows, V), (rows, 1)
-            ignored = ids == IGNORED
-            # A GPU would be waited for to look whether there are any.
-            any_ignored = not ids.is_cpu or bool(ignored.any())
-            if any_ignored:
-                ids = ids.masked_fill(ignored, 0)
+        ids = targets[:, None]  # (N, 1)
+        ignored = ids == IGNORED
+        # A GPU would be waited for to look whether there are any.
+        any_ignored = not targets.is_cpu or bool(ignored.any())
+        if any_ignored:
+            ids = ids.masked_fill(ignored, 0)
+        parts = (logits.split(n_rows), ids.split(n_rows), ignored.split(n_rows))
+        for chunk, chunk_ids, chunk_ignored in zip(*parts, strict=True):  # (rows, V), (rows, 1) x 2
             probabilities = chunk.softmax(-1, dtype)
             # the largest probability is exp(largest logit - logsumexp)
             logsumexp = chunk.amax(-1, True) - probabilities.amax(-1, True).log()
-            losses = logsumexp - chunk.gather(1, ids)
-            minus_one = probabilities.new_full(ids.shape, -1)
-            gradient = probabilities.scatter_add_(1, ids, minus_one)
+            losses = logsumexp - chunk.gather(1, chunk_ids)
+            minus_one = probabilities.new_full(chunk_ids.shape, -1)
+            gradient = probabilities.scatter_add_(1, chunk_ids, minus_one)
             if any_ignored:
-                losses.masked_fill_(ignored, 0)  # times 0 a NaN would stay NaN
-                gradient.masked_fill_(ignored, 0)
+                losses.masked_fill_(chunk_ignored, 0)  # times 0 a NaN would stay NaN
+                gradient.masked_fill_(chunk_ignored, 0)
             total += losses.sum()
             chunk.copy_(gradient)
         ctx.mark_dirty(logits)
