@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -102,6 +103,13 @@ def popen(arguments: list[str], **options: Any) -> subprocess.Popen:
 @pytest.fixture(scope="session", autouse=True)
 def forked_processes_have_the_environment_before_the_first_test() -> None:
     Forked.environment = dict(os.environ)
+
+
+@pytest.fixture(autouse=True)
+def the_environment_is_left_as_it_was() -> Iterator[None]:
+    """Libraries change it too: torch's compiler writes where its cache is."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 STARTED: list[subprocess.Popen] = []

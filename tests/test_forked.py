@@ -48,6 +48,12 @@ def test_a_thread_that_waits_does_not_keep_another_from_ending_it(small, tmp_pat
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("time", ["once", "again"])
+def test_a_variable_that_a_test_sets_ends_with_it(time):
+    assert Forked.can_run(command("train", "--help"), {})
+    os.environ["TORCH_SET_BY_A_TEST"] = time
+
+
 def test_what_is_read_at_the_start_of_a_process_needs_one_that_is_started(monkeypatch):
     words = command("train", "--help")
     assert Forked.can_run(words, {})
