@@ -1,8 +1,9 @@
 """`gptchat bench serve`: a running server, beside its engine alone and transformers behind a lock.
 
 Several clients send one request each and round, all at the same time and with the same random
-prompt. The answers are sampled. What counts is the seconds per new token, all clients together. The
-server is asked twice: for streamed answers, which also gives the latencies, and for whole ones.
+prompt. The answers are sampled and equally long: the token that would end one is forbidden. What
+counts is the seconds per new token, all clients together. The server is asked twice: for streamed
+answers, which also gives the latencies, and for whole ones.
 If the server wants a key, it is read from the environment variable OPENAI_API_KEY.
 """
 
@@ -26,7 +27,7 @@ from gptchat.bench.report import Report, check_context, positive
 from gptchat.console import UserError
 from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.linear import DTYPES
-from gptchat.inference.sampling import Sampling
+from gptchat.inference.sampling import LARGEST_BIAS, Sampling
 from gptchat.model import pretrained
 from gptchat.runtime import tune_memory
 
@@ -51,13 +52,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--new", type=positive, default=64, help="new tokens of an answer (%(default)s)")
 
 
-def ask(url: str, prompt: list[int], max_tokens: int, stream: bool) -> tuple[list[float], int]:
+def ask(url: str, request: Request, stream: bool) -> tuple[list[float], int]:
     """Send one request to the completions API.
 
     Returns the seconds to the first chunk and between the further ones, and the number of new
     tokens. An answer that is not streamed is one chunk. Raises UserError where there is none.
     """
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": max_tokens, "seed": 1}
+    body: dict[str, Any] = {
+        "prompt": request.input_ids,
+        "max_tokens": request.sampling.max_new_tokens,
+        "seed": request.sampling.seed,
+        "logit_bias": dict(request.sampling.logit_bias),
+    }
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     headers = {"content-type": "application/json"}
@@ -66,9 +72,9 @@ def ask(url: str, prompt: list[int], max_tokens: int, stream: bool) -> tuple[lis
         headers["authorization"] = f"Bearer {key}"
     tokens = 0
     stamps = [time.perf_counter()]
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    message = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=600) as response:
+        with urllib.request.urlopen(message, timeout=600) as response:
             for line in response:
                 if not line.startswith((b"data: {", b"{")):
                     continue
@@ -79,8 +85,10 @@ def ask(url: str, prompt: list[int], max_tokens: int, stream: bool) -> tuple[lis
         reason = " ".join(error.read(300).decode("utf-8", "replace").split())
         raise UserError(f"{url}: status {error.code}: {reason}") from None
     except (OSError, ValueError) as error:
-        message = f"{url}: cannot be asked: {error}; wanted the completions of a running server"
-        raise UserError(f"{message}, see `make serve`") from None
+        raise UserError(
+            f"{url}: cannot be asked: {error}; wanted the completions of a running server, "
+            "see `make serve`"
+        ) from None
     return differences(stamps), tokens
 
 
@@ -96,11 +104,11 @@ class ServingBenchmark:
         self.lock = Lock()
         self.engine = Engine(model, max(args.clients), dtype=args.dtype)
         self.prompt = torch.randint(len(tokenizer.token_bytes), (args.prompt,)).tolist()
+        never_ends = {pretrained.stop_id(tokenizer, task): -LARGEST_BIAS}
         self.request = Request(
             self.prompt,
             token_type_ids=[1] * len(self.prompt) if task == "chatlm" else None,
-            sampling=Sampling(seed=1, max_new_tokens=args.new),
-            stop_ids=(pretrained.stop_id(tokenizer, task),),
+            sampling=Sampling(seed=1, max_new_tokens=args.new, logit_bias=never_ends),
         )
         self.first_chunk_seconds: list[float] = []
         self.between_chunks_seconds: list[float] = []
@@ -124,7 +132,7 @@ class ServingBenchmark:
 
     def server(self, n: int, stream: bool) -> Iterable[int]:
         def answer(_: int) -> int:
-            seconds, tokens = ask(self.args.url, self.prompt, self.args.new, stream)
+            seconds, tokens = ask(self.args.url, self.request, stream)
             if stream:
                 self.first_chunk_seconds.append(seconds[0])
                 self.between_chunks_seconds.extend(seconds[1:])
