@@ -88,15 +88,16 @@ class Int8Linear(nn.Module):
     """y = x W^T + b of float32 rows, by FBGEMM in 8 bits: W has a scale per output, x one per row.
 
     FBGEMM's kernel quantizes x itself, but with one scale for all rows. So each row is divided by
-    its largest absolute value first, and x in [-1, 1] becomes an integer in [-levels, levels].
-    `levels` is 127; it is 63 on a CPU without VNNI, whose older instructions saturate.
+    its largest absolute value first, and x in [-1, 1] becomes an integer in [-127, 127]. W has one
+    bit less on a CPU without VNNI, whose instructions add two products, with x in [1, 255], in 16
+    bits. (One bit less for x instead would be three times as inexact: x has larger outliers.)
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
+        largest_integer = 127 if torch.cpu._is_vnni_supported() else 64  # 2 * 255 * 64 < 2 ** 15
         weight = weight.float()  # (out, in)
-        scales = weight.abs().amax(1).clamp_min(1e-30) / 127  # (out,)
+        scales = weight.abs().amax(1).clamp_min(1e-30) / largest_integer  # (out,)
         integers = (weight / scales[:, None]).round().to(torch.int8)
         zero_points = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():  # torch means to drop quantized tensors
@@ -114,7 +115,7 @@ class Int8Linear(nn.Module):
         # The kernel's input is unsigned: after x come its scale and zero point. A row of zeros
         # gives 0 / 0 = NaN, which the kernel turns into some integer; times `largest` = 0 it is 0
         # again.
-        y = self.kernel(x / largest, 1 / self.levels, self.levels + 1, self.weight)
+        y = self.kernel(x / largest, 1 / 127, 128, self.weight)
         if self.bias is None:
             return y.mul_(largest)
         return torch.addcmul(self.bias, y, largest)
@@ -198,12 +199,8 @@ def without_torch_function() -> AbstractContextManager[None]:
 
 def _best_dtype(device: torch.device) -> str:
     """What is fastest on the device: int8 or bfloat16 if it multiplies that, else float32."""
-    try:
-        if device.type == "cpu" and _has_fbgemm() and torch.cpu._is_vnni_supported():
-            return "int8"
-    except AttributeError as error:
-        _report_fallback(error.name or "a test of the CPU", "float32", error)
-        return "float32"
+    if device.type == "cpu" and _has_fbgemm():
+        return "int8"
     if multiplies_bfloat16(device):
         return "bfloat16"
     return "float32"
@@ -232,9 +229,9 @@ def _fuse_gelu(mlp: MLP, dtype: str) -> None:
 def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
     """Make the model fast to generate with, in place. Returns the dtype for its KV cache.
 
-    `dtype` is one of `DTYPES`, or "auto": int8 on a CPU with VNNI, else bfloat16 where the device
-    multiplies it (a GPU since Ampere, a CPU with AVX512-BF16), else float32. The modules get new
-    parameters: another model that shares the old ones is not changed.
+    `dtype` is one of `DTYPES`, or "auto": int8 on an x86 CPU, else bfloat16 where the device
+    multiplies it (a GPU since Ampere), else float32. The modules get new parameters: another model
+    that shares the old ones is not changed.
 
     On a CPU the linear layers are packed, the token embedding becomes bfloat16 if the dtype is
     bfloat16 or int8, and all else float32. So each weight is in memory once, except the table that
