@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-ONE = 2.0**40  # the integer for a weight of 1: integers add up exactly, in any order
+# The integer for a weight of 1: integers add up exactly, in any order. 2**19 of these, the sum of a
+# flat row, are exact in float64, too.
+ONE = 2.0**34
 
 
 def reduce_blocks(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def best(scores: Tensor) -> Tensor:
 def block_sums(weights: Tensor) -> Tensor:
     """The sum of each block of weights (R, K): int64 (R, K / BLOCK, rounded up), in ONEths.
 
-    A row of weights has a sum of 1 at most, up to rounding.
+    Weights are 1 at most.
     """
     return reduce_blocks(torch.sum, weights).mul_(ONE).long()
 
@@ -63,7 +65,7 @@ def draw_place(weights: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
 
     `sums` are their `block_sums`. `noise` (R, 1), float64 in [0, 1), is turned into a place by the
     inverse of the cumulative distribution. An entry of weight 0 is never drawn. Where no block has
-    a sum of 2**-40 or more, the place is arbitrary.
+    a sum of a ONEth or more, the place is arbitrary.
     """
     block, share = _invert(sums, noise)
     entries, places = take_block(weights, block, missing=0.0)
