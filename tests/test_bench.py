@@ -3,8 +3,12 @@
 import argparse
 import json
 import sys
+import threading
 from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from types import SimpleNamespace
+from typing import Any, ClassVar
 from urllib.error import HTTPError
 
 import pytest
@@ -15,6 +19,8 @@ from gptchat.bench import __main__ as bench
 from gptchat.bench import decode, draw, serving, training
 from gptchat.bench.report import Report
 from gptchat.console import UserError
+from gptchat.inference.request import Request
+from gptchat.inference.sampling import Sampling
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
 SMALL = GPT2Config(vocab_size=311, n_positions=64, n_embd=64, n_layer=2, n_head=4)
@@ -164,7 +170,72 @@ def test_a_server_that_refuses_is_one_line_with_its_reason(monkeypatch):
 
     monkeypatch.setattr(serving.urllib.request, "urlopen", refuse)
     with pytest.raises(UserError, match=r"http://x: status 400: .*no room"):
-        serving.ask("http://x", [1], 1, stream=False)
+        serving.ask("http://x", Request([1]), stream=False)
+
+
+class Streaming(BaseHTTPRequestHandler):
+    """Answers with the first token, later with the second, the number of tokens and the end."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[dict[str, Any]]] = []
+    may_go_on = threading.Event()
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        self.send('data: {"choices": [{"text": "a"}]}')
+        assert self.may_go_on.wait(60)
+        last = 'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}'
+        self.send(f'data: {{"choices": [{{"text": "b"}}]}}\n\n{last}\n\ndata: [DONE]')
+        self.wfile.write(b"0\r\n\r\n")
+
+    def send(self, events: str) -> None:
+        body = f"{events}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(body), body))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_streamed_answer_is_timed_by_its_chunks_and_counted_by_the_server(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Streaming)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stamps: list[float] = []
+
+    def read_clock() -> float:
+        if stamps:  # the first chunk has been read
+            Streaming.may_go_on.set()
+        stamps.append(len(stamps))
+        return stamps[-1]
+
+    monkeypatch.setattr(serving, "time", SimpleNamespace(perf_counter=read_clock))
+    request = Request([3, 4], sampling=Sampling(max_new_tokens=2, seed=1, logit_bias={5: -100}))
+    try:
+        seconds, tokens = serving.ask(f"http://127.0.0.1:{server.server_port}", request, True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (seconds, tokens) == ([1, 1], 2)
+    (asked,) = Streaming.asked
+    assert (asked["prompt"], asked["max_tokens"], asked["seed"]) == ([3, 4], 2, 1)
+    assert asked["logit_bias"] == {"5": -100} and asked["stream"]
+
+
+def test_a_model_that_would_end_at_once_answers_the_serving_benchmark_at_full_length(
+    tmp_path, monkeypatch
+):
+    model, tokenizer, task = decode.benchmark_model(str(tiny_model(tmp_path, "lm")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.ln_f.bias.fill_(1)
+        model.wte.weight[tokenizer.eos_id] = 1  # its logit is 32, that of the others 0
+    monkeypatch.setattr(serving, "benchmark_model", lambda _: (model, tokenizer, task))
+    arguments = argparse.Namespace(model="", clients=[2], dtype="float32", prompt=4, new=20)
+    benchmark = serving.ServingBenchmark(arguments)
+    assert list(benchmark.engine_alone(2)) == [20, 20]
 
 
 @pytest.mark.slow

@@ -10,12 +10,14 @@ If the server wants a key, it is read from the environment variable OPENAI_API_K
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPException
 from threading import Lock
 from typing import Any
 from urllib.error import HTTPError
@@ -70,21 +72,21 @@ def ask(url: str, request: Request, stream: bool) -> tuple[list[float], int]:
     key = os.environ.get("OPENAI_API_KEY")
     if key:
         headers["authorization"] = f"Bearer {key}"
-    tokens = 0
     stamps = [time.perf_counter()]
     message = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    chunks = []
     try:
         with urllib.request.urlopen(message, timeout=600) as response:
-            for line in response:
-                if not line.startswith((b"data: {", b"{")):
-                    continue
+            # Reading events or lines meanwhile would take the server's time.
+            while chunk := response.read1():
                 stamps.append(time.perf_counter())
-                if b'"completion_tokens"' in line:  # parsing all lines would take the server's time
-                    tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+                chunks.append(chunk)
+        counts = re.findall(rb'"completion_tokens": ?(\d+)', b"".join(chunks))
+        tokens = int(counts[-1])
     except HTTPError as error:
         reason = " ".join(error.read(300).decode("utf-8", "replace").split())
         raise UserError(f"{url}: status {error.code}: {reason}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, IndexError) as error:
         raise UserError(
             f"{url}: cannot be asked: {error}; wanted the completions of a running server, "
             "see `make serve`"
@@ -104,11 +106,13 @@ class ServingBenchmark:
         self.lock = Lock()
         self.engine = Engine(model, max(args.clients), dtype=args.dtype)
         self.prompt = torch.randint(len(tokenizer.token_bytes), (args.prompt,)).tolist()
-        never_ends = {pretrained.stop_id(tokenizer, task): -LARGEST_BIAS}
+        stop_id = pretrained.stop_id(tokenizer, task)
+        never_ends = {stop_id: -LARGEST_BIAS}
         self.request = Request(
             self.prompt,
             token_type_ids=[1] * len(self.prompt) if task == "chatlm" else None,
             sampling=Sampling(seed=1, max_new_tokens=args.new, logit_bias=never_ends),
+            stop_ids=(stop_id,),
         )
         self.first_chunk_seconds: list[float] = []
         self.between_chunks_seconds: list[float] = []
