@@ -136,6 +136,13 @@ def test_int8_keeps_a_row_of_zeros_and_the_shape():
 
 
 @torch.inference_mode()
+def test_int8_without_vnni_is_at_most_twice_as_inexact(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    linear, x = nn.Linear(768, 64), torch.randn(4, 768)
+    assert distance(fast_linear(linear, "int8")(x), linear(x)) < 2 * ROUNDING["int8"]
+
+
+@torch.inference_mode()
 def test_without_onednn_the_linear_layers_are_plain(monkeypatch, capsys):
     monkeypatch.setattr(linear_module, "onednn_supports", lambda dtype: False)
     linear, x = nn.Linear(64, 32), torch.randn(4, 64)

@@ -111,11 +111,11 @@ class Entries:
 
     def index(self) -> np.ndarray:
         """Rows and ids of all entries (2, N)."""
-        return np.stack([self.each(self.rows, np.int64), np.concatenate(self.ids)])
+        return np.stack([self.each(self.rows), np.concatenate(self.ids)])
 
-    def each(self, numbers: Sequence[float], dtype: type = np.float32) -> np.ndarray:
+    def each(self, numbers: Sequence[float]) -> np.ndarray:
         """Numbers, one for each call of `add`, as one for each entry (N,)."""
-        return np.repeat(np.array(numbers, dtype), [len(ids) for ids in self.ids])
+        return np.repeat(numbers, [len(ids) for ids in self.ids])
 
 
 def place(index: np.ndarray, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,8 +134,7 @@ def add_biases(scores: Tensor, rows: Sequence[Row]) -> None:
             biased.add_array(i, ids)
             biases.append(numbers)
     if biases:
-        added = torch.from_numpy(np.concatenate(biases)).to(scores.device)
-        scores[place(biased.index(), scores)] += added
+        scores[place(biased.index(), scores)] += torch.from_numpy(np.concatenate(biases)).to(scores)
 
 
 def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
@@ -151,7 +150,7 @@ def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
             penalties.append(row.sampling.repetition_penalty)
     if penalties:
         where = place(seen.index(), scores)
-        penalty = torch.from_numpy(seen.each(penalties)).to(scores.device)
+        penalty = torch.from_numpy(seen.each(penalties)).to(scores)
         old = scores[where]
         # An id that was seen twice gets the same score twice.
         scores[where] = torch.where(old < 0, old * penalty, old / penalty)
@@ -174,8 +173,8 @@ def penalize_answered(scores: Tensor, rows: Sequence[Row]) -> None:
         distinct, counts = np.unique(ids * len(rows) + row_numbers, return_counts=True)
         ids, row_numbers = np.divmod(distinct, len(rows))
         penalties = counts * frequency[row_numbers] + presence[row_numbers]
-        subtracted = torch.from_numpy(penalties.astype(np.float32)).to(scores.device)
-        scores[place(np.stack([row_numbers, ids]), scores)] -= subtracted
+        index = np.stack([row_numbers, ids])
+        scores[place(index, scores)] -= torch.from_numpy(penalties).to(scores)
 
 
 def ban(scores: Tensor, rows: Sequence[Row]) -> None:
