@@ -257,16 +257,19 @@ class JobReader:
     ) -> list[Request]:
         """Requests that continue prompts (text or ids) as they are; an empty one starts from [EOS].
         A ChatLM takes them for the responder's words."""
+        generator = self.model.generator
         encoded = []
         for prompt in prompts:
             ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+            if not ids and not 0 <= self.tokenizer.eos_id < generator.n_vocab:
+                raise Refusal("a prompt is empty, and the model has no [EOS] to start from")
             encoded.append(ids or [self.tokenizer.eos_id])
         longest = max(map(len, encoded))
         if longest > self.n_ctx:
             message = f"a prompt has {longest} tokens, the context {self.n_ctx}"
             raise Refusal(message, code=TOO_LONG)
         sampling = self.sampling(defaults, self.n_ctx - longest, default_new_tokens, logprobs)
-        stop_ids = (self.model.generator.stop_id,)
+        stop_ids = generator.stop_ids
         requests = []
         for ids in encoded:
             types = [1] * len(ids) if self.is_chat_model else None

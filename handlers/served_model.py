@@ -63,6 +63,6 @@ def _load(directory: Path, name: str, settings: ServerSettings) -> ServedModel:
         model, tokenizer, task, slots, settings.dtype, prefix_cache=settings.prefix_cache
     )
     token_types = [1] if task == "chatlm" else None
-    generate(generator.engine, [Request([tokenizer.eos_id], token_types)])
+    generate(generator.engine, [Request([0], token_types)])
     tune_memory()
     return ServedModel(name, generator, settings)

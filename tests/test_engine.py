@@ -355,6 +355,39 @@ def test_an_answer_whose_every_id_is_forbidden_stops(model):
     assert none.ids == [] and none[-1].finish_reason == "stop" and len(some.ids) == LENGTH - 1
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_does_not_stay_in_a_slot(dtype, prefix_cache, bad):
+    """An id whose embedding is broken ends its own answers, not those that come after it."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=99, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    model = GPT2(config).eval()
+    with torch.no_grad():
+        head = model.wte.weight.detach().clone() * 20
+        model.lm_head.weight = torch.nn.Parameter(head)
+        model.wte.weight[7] = bad
+
+    def short_answer_beside_a_long_one(engine):
+        """The long one's slot makes the other slot's old positions part of what is computed."""
+        greedy = Sampling(temperature=0, max_new_tokens=12)
+        engine.submit(Request(list(range(20, 50)), sampling=greedy))
+        engine.step()
+        short = engine.submit(Request([1, 2, 3], sampling=greedy))
+        outputs = []
+        while not engine.idle:
+            outputs += [output for output in engine.step() if output.request_id == short]
+        return [output.token for output in outputs]
+
+    engine = Engine(model, slots=2, dtype=dtype, prefix_cache=prefix_cache)
+    wanted = short_answer_beside_a_long_one(engine)
+    assert len(wanted) == 12
+    engine = Engine(model, slots=2, dtype=dtype, prefix_cache=prefix_cache)
+    for [answer] in generate(engine, [Request([9] * 20 + [7] * 10)] * 2):
+        assert answer.ids == [] and answer[-1].finish_reason == "stop"
+    assert short_answer_beside_a_long_one(engine) == wanted
+
+
 def test_a_long_prompt_does_not_stall_the_others(model):
     engine = Engine(model, slots=3, prefill_chunk=8)
     first = engine.submit(Request([1], sampling=Sampling(max_new_tokens=50)))
@@ -466,6 +499,8 @@ def test_cancelled_sequences_are_gone_by_the_next_step(model, candidate, left):
         (Request([1], n=1.5), "n is 1.5, wanted from 1 to 8"),
         (Request([1, 2.0]), "id 2.0 is no int"),
         (Request([True]), "id True is no int"),
+        (Request([1], stop_ids=(-1,)), f"stop id -1 is not in the vocabulary of {V}"),
+        (Request([1], stop_ids=(2, V)), f"stop id {V} is not in"),
         (
             Request([1], sampling=Sampling(logit_bias={3: 1, V: 1})),
             f"id {V} of logit_bias is not in the vocabulary of {V}",

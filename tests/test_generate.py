@@ -161,6 +161,31 @@ def test_a_prompt_has_what_the_answer_leaves_but_at_least_half():
 # Requests
 
 
+def test_an_lm_whose_vocabulary_ends_no_text_goes_on_to_the_length():
+    tokenizer = byte_tokenizer(("</s>",))
+    model = GPT2(
+        GPT2Config(tokenizer.vocab_size + 2, n_positions=N_CTX, n_embd=8, n_layer=1, n_head=2)
+    )
+    generator = TextGenerator(model.eval(), tokenizer, "lm")
+    sampling = replace(SAMPLING, min_tokens=2, max_new_tokens=5, whole_characters=0)
+    request = generator.request([(0, tokenizer.encode("Hello"))], sampling)
+    assert request.stop_ids == ()
+    [[answer]] = generate(generator.engine, [request])
+    assert len(answer.ids) == 5 and answer[-1].finish_reason == "length"
+    with pytest.raises(UserError, match=r"the text is empty; wanted some, since .* no \[EOS\]"):
+        generator.request([], sampling)
+
+
+def test_an_id_without_a_token_may_stand_in_a_prompt():
+    tokenizer = byte_tokenizer()
+    model = GPT2(
+        GPT2Config(tokenizer.vocab_size + 2, n_positions=N_CTX, n_embd=8, n_layer=1, n_head=2)
+    )
+    generator = TextGenerator(model.eval(), tokenizer, "lm")
+    [[answer]] = generate(generator.engine, [Request([tokenizer.vocab_size + 1])])
+    assert answer.ids
+
+
 def test_an_lm_continues_all_turns_as_one_text():
     generator = small_generator("lm")
     encode = generator.tokenizer.encode
@@ -190,7 +215,7 @@ def test_a_chatlm_drops_the_oldest_turns_and_refuses_a_last_one_that_is_too_long
 def test_a_chatlm_needs_all_special_tokens():
     tokenizer = byte_tokenizer(("<|endoftext|>",))
     model = small_model(tokenizer.vocab_size)
-    assert TextGenerator(model, tokenizer, "lm").stop_id == tokenizer.eos_id
+    assert TextGenerator(model, tokenizer, "lm").stop_ids == (tokenizer.eos_id,)
     with pytest.raises(UserError, match="found no .*SEP"):
         TextGenerator(model, tokenizer, "chatlm")
 
@@ -273,7 +298,7 @@ def test_mutual_information_picks_what_fits_the_context_and_what_the_context_fit
             text = whole_text(generator.tokenizer, candidate.ids)
             scored = list(candidate.ids)
             if candidate[-1].finish_reason == "stop":
-                scored.append(generator.stop_id)
+                scored += generator.stop_ids
             forwards = logprob_of_reply(generator, turns, scored) / len(scored)
             backwards = logprob_of_reply(generator, [encode(text)], turns[-1])
             scores[forwards + CONTEXT_WEIGHT * backwards] = text
@@ -321,6 +346,20 @@ def test_mutual_information_takes_an_empty_context_and_one_that_fills_the_room(t
         whole_text(generator.tokenizer, c.ids) for c in generate(generator.engine, [request])[0]
     ]
     assert generator.complete([request], pick="mmi")[0] in texts
+
+
+def test_mutual_information_takes_answers_of_broken_characters():
+    """The text of one has other ids than were drawn, three for each broken byte."""
+    generator = small_generator("chatlm")
+    settings = {"logprobs": 0, "max_new_tokens": 40, "whole_characters": 0, "min_tokens": 40}
+    request = ask(generator, "x" * 23, n=4, **settings)
+    length = len(request.input_ids)
+    assert any(
+        len(generator.tokenizer.encode(whole_text(generator.tokenizer, c.ids))) + length > N_CTX
+        for c in generate(generator.engine, [request])[0]
+    )
+    assert generator.complete([request], pick="mmi") != [""]
+    assert generator.engine.idle
 
 
 def test_rows_are_scored_before_all_the_rows_behind_them_begin():

@@ -328,16 +328,21 @@ class Engine:
         outputs = [accept(*pair) for pair in zip(sequences, drawn, strict=True)]
         for index in reversed(range(len(outputs))):
             if outputs[index].finish_reason:
-                self._free(first_slot + index)
+                self._free(first_slot + index, is_broken=drawn[index].token < 0)
         return outputs
 
-    def _free(self, slot: int) -> None:
+    def _free(self, slot: int, is_broken: bool = False) -> None:
         """Take a sequence out of its slot.
 
-        The last live sequence takes the slot, and the partial prompt the one that becomes free.
+        The last live sequence takes the slot, and the partial prompt the one that becomes free. A
+        broken sequence, whose logits left nothing to draw, may have keys and values that are no
+        numbers; they are not used again, nor left for a mask to hide, which is a sum.
         """
         cache = self.prefix_cache
-        cache.remember(slot, *self.running[slot].cached)
+        if is_broken:
+            self.cache.clear(slot)
+        else:
+            cache.remember(slot, *self.running[slot].cached)
         last = self.running.pop()
         if slot < len(self.running):
             self.running[slot] = last

@@ -167,7 +167,8 @@ class TextGenerator:
                 )
         self.tokenizer = tokenizer
         self.task = task
-        self.stop_id = pretrained.stop_id(tokenizer, task)
+        self.stop_ids = pretrained.stop_ids(model.config, tokenizer, task)
+        self.n_vocab = model.config.vocab_size
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         never_generated = pretrained.never_generated(model.config, tokenizer, task)
         characters = CharacterFilter(tokenizer, model.config.vocab_size, model.wte.weight.device)
@@ -193,18 +194,18 @@ class TextGenerator:
         The answer starts with the ids in `beginning`, which are part of the prompt. An LM continues
         all turns and the beginning as one text, an empty one from [EOS]. A ChatLM drops the oldest
         turns until the rest fits into `prompt_room`. Raises UserError if the LM's text, or the
-        ChatLM's last turn with the beginning, does not fit.
+        ChatLM's last turn with the beginning, does not fit, and for an empty text without [EOS].
         """
         room = prompt_room(self.n_ctx, sampling.max_new_tokens)
-        stop_ids = (self.stop_id,)
         if self.task == "chatlm":
             ids, types = encode_prompt(turns, beginning, self.tokenizer.sep_id, room)
-            return Request(ids, types, sampling, n=n, stop_ids=stop_ids)
+            return Request(ids, types, sampling, n=n, stop_ids=self.stop_ids)
         text = [*chain.from_iterable(turn_ids for _, turn_ids in turns), *beginning]
         if len(text) > room:
             raise UserError(f"prompt: the text takes {len(text)} tokens; wanted {room} at most")
-        text = text or [self.tokenizer.eos_id]
-        return Request(text, None, sampling, n=n, stop_ids=stop_ids)
+        if not text and not self.stop_ids:
+            raise UserError("prompt: the text is empty; wanted some, since the model has no [EOS]")
+        return Request(text or [*self.stop_ids], None, sampling, n=n, stop_ids=self.stop_ids)
 
     def cut_to_fit(self, turns: Sequence[Turn], max_new_tokens: int) -> tuple[list[Turn], bool]:
         """(turns that `request` takes, whether text was cut): the last turn without its front.
@@ -262,7 +263,7 @@ class TextGenerator:
                     if len(pending.candidates) > 1:
                         text = ""
                         if last and pick == "mmi":
-                            scoring |= self._start_scoring(pending)
+                            self._start_scoring(pending, scoring)
                             last = False
                         elif last:
                             text = rerank.pick_median([c.text for c in pending.candidates])
@@ -271,14 +272,17 @@ class TextGenerator:
             for request_id in [*unfinished, *scoring]:
                 self.engine.cancel(request_id)
 
-    def _start_scoring(self, pending: _Pending) -> dict[int, tuple[_Pending, int]]:
-        """Ask the engine for the context's log-probability after each candidate."""
-        scoring = {}
+    def _start_scoring(self, pending: _Pending, scoring: dict[int, tuple[_Pending, int]]) -> None:
+        """Ask the engine for the context's log-probability after each candidate.
+
+        `scoring` gets each request's id at once, so that whoever stops can cancel it.
+        """
+        room = self.n_ctx - len(pending.context) - 1  # for [SEP]
         for number, candidate in enumerate(pending.candidates):
-            said = self.tokenizer.encode(candidate.text)  # without a stop string
+            # The text without a stop string. Broken characters take more ids than had been drawn.
+            said = self.tokenizer.encode(candidate.text)[:room]
             request = rerank.context_request(said, pending.context, self.tokenizer.sep_id)
             scoring[self.engine.submit(request, next_in_line=True)] = (pending, number)
-        return scoring
 
     def _note_score(self, pending: _Pending, number: int, output: Output) -> None:
         candidate = pending.candidates[number]

@@ -68,6 +68,9 @@ def check_request(request: Request, slots: int, length: int, config: GPT2Config)
             raise ValueError(f"id {id!r} is no int")
         if not 0 <= id < vocab_size:
             raise ValueError(f"id {id} is not in the vocabulary of {vocab_size} entries")
+    for id in request.stop_ids:
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"stop id {id} is not in the vocabulary of {vocab_size} entries")
     for id in request.sampling.logit_bias:
         if id >= vocab_size:
             raise ValueError(f"id {id} of logit_bias is not in the vocabulary of {vocab_size}")

@@ -215,11 +215,11 @@ class WordFilter:
 def _tail(token_bytes: Sequence[bytes], ids: Sequence[int], length: int) -> bytes:
     """The last bytes of the text of `ids`, at least `length` if there are as many.
 
-    A special token, which has no text, ends the text before it.
+    A special token, which has no text, ends the text before it, and so does an id without a token.
     """
     tail = b""
     for id in reversed(ids):
-        if len(tail) >= length or not token_bytes[id]:
+        if len(tail) >= length or id >= len(token_bytes) or not token_bytes[id]:
             break
         tail = token_bytes[id] + tail
     return tail

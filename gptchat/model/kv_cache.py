@@ -3,7 +3,8 @@
 A slot holds one sequence, from position 0 on. A forward pass works on a `CacheView`: neighbouring
 slots, each with the same number of new tokens, but each at its own position. A token attends to its
 own position and those before it. So a position is written before anything attends to it: padding
-tokens behind a sequence's end, and what a former sequence left there, are never seen.
+tokens behind a sequence's end, and what a former sequence left there, are never seen, as long as
+they are finite: the mask is added, and NaN plus minus infinity is NaN.
 
 On a GPU a view reaches to the next multiple of LENGTH_STEP positions, behind a mask. So its shapes
 repeat, which kernels and graphs are chosen by, and SDPA need not copy the mask to align its rows.
@@ -40,6 +41,10 @@ class KVCache:
         """`length` rounded up to a multiple of `length_step`, at most the cache's length."""
         step = self.length_step
         return min(-(-length // step) * step, self.kv.shape[4])
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot whose keys and values may be infinite or NaN."""
+        self.kv[:, :, slot].zero_()
 
     def view(self, first: int, start: Tensor, n_new: int, length: int) -> "CacheView":
         """The n slots from `first` on, for a pass over T = `n_new` tokens in each.

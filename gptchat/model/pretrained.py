@@ -234,17 +234,23 @@ def never_generated(config: GPT2Config, tokenizer: Tokenizer, task: str) -> list
 
     The id that ends a text is not among them.
     """
-    end = stop_id(tokenizer, task)
+    ends = stop_ids(config, tokenizer, task)
     token_bytes = tokenizer.token_bytes
     textless = [
         id for id in range(config.vocab_size) if id >= len(token_bytes) or not token_bytes[id]
     ]
-    return [id for id in textless if id != end]
+    return [id for id in textless if id not in ends]
 
 
 def stop_id(tokenizer: Tokenizer, task: str) -> int:
     """The id that ends a text: [CLS] ends a response, [EOS] a document."""
     return tokenizer.cls_id if task == "chatlm" else tokenizer.eos_id
+
+
+def stop_ids(config: GPT2Config, tokenizer: Tokenizer, task: str) -> tuple[int, ...]:
+    """The id that ends a text; none where the tokenizer or the model has no such token."""
+    id = stop_id(tokenizer, task)
+    return (id,) if 0 <= id < config.vocab_size else ()
 
 
 def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer, task: str) -> None:
