@@ -102,7 +102,7 @@ chatlm: $(CHATLM_TEST)  ## fine-tune the LM to answer
 $(CHATLM_TEST): $(CHATLM) $(CHATLM_DATA) $(CHATLM_START)
 	$(GPTCHAT) shards --config $(CHATLM)
 	$(GPTCHAT) train --config $(CHATLM)
-	$(GPTCHAT) chat --model $(@D)/model --seed 1 --pick mmi --input $(PROMPTS) --output $(@D)/answers.tsv
+	$(GPTCHAT) chat --model $(@D)/model --seed 1 --pick $(CHATLM_PICK) --input $(PROMPTS) --output $(@D)/answers.tsv
 	$(if $(CHATLM_HAS_TEST),$(GPTCHAT) evaluate --config $(CHATLM),@echo 'no test data') > $@
 	@cat $(filter %/test.txt,$(CHATLM_START)) $@
 	@awk -F '\t' '{printf "you> %s\nbot> %s\n", $$(NF - 1), $$NF}' $(@D)/answers.tsv

@@ -41,7 +41,7 @@ RUN_FILES = (
     "log.jsonl",
     "speed.jsonl",
     "test.txt",
-    "prompts.tsv",  # of runs before November 2026
+    "prompts.tsv",  # of older runs
     "answers.tsv",
     "chat_history",
     "tensorboard/events.out.tfevents.*",

@@ -4,6 +4,8 @@ The Makefile evaluates each word that is printed. PREFIX is LM or CHATLM:
 
     PREFIX_RUN:=FOLDER              the run's folder
     PREFIX_HAS_TEST:=yes            there is a test split
+    CHATLM_PICK:=mmi                which of five answers is given: mmi where the model has learned
+                                    the turns of both speakers, else median
     PREFIX_DATA+=FILE               --data: a file of [data]
     PREFIX_START:=FILE              --data: what must be there before the run begins: its vocabulary
                                     or, for a ChatLM that starts from this LM, the LM's test.txt
@@ -48,6 +50,7 @@ CORPORA = (  # what `gptchat corpora` writes
     "data/chatlm/test.tsv",
     "data/chatlm/test-whole.tsv",
 )
+BOTH_SPEAKERS = ("turns", "all")  # the `targets` of which every speaker's turns are learned
 NAME_FOR_MAKE = re.compile(r"[\w./+@,-]+")
 
 
@@ -63,6 +66,8 @@ def words(configs: dict[str, tuple[str, Config]], with_data: bool) -> Iterator[s
         yield f"{prefix}_RUN:={run}"
         if patterns_of(config.data, "test"):
             yield f"{prefix}_HAS_TEST:=yes"
+        if prefix == "CHATLM":
+            yield f"{prefix}_PICK:={'mmi' if config.data.targets in BOTH_SPEAKERS else 'median'}"
         if not with_data:
             continue
         patterns = chain.from_iterable(patterns_of(config.data, split) for split in SPLITS)

@@ -21,7 +21,7 @@ FIGURES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
-    "mfu": "share of the measured matmul peak",
+    "mfu": "model FLOPs utilization (MFU)",
     "peak_memory_gb": "peak memory (GB)",
 }
 AXES = {

@@ -395,7 +395,19 @@ def test_a_new_chatlm_answers_the_prompts_beside_its_config_or_else_the_default_
     (chat,) = [command for command in project.commands if command.startswith("chat ")]
     assert f" --input configs/{'bard/' if own else ''}prompts.tsv " in chat
     assert f"\nyou> {'Who is there?' if own else 'Hi!'}\nbot> Hello\n" in output
-    assert "--pick mmi" in chat
+
+
+@pytest.mark.parametrize(
+    "targets, pick", [("turns", "mmi"), ("all", "mmi"), ("responder", "median"), ("", "median")]
+)
+def test_one_of_five_answers_is_picked_as_the_model_can_score_them(
+    project: Project, targets: str, pick: str
+) -> None:
+    key = f'[data]\ntargets = "{targets}"' if targets else "[data]"
+    project.write("configs/bard/chatlm.toml", CHATLM.replace("[data]", key))
+    project.make("chatlm", BARD)
+    (chat,) = [command for command in project.commands if command.startswith("chat ")]
+    assert f" --pick {pick} " in chat
 
 
 @pytest.mark.parametrize("folder, n", [("configs", 10), ("configs/japanese", 9)])

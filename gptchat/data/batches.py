@@ -15,7 +15,7 @@ Invariants:
 - An epoch of a source holds every dialogue once, and every token of lm at least once.
 - A packed dialogue is never split to fill a row, its positions start at 0, and its segment number
   keeps attention inside it. Only a dialogue longer than `n_ctx` is truncated or, with targets =
-  "responder", cut into excerpts between its turns: dialogue.py says how.
+  "responder", or "turns", cut into excerpts between its turns: dialogue.py says how.
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,8 @@ conversation, and each of its lines is one paragraph or one turn:
 In `chatlm/`, TSV, the response in the last column:
 
 - `train.tsv`: two rows for each conversation, one with all of its turns and one without the last,
-  so that with targets = "responder" every turn but the first is learned once.
+  so that with targets = "responder" every turn but the first is learned once, and with "turns" all
+  but the first and the last twice, once as each speaker's.
 - `valid.tsv`, `test.tsv`: one row for each turn after the first. That turn is the response; before
   it stand up to two earlier turns, oldest first.
 - `test-whole.tsv`: the test conversations as in `train.tsv`, so that the responses are measured

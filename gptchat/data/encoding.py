@@ -3,7 +3,7 @@
 `read_blocks` reads the documents (lm) or dialogues (chatlm) of text files in blocks of about BLOCK
 characters. `ParallelEncoder` encodes blocks in worker processes (in a thread if there is little
 text), each with an `Encoder` of its own, and gives the results back in the order of the blocks.
-shards.py writes them to disk.
+shard_writer.py writes them to disk.
 
 Invariants:
 - Memory is flat: a few blocks are under way at once, however large the files.

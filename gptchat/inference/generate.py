@@ -39,7 +39,8 @@ from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS
 
 SLOTS = 16  # default number of sequences that are decoded at once
-# Default settings of the terminal chat, the evaluation and the original's API; for small models.
+# Default settings of the terminal chat, the evaluation and the original's API (but for the length,
+# which is a setting of the server); for small models.
 CHAT_SAMPLING = Sampling(
     temperature=0.6, top_k=40, top_p=0.95, repetition_penalty=1.15, max_new_tokens=100
 )

@@ -2,7 +2,9 @@
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): pre-LayerNorm blocks,
 learned positions, the tanh form of GELU, and an output head that shares the token embedding's
-weights. Token types are an addition: type t adds a row of the token embedding to its tokens.
+weights. A token of type t also gets a row of the token embedding, `type_rows[t]`, as transformers'
+GPT-2 does with `token_type_ids`: in vocabularies trained here those of [PAD] and [UNK], which are
+not used otherwise.
 
 Parameter names are those of Hugging Face's GPT2LMHeadModel without the `transformer.` prefix. Our
 linear weights are (out, in), theirs (in, out); `pretrained` converts them.
