@@ -96,3 +96,11 @@ def test_every_config_and_test_file_exists(readme: Path) -> None:
     for code in code_of(readme):
         for name in re.findall(r"\b(?:configs|tests)/[\w./-]+\.(?:toml|py|yaml|properties)", code):
             assert (ROOT / name).exists() or name.startswith("configs/mine/"), code
+
+
+@pytest.mark.parametrize("folder", ["data", "model", "inference", "training"])
+def test_the_packages_page_names_every_module(folder: str) -> None:
+    text = (ROOT / "gptchat/README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{folder}/` .*", text, re.M)
+    modules = {path.stem for path in (ROOT / "gptchat" / folder).glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"`(\w+)`", row))
