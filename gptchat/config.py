@@ -86,6 +86,11 @@ class DataConfig:
         """`targets` where a ChatLM is measured: with "turns" its own turns, the responder's."""
         return "responder" if self.targets == "turns" else self.targets
 
+    @property
+    def learns_both_speakers(self) -> bool:
+        """Whether a ChatLM learns the turns of both speakers, so that it can score either's."""
+        return self.targets in ("turns", "all")
+
 
 @dataclass(frozen=True)
 class ModelConfig:

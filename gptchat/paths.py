@@ -50,7 +50,6 @@ CORPORA = (  # what `gptchat corpora` writes
     "data/chatlm/test.tsv",
     "data/chatlm/test-whole.tsv",
 )
-BOTH_SPEAKERS = ("turns", "all")  # the `targets` of which every speaker's turns are learned
 NAME_FOR_MAKE = re.compile(r"[\w./+@,-]+")
 
 
@@ -67,7 +66,7 @@ def words(configs: dict[str, tuple[str, Config]], with_data: bool) -> Iterator[s
         if patterns_of(config.data, "test"):
             yield f"{prefix}_HAS_TEST:=yes"
         if prefix == "CHATLM":
-            yield f"{prefix}_PICK:={'mmi' if config.data.targets in BOTH_SPEAKERS else 'median'}"
+            yield f"{prefix}_PICK:={'mmi' if config.data.learns_both_speakers else 'median'}"
         if not with_data:
             continue
         patterns = chain.from_iterable(patterns_of(config.data, split) for split in SPLITS)

@@ -131,6 +131,18 @@ def test_wrong_request_is_a_400_that_says_why(chat, body, path, reason):
     )
 
 
+@pytest.mark.parametrize(
+    "body, path", [({"prompt": ["a", ""]}, "v1/completions"), ({"context": ""}, "")]
+)
+def test_an_empty_text_needs_an_end_token_to_start_from(lm, monkeypatch, body, path):
+    generator = lm.service.model.generator
+    assert lm.ask(body, path)[0] == 200
+    monkeypatch.setattr(generator.tokenizer, "eos_id", -1)
+    monkeypatch.setattr(generator, "stop_ids", ())
+    status, answer = lm.ask(body, path)
+    assert status == 400 and "no [EOS]" in answer["error"]["message"]
+
+
 def test_other_refusals_have_their_own_status(chat, lm):
     assert chat.ask({}, "v1/nothing")[0] == 404
     assert (

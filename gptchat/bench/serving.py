@@ -106,13 +106,13 @@ class ServingBenchmark:
         self.lock = Lock()
         self.engine = Engine(model, max(args.clients), dtype=args.dtype)
         self.prompt = torch.randint(len(tokenizer.token_bytes), (args.prompt,)).tolist()
-        stop_id = pretrained.stop_id(tokenizer, task)
-        never_ends = {stop_id: -LARGEST_BIAS}
+        stop_ids = pretrained.stop_ids(model.config, tokenizer, task)
+        never_ends = dict.fromkeys(stop_ids, -LARGEST_BIAS)
         self.request = Request(
             self.prompt,
             token_type_ids=[1] * len(self.prompt) if task == "chatlm" else None,
             sampling=Sampling(seed=1, max_new_tokens=args.new, logit_bias=never_ends),
-            stop_ids=(stop_id,),
+            stop_ids=stop_ids,
         )
         self.first_chunk_seconds: list[float] = []
         self.between_chunks_seconds: list[float] = []
