@@ -15,7 +15,6 @@ from typing import Any
 from ts.metrics.metric_type_enum import MetricTypes
 
 from gptchat.config import build_server_settings
-from gptchat.runtime import dump_threads_on_signal
 from handlers.openapi import describe
 from handlers.page import render_page
 from handlers.served_model import load_served_model
@@ -43,9 +42,8 @@ class GptchatHandler:
             host=os.environ.get("GPTCHAT_HOST", "localhost"),
         )
         quiet_logging()
-        dump_threads_on_signal()
         self.service.start()
-        log.info("worker of %s: process %d; SIGUSR1 prints its threads", model.name, os.getpid())
+        log.info("worker of %s: process %d", model.name, os.getpid())
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """One result per request, in order; "" where there is nothing to send yet."""

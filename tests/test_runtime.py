@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 from conftest import command
-from serving import Server, tiny_model
 
 torch.set_num_threads(1)
 MARK = "Thread MainThread (most recent call last)"
@@ -35,20 +34,3 @@ def test_trainer_prints_its_threads_on_sigusr1_and_goes_on(small, tmp_path):
     finally:
         process.kill()
         process.wait(timeout=60)
-
-
-@pytest.mark.server
-def test_worker_prints_its_threads_on_sigusr1_and_goes_on(tmp_path):
-    model = tiny_model(tmp_path / "lm", "lm")
-    server = Server(tmp_path / "run", {"lm": model}).wait_until_ready()
-    try:
-        (worker,) = server.workers()
-        assert f"worker of lm: process {worker.pid}; SIGUSR1" in server.log.read_text()
-        assert "java     process" in server.log.read_text()
-        worker.send_signal(signal.SIGUSR1)
-        assert server.post("lm", {"context": "hi", "n": 1, "max_tokens": 5})[0] == 200
-        server.wait_for_log("handlers/loop.py")  # the decode thread
-        assert MARK in server.log.read_text()
-        assert worker.pid in {process.pid for process in server.workers()}
-    finally:
-        server.stop()
