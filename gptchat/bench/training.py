@@ -44,18 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def train_config(args: argparse.Namespace) -> GPT2Config:
     """GPT-2 124M, or the size in --config, without dropout."""
-    model_config = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
     if not args.config:
-        return model_config
+        return GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
     config = load_config(args.config)
-    return replace(
-        model_config,
-        vocab_size=config.tokenizer.vocab_size,
-        n_layer=config.model.n_layer,
-        n_head=config.model.n_head,
-        n_embd=config.model.n_embd,
-        n_positions=config.model.n_ctx,
-    )
+    return GPT2Config.of(replace(config.model, dropout=0), config.tokenizer.vocab_size)
 
 
 def training_step(contestant: str, args: argparse.Namespace) -> Callable[[], None]:

@@ -17,7 +17,7 @@ Shapes: B rows, T positions, C channels, H heads, D = C / H, V vocabulary entrie
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from gptchat.config import ModelConfig
 from gptchat.model.kv_cache import CacheView, KVCache
 from gptchat.model.loss import at_least_float32, summed_cross_entropy
 from gptchat.model.masks import additive_mask, document_block_mask, packed_mask, use_block_mask
@@ -52,14 +53,16 @@ ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "tanh": torch.tanh,
 }
 NO_TYPE_ROWS = (-1, -1)  # of a foreign model, before `pretrained.adapt`
+OURS = {"ours": True}  # metadata of a config's field
 
 
 @dataclass(frozen=True)
 class GPT2Config:
     """The keys of Hugging Face's GPT2Config that change what is computed, with its defaults.
 
-    `type_rows` is ours: token type t adds the row `wte[type_rows[t]]` to the embedding.
-    NO_TYPE_ROWS: it cannot take types.
+    A field marked OURS is unknown to transformers and is written under the key `gptchat` of
+    config.json. Token type t adds the row `wte[type_rows[t]]` to the embedding; a model with
+    NO_TYPE_ROWS takes no types.
     """
 
     vocab_size: int = 50257
@@ -75,7 +78,21 @@ class GPT2Config:
     resid_pdrop: float = 0.1
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
-    type_rows: tuple[int, int] = (0, 1)
+    type_rows: tuple[int, int] = field(default=(0, 1), metadata=OURS)
+
+    @classmethod
+    def of(cls, size: ModelConfig, vocab_size: int) -> "GPT2Config":
+        """A new model of the size that the section [model] of a config gives."""
+        return cls(
+            vocab_size=vocab_size,
+            n_positions=size.n_ctx,
+            n_embd=size.n_embd,
+            n_layer=size.n_layer,
+            n_head=size.n_head,
+            embd_pdrop=size.dropout,
+            attn_pdrop=size.dropout,
+            resid_pdrop=size.dropout,
+        )
 
 
 def use_manual_attention(device: torch.device, dtype: torch.dtype, length: int) -> bool:

@@ -116,7 +116,7 @@ def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
     arguments = {
         field.name: _config_value(path, field, values)
         for field in dataclasses.fields(GPT2Config)
-        if field.name != "type_rows"
+        if "ours" not in field.metadata
     }
     if arguments["n_embd"] % arguments["n_head"]:
         raise UserError(
@@ -260,13 +260,19 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
     }
-    model_config = dataclasses.asdict(config) | special_ids
+    values = dataclasses.asdict(config)
+    ours = {
+        field.name: values.pop(field.name)
+        for field in dataclasses.fields(config)
+        if "ours" in field.metadata
+    }
+    model_config = values | special_ids
     model_config |= {
         "n_ctx": config.n_positions,  # the name that llama.cpp's converter looks for
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "tie_word_embeddings": True,
-        "gptchat": {"task": task, "type_rows": model_config.pop("type_rows")},
+        "gptchat": {"task": task} | ours,
     }
     generation_config = special_ids | {
         "eos_token_id": stop_id(tokenizer, task),

@@ -132,16 +132,9 @@ def measure(recipe: Config) -> Speed:
 
 def model_config(size: tuple[int, int], recipe: Config, vocab_size: int = 0) -> GPT2Config:
     n_layer, n_embd = size
-    return GPT2Config(
-        vocab_size=vocab_size or recipe.tokenizer.vocab_size,
-        n_positions=recipe.model.n_ctx,
-        n_embd=n_embd,
-        n_layer=n_layer,
-        n_head=max(1, n_embd // HEAD_WIDTH),
-        embd_pdrop=recipe.model.dropout,
-        attn_pdrop=recipe.model.dropout,
-        resid_pdrop=recipe.model.dropout,
-    )
+    n_head = max(1, n_embd // HEAD_WIDTH)
+    model = replace(recipe.model, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+    return GPT2Config.of(model, vocab_size or recipe.tokenizer.vocab_size)
 
 
 def n_parameters(config: GPT2Config) -> int:

@@ -41,18 +41,7 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
     if config.init_from:
         return load_start_model(config)
     tokenizer = tokenizer_for(config)
-    size = config.model
-    model_config = GPT2Config(
-        vocab_size=tokenizer.vocab_size,
-        n_positions=size.n_ctx,
-        n_embd=size.n_embd,
-        n_layer=size.n_layer,
-        n_head=size.n_head,
-        embd_pdrop=size.dropout,
-        attn_pdrop=size.dropout,
-        resid_pdrop=size.dropout,
-    )
-    return GPT2(model_config), tokenizer
+    return GPT2(GPT2Config.of(config.model, tokenizer.vocab_size)), tokenizer
 
 
 def start_directory(config: Config) -> str:
