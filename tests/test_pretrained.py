@@ -24,7 +24,9 @@ from gptchat.model import weight_files
 from gptchat.model.convert import convert
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.pretrained import (
+    AnswerDefaults,
     adapt,
+    answer_defaults,
     load_model,
     never_generated,
     save_static,
@@ -121,6 +123,32 @@ def test_generation_config_stops_at_the_task_s_end_and_suppresses_what_is_no_tex
         and tokenizer.cls_token_id == 4
         and tokenizer.sep_token == "[SEP]"
     )
+
+
+def test_sampling_defaults_travel_with_the_model_and_transformers_uses_them(tmp_path: Path) -> None:
+    our_directory(tmp_path)
+    defaults = AnswerDefaults({"temperature": 0.5, "top_k": 7, "top_p": 0.9}, 20, "mmi")
+    save_static(tmp_path, load_model(tmp_path)[0].config, byte_tokenizer(), "chatlm", defaults)
+    assert answer_defaults(tmp_path) == defaults
+    model = GPT2LMHeadModel.from_pretrained(tmp_path)
+    generation = model.generation_config
+    assert (generation.do_sample, generation.temperature, generation.top_k) == (True, 0.5, 7)
+    prompt = {"input_ids": IDS[:1, :4], "attention_mask": torch.ones(1, 4)}
+    texts = []
+    for settings in ({}, {"do_sample": True, **defaults.sampling, "eos_token_id": 4}):
+        torch.manual_seed(0)
+        texts.append(model.generate(**prompt, max_new_tokens=20, **settings).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_sampling_defaults_of_other_people_are_honoured_or_neutral(tmp_path: Path) -> None:
+    assert answer_defaults(tmp_path) == AnswerDefaults({}, 1, "first")
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": 0.7, "top_k": null, "do_sample": false, "max_length": 50}')
+    assert answer_defaults(tmp_path) == AnswerDefaults({"temperature": 0.7})
+    path.write_text('{"gptchat": {"candidates": 0}}')
+    with pytest.raises(UserError, match="generation_config.json.*candidates of 1 or more"):
+        answer_defaults(tmp_path)
 
 
 # Formats of the weights that people have: each rewrites what transformers 5 wrote into `directory`.

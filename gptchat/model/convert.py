@@ -11,7 +11,7 @@ from pathlib import Path
 from gptchat.console import CommandParser, UserError
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.model.gpt2 import GPT2
-from gptchat.model.pretrained import adapt, load_model, save_static
+from gptchat.model.pretrained import adapt, answer_defaults, load_model, save_static
 from gptchat.model.weight_files import (
     HEAD,
     OLD_CAUSAL_MASKS,
@@ -32,7 +32,7 @@ def convert(source: Path, target: Path, task: str | None) -> Iterator[str]:
     yield f"{source}: {describe_size(model)}"
     yield from describe_weights(open_weights(source))
     added = adapt(model, tokenizer, seed=0)
-    save_static(target, model.config, tokenizer, task or source_task)
+    save_static(target, model.config, tokenizer, task or source_task, answer_defaults(source))
     save_weights(target, model)
     yield from describe_rows(tokenizer, added, model.config.type_rows)
     megabytes = (target / "model.safetensors").stat().st_size / 1e6

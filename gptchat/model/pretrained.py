@@ -12,6 +12,7 @@ A foreign vocabulary lacks our special tokens, and a foreign model the rows of i
 
 import dataclasses
 import json
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,9 @@ def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
                 f"{path}: {key} is {value!r:.80}; wanted {' or '.join(map(str, supported))}"
             )
     arguments = {
-        field.name: _config_value(path, field, values)
-        for field in dataclasses.fields(GPT2Config)
-        if "ours" not in field.metadata
+        key.name: _config_value(path, key, values)
+        for key in dataclasses.fields(GPT2Config)
+        if "ours" not in key.metadata
     }
     if arguments["n_embd"] % arguments["n_head"]:
         raise UserError(
@@ -229,6 +230,45 @@ def _check_vocabulary(path: Path, vocabulary: Any) -> None:
 # --- what is generated, and what is written
 
 
+@dataclass(frozen=True)
+class AnswerDefaults:
+    """How a model answers where a request does not say: kept in its generation_config.json.
+
+    `sampling` holds settings of `gptchat.inference.sampling.Sampling` by name, unchecked.
+    `candidates` answers are drawn, and `pick` names the rule that chooses among them.
+    """
+
+    sampling: dict[str, Any] = field(default_factory=dict)
+    candidates: int = 1
+    pick: str = "first"
+
+
+TRAINED_HERE = AnswerDefaults(
+    {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.15}
+)
+# These have the same name and meaning in transformers; vLLM honours the same ones.
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def answer_defaults(directory: str | Path) -> AnswerDefaults:
+    """What a directory's generation_config.json says; neutral settings without that file.
+
+    Raises UserError for a file that cannot be read.
+    """
+    path = Path(directory, "generation_config.json")
+    if not path.exists():
+        return AnswerDefaults()
+    values = read_json(path)
+    sampling = {key: values[key] for key in SAMPLING_KEYS if values.get(key) is not None}
+    own = _own_values(path, values)
+    candidates, pick = own.get("candidates", 1), own.get("pick", "first")
+    if type(candidates) is not int or candidates < 1 or not isinstance(pick, str):
+        raise UserError(
+            f"{path}: gptchat is {own!r:.80}; wanted candidates of 1 or more, and the name of pick"
+        )
+    return AnswerDefaults(sampling, candidates, pick)
+
+
 def never_generated(config: GPT2Config, tokenizer: Tokenizer, task: str) -> list[int]:
     """The ids that are no text: special tokens, type rows, and rows without a token.
 
@@ -253,7 +293,13 @@ def stop_ids(config: GPT2Config, tokenizer: Tokenizer, task: str) -> tuple[int, 
     return (id,) if 0 <= id < config.vocab_size else ()
 
 
-def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer, task: str) -> None:
+def save_static(
+    directory: str | Path,
+    config: GPT2Config,
+    tokenizer: Tokenizer,
+    task: str,
+    defaults: AnswerDefaults = TRAINED_HERE,
+) -> None:
     """Write a model directory except its weights: the configs and the tokenizer's files."""
     special_ids = {
         "bos_token_id": tokenizer.bos_id,
@@ -262,9 +308,9 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
     }
     values = dataclasses.asdict(config)
     ours = {
-        field.name: values.pop(field.name)
-        for field in dataclasses.fields(config)
-        if "ours" in field.metadata
+        key.name: values.pop(key.name)
+        for key in dataclasses.fields(config)
+        if "ours" in key.metadata
     }
     model_config = values | special_ids
     model_config |= {
@@ -277,7 +323,10 @@ def save_static(directory: str | Path, config: GPT2Config, tokenizer: Tokenizer,
     generation_config = special_ids | {
         "eos_token_id": stop_id(tokenizer, task),
         "suppress_tokens": never_generated(config, tokenizer, task),
+        "do_sample": defaults.sampling.get("temperature") != 0,
+        "gptchat": {"candidates": defaults.candidates, "pick": defaults.pick},
     }
+    generation_config |= defaults.sampling
     _write_json(Path(directory, "config.json"), model_config)
     _write_json(Path(directory, "generation_config.json"), generation_config)
     chat_template = CHAT_TEMPLATE if task == "chatlm" else None
