@@ -2,15 +2,14 @@
 
 `Config` is a training run's TOML file: the keys `task`, `run` and `init_from`, then one section per
 dataclass (`[tokenizer]`, `[data]`, `[model]`, `[train]`). On the command line, `section.key=value`
-or `key=value` overrides a key. configs/README.md lists every key. `ServerSettings` is the section
+or `key=value` overrides a key. `python -m gptchat.config` writes the tables of keys in
+configs/README.md. `ServerSettings` is the section
 `gptchat` of configs/serve/model-config.yaml.
 
 Promises: a value comes from the file or from an override, or is the default below. What is wrong is
 a UserError of one line that says where it is, what was found and what is wanted. In a config that
 `load_config` returns, every value is of its type, obeys its rules and fits the others; whether
 files, folders and devices exist is checked by the command that uses them.
-
-Keys are declared and checked by settings.py.
 """
 
 import sys
@@ -23,7 +22,7 @@ import tomli
 
 from gptchat.console import UserError
 from gptchat.files import shipped
-from gptchat.settings import build, setting
+from gptchat.settings import build, setting, table, update_tables
 
 
 @dataclass(frozen=True)
@@ -338,3 +337,13 @@ def _check_combinations(config: Config, source: str) -> None:
             f"{source}: [model] wants n_layer, n_head, n_embd and n_ctx, "
             "or init_from a model directory"
         )
+
+
+def tables() -> dict[str, str]:
+    """The tables of keys in configs/README.md, by the names in their markers."""
+    classes = [Config, TokenizerConfig, DataConfig, ModelConfig, TrainConfig]
+    return {cls.__name__: table(cls) for cls in classes}
+
+
+if __name__ == "__main__":
+    update_tables(shipped("configs") / "README.md", tables())

@@ -1,98 +1,166 @@
-"""Settings declared once, with default, meaning and rules, and checked when they are read.
+"""Settings: dataclass fields declared with default, help and allowed values, and their checking.
 
-A field of a dataclass that `setting` declares is a key of a table. `build` makes the dataclass of a
-parsed table: every key must be known, of its field's type, and obey its rules. What is wrong is a
-UserError of one line that says where it is, what was found and what is wanted.
+Config keys, a request's sampling settings, the server's limits and the sizes of a model are
+declared with `setting`. `declared(cls)` lists them. `Setting.check` checks one value, `check_all`
+an instance, `build` a table from a file; `table` and `update_tables` document them in a README.
 """
 
 import dataclasses
+import functools
+import json
 import math
 import operator
+import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gptchat.console import UserError
 
 T = TypeVar("T")
 
-# The rules of a setting: name -> (test of a value against the rule's bound, how an error says it).
-RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
-    "choices": (lambda value, choices: value in choices, "one of"),
+KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {  # type -> (its name, what may stand for it)
+    bool: ("true or false", (bool,)),
+    int: ("an integer", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a string", (str,)),
+    tuple[str, ...]: ("a string or a list of strings", (str,)),
+    tuple[float, ...]: ("a number or a list of numbers", (int, float)),
+}
+RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {  # name -> (test, its name)
     "min": (operator.ge, "at least"),
     "max": (operator.le, "at most"),
-    "above": (operator.gt, "a value above"),
-    "below": (operator.lt, "a value below"),
-}
-
-# Keys that had another name in earlier versions, with the name that they have now.
-RENAMED = {
-    "accumulation": "gradient_accumulation_steps",
-    "warmup_rate": "warmup_ratio",
-    "final_rate": "min_lr_ratio",
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
 }
 
 
-def setting(default: Any, meaning: str, **rules: Any) -> Any:
-    """A key of a config table: its default, its meaning in one line, and `RULES` for its values."""
-    assert rules.keys() <= RULES.keys()
-    return dataclasses.field(default=default, metadata={"help": meaning, **rules})
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """A field of a dataclass: default, meaning in one line, and `choices` or bounds from RULES."""
+    assert rules.keys() <= {"choices", *RULES}
+    return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting. Its type is a key of KINDS; if `optional`, None is allowed, too."""
+
+    name: str
+    type: Any
+    optional: bool
+    default: Any
+    help: str
+    rules: Mapping[str, Any]
+
+    @property
+    def wanted(self) -> str:
+        """The allowed values in words, such as "an integer, at least 1" or "a number, 0 to 1"."""
+        if "choices" in self.rules:
+            return "one of " + ", ".join(self.rules["choices"])
+        if self.rules.keys() == {"min", "max"}:
+            bounds = f"{self.rules['min']} to {self.rules['max']}"
+        else:
+            bounds = " and ".join(f"{RULES[name][1]} {bound}" for name, bound in self.rules.items())
+        return ", ".join(filter(None, (KINDS[self.type][0], bounds)))
+
+    def check(self, value: Any) -> Any:
+        """The value as the field holds it. Raises ValueError: "found ...; wanted ..."."""
+        if value is None and self.optional:
+            return None
+        is_tuple = typing.get_origin(self.type) is tuple
+        items = list(value) if is_tuple and isinstance(value, list | tuple) else [value]
+        if not all(map(self._is_allowed, items)):
+            raise ValueError(f"found {value!r:.80}; wanted {self.wanted}")
+        item_type = typing.get_args(self.type)[0] if is_tuple else self.type
+        checked = [float(item) if item_type is float else item for item in items]
+        return tuple(checked) if is_tuple else checked[0]
+
+    def _is_allowed(self, item: Any) -> bool:
+        types = KINDS[self.type][1]
+        if not isinstance(item, types) or (isinstance(item, bool) and bool not in types):
+            return False
+        if isinstance(item, float) and not math.isfinite(item):
+            return False
+        if "choices" in self.rules:
+            return item in self.rules["choices"]
+        return all(RULES[name][0](item, bound) for name, bound in self.rules.items())
+
+
+@functools.cache
+def declared(cls: Any) -> dict[str, Setting]:
+    """The settings of a dataclass by name. Fields that `setting` did not declare are left out."""
+    hints = typing.get_type_hints(cls)
+    settings = {}
+    for field in dataclasses.fields(cls):
+        if "rules" not in field.metadata:
+            continue
+        hint, optional = hints[field.name], False
+        if isinstance(hint, types.UnionType):  # int | None
+            (hint,) = set(typing.get_args(hint)) - {types.NoneType}
+            optional = True
+        rules, help = field.metadata["rules"], field.metadata["help"]
+        settings[field.name] = Setting(field.name, hint, optional, field.default, help, rules)
+    return settings
+
+
+def check_all(instance: Any) -> None:
+    """Check every setting of a dataclass's instance, as in its `__post_init__`.
+
+    Raises ValueError: "name: found ...; wanted ...".
+    """
+    for name, one in declared(type(instance)).items():
+        try:
+            one.check(getattr(instance, name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") -> T:
-    """An instance of the dataclass `cls` from a parsed table, with every key and value checked.
+    """An instance of the dataclass `cls` from a parsed table.
 
-    A field that is itself a dataclass is a table in the table. Other fields are of type bool, int,
-    float (an int will do) or str, or a tuple of any number of strings or floats (one alone will
-    do), and are declared with `setting`; a rule holds for every item of a tuple. Raises UserError
-    for an unknown key, another type or a value that breaks one of the field's `RULES`; its line
-    begins with `source`, the file and overrides that the table comes from, and `section`, the
-    table's name.
+    A field that is itself a dataclass is a table in the table. Raises UserError for an unknown key
+    or a value that is not allowed. Its line begins with `source`, the file and overrides that the
+    table comes from, and `section`, the table's name.
     """
-    types = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    arguments = {}
+    settings = declared(cls)
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
     for key, value in values.items():
         place = f"{source}: [{section}] {key}" if section else f"{source}: {key}"
-        if key not in fields:
-            raise UserError(f"{place}: {_describe_unknown_key(key, list(fields))}")
-        if dataclasses.is_dataclass(types[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"{place}: found {value!r}; wanted a section [{key}]")
-            arguments[key] = build(types[key], value, source, section=key)
+        if key in settings:
+            try:
+                arguments[key] = settings[key].check(value)
+            except ValueError as error:
+                raise UserError(f"{place}: {error}") from None
+        elif key not in hints:
+            raise UserError(f"{place}: unknown key; wanted one of {', '.join(hints)}")
+        elif not isinstance(value, dict):
+            raise UserError(f"{place}: found {value!r:.80}; wanted a section [{key}]")
         else:
-            arguments[key] = _convert(value, types[key], place)
-            _check_rules(arguments[key], fields[key].metadata, place)
+            arguments[key] = build(hints[key], value, source, section=key)
     return cls(**arguments)
 
 
-def _describe_unknown_key(key: str, known: Sequence[str]) -> str:
-    """What an error says of a key that no field has: its new name if it was renamed."""
-    if key in RENAMED and RENAMED[key] in known:
-        return f"renamed; the key is now called {RENAMED[key]}"
-    return f"unknown key; wanted one of {', '.join(known)}"
+def table(cls: type) -> str:
+    """The settings of a dataclass as a Markdown table, a row each."""
+    rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, one in declared(cls).items():
+        rows.append(f"| `{name}` | {one.wanted} | `{json.dumps(one.default)}` | {one.help} |")
+    return "\n".join(rows)
 
 
-def _convert(value: Any, wanted: Any, place: str) -> Any:
-    """The value as a field of type `wanted` holds it."""
-    if typing.get_origin(wanted) is tuple:
-        items = value if isinstance(value, list) else [value]
-        item_type = typing.get_args(wanted)[0]
-        kind, types = ("string", (str,)) if item_type is str else ("number", (int, float))
-        if not all(type(item) in types for item in items):
-            raise UserError(f"{place}: found {value!r}; wanted a {kind} or a list of {kind}s")
-        return tuple(_convert(item, item_type, place) for item in items)
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:  # not isinstance, which takes True for an int
-        raise UserError(f"{place}: found {value!r}; wanted a value of type {wanted.__name__}")
-    if wanted is float and not math.isfinite(value):
-        raise UserError(f"{place}: found {value!r}; wanted a finite value of type float")
-    return value
+def update_tables(path: Path, tables: Mapping[str, str]) -> None:
+    """Put each table between its two markers in a Markdown file.
 
-
-def _check_rules(value: Any, metadata: typing.Mapping[str, Any], place: str) -> None:
-    items = value if isinstance(value, tuple) else (value,)
-    for rule, (obeys, description) in RULES.items():
-        if rule in metadata and not all(obeys(item, metadata[rule]) for item in items):
-            raise UserError(f"{place}: found {value!r}; wanted {description} {metadata[rule]}")
+    `<!-- table: NAME -->` stands before it and `<!-- end -->` behind it.
+    """
+    text = path.read_text(encoding="utf-8")
+    for name, content in tables.items():
+        start = f"<!-- table: {name} -->\n"
+        assert start in text, f"{path} has no marker of the table {name}"
+        before, behind = text.split(start)
+        end = behind.index("\n<!-- end -->")
+        text = before + start + content + behind[end:]
+    path.write_text(text, encoding="utf-8")

@@ -689,7 +689,7 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
     [
         (["train.learning_rat=1"], "unknown key"),
         (["train.warmup_rate=0.1"], "warmup_ratio"),
-        (["train.learning_rate=fast"], "wanted a value of type float"),
+        (["train.learning_rate=fast"], "wanted a number, above 0"),
         (["train.precision=fp8"], "wanted one of"),
         (["model.n_head=3"], "no multiple of n_head"),
         (["train.num_epochs=1"], "exactly one of num_epochs and num_steps"),

@@ -236,17 +236,11 @@ def test_a_key_that_the_checkpoint_lacks_counts_as_saved_with_its_default(
 
 
 @pytest.mark.slow
-def test_a_saved_key_that_no_longer_exists_is_named_and_a_renamed_one_is_known(
-    small: Path, tmp_path: Path
-) -> None:
-    finish(start(small, "lm", tmp_path, *SHORT, "train.warmup_ratio=0.1"))
-    rewrite_config(
-        tmp_path / "checkpoint.safetensors",
-        {"train.warmup_ratio": None, "train.warmup_rate": 0.1, "train.momentum": 0.3},
-    )
-    output = finish(start(small, "lm", tmp_path, *SHORT, "train.warmup_ratio=0.1"))
+def test_a_saved_key_that_no_longer_exists_is_named(small: Path, tmp_path: Path) -> None:
+    finish(start(small, "lm", tmp_path, *SHORT))
+    rewrite_config(tmp_path / "checkpoint.safetensors", {"train.momentum": 0.3})
+    output = finish(start(small, "lm", tmp_path, *SHORT))
     assert "train.momentum was 0.3, a key that no longer exists" in output
-    assert "warmup" not in output
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ compares that of a checkpoint with that of a new start.
 
 A resumed run must compute what the run computed before, so keys other than `FREE_KEYS` must have
 the values that they had. Keys come and go between versions of gptchat: one that the checkpoint
-lacks had its default, which means what was done before there was such a key; a renamed one counts
-under its new name; one that no longer exists is passed over and named.
+lacks had its default, which means what was done before there was such a key; one that no longer
+exists is passed over and named.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from typing import Any
 from gptchat.config import Config
 from gptchat.console import UserError
 from gptchat.files import atomic_write
-from gptchat.settings import RENAMED
 
 # Keys that may change between two starts of a run: what the checkpoint holds means the same under
 # any value.
@@ -69,7 +68,7 @@ def compare_configs(path: Path, saved: dict[str, Any], config: dict[str, Any]) -
     if config["text"]["init"] is None:
         config["text"]["init"] = saved["text"]["init"]
     now = flatten(config)
-    before = flatten(resolve_config(Config(), {})) | _renamed(flatten(saved))
+    before = flatten(resolve_config(Config(), {})) | flatten(saved)
     changes: list[str] = []
     refused: dict[str, str] = {}  # key -> change
     for key in sorted(before.keys() | now.keys()):
@@ -98,15 +97,6 @@ def _describe_refusal(refused: dict[str, str], run: str) -> str:
         f"made with another config: {differences}; change it back, or name another run folder; "
         f"only these keys may change: {', '.join(sorted(FREE_KEYS))}"
     )
-
-
-def _renamed(flat: dict[str, Any]) -> dict[str, Any]:
-    """The same keys under their present names."""
-    renamed = {}
-    for full_name, value in flat.items():
-        section, dot, key = full_name.rpartition(".")
-        renamed[section + dot + RENAMED.get(key, key)] = value
-    return renamed
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
