@@ -110,7 +110,7 @@ def check_all(instance: Any) -> None:
 
     Raises ValueError: "name: found ...; wanted ...".
     """
-    for name, one in declared(type(instance)).items():
+    for name, one in declared(type(instance)).items():  # type: ignore[arg-type]
         try:
             one.check(getattr(instance, name))
         except ValueError as error:
@@ -124,7 +124,7 @@ def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") 
     or a value that is not allowed. Its line begins with `source`, the file and overrides that the
     table comes from, and `section`, the table's name.
     """
-    settings = declared(cls)
+    settings = declared(cls)  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
