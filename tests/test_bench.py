@@ -121,7 +121,6 @@ def model_directory(tmp_path_factory):
         ("decode --model MODEL --prompt 100", "164 tokens (--prompt and --new) do not fit into"),
         ("decode --model MODEL --first 9 --text nowhere", "nowhere: cannot be read: No such file"),
         ("decode --first 9 --text README.md", "--text: found no --model"),
-        ("decode --cuda-graphs", "--cuda-graphs: found no GPU; wanted one, which records them"),
         ("train --row 2000", "2000 tokens (--row) do not fit into"),
         ("serve --model MODEL --url http://127.0.0.1:9/x", "127.0.0.1:9/x: cannot be asked: "),
         ("serve --model MODEL --new 1000", "1032 tokens (--prompt and --new) do not fit into"),

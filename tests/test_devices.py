@@ -24,7 +24,7 @@ from gptchat.console import UserError
 from gptchat.data.batches import Batches
 from gptchat.data.shards import open_sources
 from gptchat.data.tokenizer import tokenizer_for
-from gptchat.inference import cuda_graphs, draw, linear
+from gptchat.inference import draw, linear
 from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import Sampling
 from gptchat.model import gpt2, kv_cache
@@ -216,17 +216,7 @@ def test_a_training_step_reads_nothing_from_the_device_but_for_the_log(
     assert watch.reads.total() == 2  # the loss and the largest gradient norm
 
 
-# --- decoding with shapes that repeat, and recorded
-
-
-def replay_by_running(function, inputs, length, pool) -> cuda_graphs.Recording:
-    """Stands in for a CUDA graph: replays by running the function on the recorded inputs."""
-    output = function(*inputs, length)
-
-    def replay() -> None:
-        output.copy_(function(*inputs, length))
-
-    return cuda_graphs.Recording(inputs, output, replay)
+# --- decoding with shapes that repeat
 
 
 def traffic(slots: int) -> list[Request]:
@@ -246,32 +236,12 @@ def logprobs(engine: Engine) -> list[float | None]:
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_views_that_reach_further_and_replayed_steps_change_no_answer(
-    slots: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_graphs, "record", replay_by_running)
+def test_views_that_reach_further_change_no_answer(slots: int) -> None:
     model = model_on(torch.device("cpu"))
     wanted = logprobs(Engine(model, slots=slots))
     further = Engine(model, slots=slots)
     further.cache.length_step = kv_cache.LENGTH_STEP
     assert logprobs(further) == pytest.approx(wanted, abs=1e-5)
-    recorded = Engine(model, slots=slots, cuda_graphs=True)
-    recorded.cache.length_step = kv_cache.LENGTH_STEP
-    assert logprobs(recorded) == pytest.approx(wanted, abs=1e-5)
-    assert recorded.graphs is not None
-    lengths = {length for length, *_ in recorded.graphs.recordings}
-    assert lengths == {64, 128, 192}
-    assert len(recorded.graphs.recordings) <= slots * len(lengths)
-
-
-def test_a_recorded_step_makes_no_tensor_on_another_device() -> None:
-    engine = Engine(model_on(META), slots=3, length=64, cuda_graphs=True)
-    engine.typed = True
-    ids = torch.empty(3, 1, dtype=torch.int64, device=META)
-    with torch.no_grad(), DeviceWatch() as watch:
-        engine._decode_pass(ids, ids, ids[:, 0], length=64)
-    assert not watch.strangers
-    assert not watch.reads
 
 
 # --- masks

@@ -225,7 +225,7 @@ def answers(model: GPT2, dtype: str) -> list[Any]:
 
 def answers_of_f_linear(model: GPT2, dtype: str) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_module, "kernel_works", lambda dtype, gelu: False)
+        patch.setattr(linear_module, "kernel_works", lambda dtype: False)
         return answers(model, dtype)
 
 
@@ -269,7 +269,7 @@ def test_the_engine_answers_with_one_warning_where_a_function_is_missing(
 
 def test_trying_a_kernel_leaves_the_random_state_alone():
     before = torch.get_rng_state()
-    assert kernel_works("float32", True)
+    assert kernel_works("float32")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -334,7 +334,7 @@ def test_int8_answers_depend_on_slots_and_chunks_through_attention_alone(monkeyp
 
     torch.set_num_threads(1)
     monkeypatch.setattr(F, "scaled_dot_product_attention", in_float64)
-    monkeypatch.setattr(linear_module, "kernel_works", lambda dtype, gelu: True)
+    monkeypatch.setattr(linear_module, "kernel_works", lambda dtype: True)
     torch.manual_seed(0)
     model = GPT2(SMALL)
     for parameter in model.parameters():
@@ -362,7 +362,7 @@ def test_auto_is_the_fastest_that_the_cpu_multiplies(monkeypatch, engines, bfloa
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": bfloat16})
     quantized = SimpleNamespace(supported_engines=engines)
     monkeypatch.setattr("torch.backends.quantized", quantized)
-    monkeypatch.setattr(linear_module, "kernel_works", lambda dtype, gelu: dtype == "int8")
+    monkeypatch.setattr(linear_module, "kernel_works", lambda dtype: dtype == "int8")
     model = GPT2(SMALL)
     prepare_for_inference(model, "auto")
     layer = model.h[0].mlp.c_fc

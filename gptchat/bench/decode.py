@@ -52,7 +52,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="dtypes of our weights (default: all that the device has)",
     )
-    add("--cuda-graphs", action="store_true", help="record our decoding steps on a GPU")
     add(
         "--batches",
         nargs="+",
@@ -157,8 +156,6 @@ class DecodeBenchmark:
     def __init__(self, args: argparse.Namespace, report: Report):
         self.args = args
         self.report = report
-        if args.cuda_graphs and default_device() == "cpu":
-            raise UserError("--cuda-graphs: found no GPU; wanted one, which records them")
         if args.text and not args.model:
             raise UserError(
                 "--text: found no --model; wanted one, whose tokenizer encodes the text"
@@ -174,10 +171,7 @@ class DecodeBenchmark:
         length = max(args.prompt + args.new, self.first_length + 1, self.history + TURN + 1)
         length = min(length, self.config.n_positions)
         slots = max(args.batches)
-        self.engines = {
-            dtype: Engine(self.model, slots, length, dtype, cuda_graphs=args.cuda_graphs)
-            for dtype in args.dtypes
-        }
+        self.engines = {dtype: Engine(self.model, slots, length, dtype) for dtype in args.dtypes}
         linear_layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
         # As many float32 numbers as a step reads weights.
         n_weights = sum(layer.weight.numel() for layer in linear_layers)

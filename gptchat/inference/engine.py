@@ -45,7 +45,6 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from gptchat.inference.cuda_graphs import Graphs
 from gptchat.inference.draw import Scored, draw, score
 from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.prefix_cache import Prefix, PrefixCache
@@ -65,8 +64,7 @@ class Engine:
     harm to the original. `suppress` are ids that are never drawn; `characters` is what the setting
     `whole_characters` needs. A step prefills at most `prefill_chunk` prompt tokens, so that long
     prompts do not stall the live sequences. `prefix_cache` uses keys and values of ended sequences
-    again, at the price that answers depend on earlier requests, by rounding. `cuda_graphs`, for a
-    GPU, records decoding steps and replays them.
+    again, at the price that answers depend on earlier requests, by rounding.
     """
 
     def __init__(
@@ -79,7 +77,6 @@ class Engine:
         prefill_chunk: int = 256,
         characters: CharacterFilter | None = None,
         prefix_cache: bool = False,
-        cuda_graphs: bool = False,
     ):
         shared = {id(parameter): parameter for parameter in model.parameters()}
         self.model = deepcopy(model, shared).eval()
@@ -94,7 +91,6 @@ class Engine:
         self.characters = characters
         self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
         self.prefix_cache = PrefixCache(self.cache, slots, prefix_cache)
-        self.graphs = Graphs(self._decode_pass) if cuda_graphs else None
         self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Sequence] = []  # in the order of their slots
         self.submitted = 0  # requests so far, and the id of the last one
@@ -187,18 +183,8 @@ class Engine:
             start=[len(sequence.ids) - 1 for sequence in self.running],
         )
         length = max(len(sequence.ids) for sequence in self.running)
-        if self.graphs is not None:
-            logits = self.graphs(*inputs, length=self.cache.padded(length))
-        else:
-            logits = self._decode_pass(*inputs, length)
-        return self._draw(0, logits)
-
-    def _decode_pass(
-        self, input_ids: Tensor, token_type_ids: Tensor, starts: Tensor, length: int
-    ) -> Tensor:
-        """Logits (n, V) of one token (n, 1) of each of the first n slots, at positions `starts`."""
-        hidden = self._run(input_ids, token_type_ids, starts, length, first_slot=0)  # (n, 1, C)
-        return self.model.logits(hidden[:, -1])
+        hidden = self._run(*inputs, length, first_slot=0)  # (n, 1, C)
+        return self._draw(0, self.model.logits(hidden[:, -1]))
 
     def _prefill(self) -> list[Output]:
         """The next chunk of prompts, and the first tokens of those that are complete."""

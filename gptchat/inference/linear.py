@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from gptchat.console import UserError
 from gptchat.model.devices import multiplies_bfloat16
-from gptchat.model.gpt2 import GPT2, MLP, gelu_tanh
+from gptchat.model.gpt2 import GPT2
 
 DTYPES = ("float32", "bfloat16", "int8")
 # What F.linear computes in, where it stands in for the kernel of a dtype
@@ -51,36 +51,29 @@ def cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class PlainLinear(nn.Module):
     """y = x W^T + b of float32 rows, by F.linear in `dtype`. Returns float32.
 
-    With `gelu` it returns gelu(y) instead, in `dtype`, which is what the next layer needs. The
-    kernels are compared with this layer, and it replaces those that cannot be used.
+    The kernels are compared with this layer, and it replaces those that cannot be used.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False):
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.gelu = gelu
         self.weight = weight.to(dtype)  # (out, in)
         self.bias = cast_bias(bias, dtype)  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x.to(self.dtype), self.weight, self.bias)
-        if self.gelu:
-            return gelu_tanh(y)
-        return y.float()
+        return F.linear(x.to(self.dtype), self.weight, self.bias).float()
 
 
 class PackedLinear(PlainLinear):
     """The same by oneDNN, from weights in its own layout."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False):
-        super().__init__(weight, bias, dtype, gelu)
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__(weight, bias, dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
         self.kernel = torch.ops.mkldnn._linear_pointwise.default._op
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        if self.gelu:
-            return self.kernel(x, self.weight, self.bias, "gelu", [], "tanh")
         return self.kernel(x, self.weight, self.bias, "none", [], "").float()
 
 
@@ -121,26 +114,25 @@ class Int8Linear(nn.Module):
         return torch.addcmul(self.bias, y, largest)
 
 
-def fast_linear(linear: nn.Linear, dtype: str, gelu: bool = False) -> nn.Module:
-    """A layer for float32 rows on a CPU: `linear` in `dtype`, followed by GELU if `gelu` is true.
+def fast_linear(linear: nn.Linear, dtype: str) -> nn.Module:
+    """A layer for float32 rows on a CPU: `linear` in `dtype`.
 
-    Where the kernel does not work it is a PlainLinear, which computes int8 in float32. The int8
-    kernel cannot apply GELU.
+    Where the kernel does not work it is a PlainLinear, which computes int8 in float32.
     """
     weight = linear.weight.detach()
-    if kernel_works(dtype, gelu):
-        return _kernel_linear(weight, linear.bias, dtype, gelu)
-    return PlainLinear(weight, linear.bias, PLAIN_DTYPE[dtype], gelu)
+    if kernel_works(dtype):
+        return _kernel_linear(weight, linear.bias, dtype)
+    return PlainLinear(weight, linear.bias, PLAIN_DTYPE[dtype])
 
 
-def _kernel_linear(weight: Tensor, bias: Tensor | None, dtype: str, gelu: bool) -> nn.Module:
+def _kernel_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> nn.Module:
     if dtype == "int8":
         return Int8Linear(weight, bias)
-    return PackedLinear(weight, bias, PLAIN_DTYPE[dtype], gelu)
+    return PackedLinear(weight, bias, PLAIN_DTYPE[dtype])
 
 
 @cache
-def kernel_works(dtype: str, gelu: bool) -> bool:
+def kernel_works(dtype: str) -> bool:
     """Whether the kernel gives what F.linear gives. It is tried once per process, on a small layer.
 
     A failure is reported on stderr. That oneDNN has no kernel of this dtype for the machine is not
@@ -154,8 +146,8 @@ def kernel_works(dtype: str, gelu: bool) -> bool:
         weight[0] = 4.0  # equal numbers become the largest products, which saturate first
         x = torch.cat([torch.randn(1, 64, generator=generator), torch.full((1, 64), 100.0)])
         for bias in (weight[:, 0].contiguous(), None):
-            expected = PlainLinear(weight, bias, torch.float32, gelu)(x)  # (2, 48)
-            difference = _kernel_linear(weight, bias, dtype, gelu)(x).float() - expected
+            expected = PlainLinear(weight, bias, torch.float32)(x)  # (2, 48)
+            difference = _kernel_linear(weight, bias, dtype)(x) - expected
             error = (difference.norm(dim=1) / expected.norm(dim=1)).max().item()
             if not error <= TOLERANCE[dtype]:
                 raise ArithmeticError(f"differs from F.linear by {error:.1%}")
@@ -211,18 +203,11 @@ def _has_fbgemm() -> bool:
 
 
 def pack_layers(model: GPT2, dtype: str) -> None:
-    """Replace every nn.Linear by a fast layer. Only oneDNN's kernel can apply GPT-2's gelu too."""
+    """Replace every nn.Linear by a fast layer."""
     for module in list(model.modules()):
-        if isinstance(module, MLP) and dtype != "int8":
-            _fuse_gelu(module, dtype)
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, fast_linear(child, dtype))
-
-
-def _fuse_gelu(mlp: MLP, dtype: str) -> None:
-    if mlp.activation is gelu_tanh and isinstance(mlp.c_fc, nn.Linear):
-        mlp.fuse_activation(fast_linear(mlp.c_fc, dtype, gelu=True))
 
 
 @torch.no_grad()

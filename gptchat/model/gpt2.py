@@ -153,21 +153,13 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc: nn.Module = nn.Linear(config.n_embd, n_inner)
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
         self.c_proj = nn.Linear(n_inner, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
-        # None: `c_fc` applies it
-        self.activation: Activation | None = ACTIVATIONS[config.activation_function]
-
-    def fuse_activation(self, c_fc: nn.Module) -> None:
-        """Replace the first layer by one that applies the activation too: an inference kernel."""
-        self.c_fc = c_fc
-        self.activation = None
+        self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)  # (B, T, n_inner)
-        if self.activation is not None:
-            x = self.activation(x)
+        x = self.activation(self.c_fc(x))  # (B, T, n_inner)
         x = self.c_proj(x)  # (B, T, C)
         return self.dropout(x) if self.training else x
 
