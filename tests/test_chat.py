@@ -18,7 +18,7 @@ from hf_models import byte_tokenizer, shake
 
 from gptchat import chat
 from gptchat.console import UserError, cli
-from gptchat.data.dialogue_files import read_dialogues, read_rows
+from gptchat.data.dialogue_files import read_dialogues, read_prompts
 from gptchat.inference.engine import generate
 from gptchat.inference.generate import Piece, load_generator
 from gptchat.inference.sampling import Sampling
@@ -34,6 +34,11 @@ OTHER_FIELDS = {
     "word_filter": "--forbid",
     "logprobs": "for the server",
 }
+
+
+def read_rows(path: str | Path) -> list[list[str]]:
+    """The turns of each dialogue, or prompt, of a file."""
+    return [[text for _, text in prompt.turns] for prompt in read_prompts(path)]
 
 
 def babbler(
@@ -272,8 +277,8 @@ def test_a_file_of_prompts(bot, tmp_path, monkeypatch, capsys):
     prompts.write_text("".join("\t".join(row) + "\n" for row in rows))
     common = ("--model", bot, "--seed", 1, "--max-new-tokens", 20)
     run(monkeypatch, capsys, *common, "--input", prompts, "--output", output)
-    answered = list(read_rows(output))
-    assert [row[:-1] for row in answered] == list(read_rows(prompts, 1)) and len(answered) == 32
+    answered = read_rows(output)
+    assert [row[:-1] for row in answered] == read_rows(prompts) and len(answered) == 32
     assert all(re.fullmatch("[a-z ]{20}", row[-1]) for row in answered)
     assert run(monkeypatch, capsys, *common, "--prompt", "number 29") == answered[-1][-1] + "\n"
 

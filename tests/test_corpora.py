@@ -5,16 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gptchat.console import UserError
 from gptchat.data import corpora
-from gptchat.data.chatterbot import read_conversations
-from gptchat.data.dialogue_files import escape, format_row, read_rows
+from gptchat.data.dialogue_files import escape, format_row, read_dialogues
 
 FILES = {
     "lm/speeches-early.txt",
@@ -54,7 +51,8 @@ def blocks(path: Path) -> list[str]:
 
 
 def rows(data: Path, split: str) -> list[list[str]]:
-    return list(read_rows(data / f"chatlm/{split}.tsv"))
+    dialogues = read_dialogues(data / f"chatlm/{split}.tsv")
+    return [[text for _, text in turns] for turns in dialogues]
 
 
 @pytest.mark.slow
@@ -238,44 +236,3 @@ def test_help_says_what_the_command_does_with_an_example(
         corpora.main(["--help"])
     shown = capsys.readouterr().out
     assert "Write the default corpora" in shown and "example:\n  gptchat corpora --out" in shown
-
-
-def has_chatterbot() -> bool:
-    try:
-        return metadata.version("chatterbot-corpus") == "1.3.3"
-    except metadata.PackageNotFoundError:
-        return False
-
-
-def test_conversations_of_the_packages_form(tmp_path):
-    path = tmp_path / "talk.yml"
-    path.write_text(
-        "categories:\n- x\nconversations:\n- - 'It''s me'\n  - \"ok\"\n# no turn\n"
-        "- - first\n  - goes on\n    and on - yes\n    - and on\n  - last\n"
-    )
-    expected = [["It's me", "ok"], ["first", "goes on and on - yes - and on", "last"]]
-    assert read_conversations(path) == expected == yaml.safe_load(path.read_text())["conversations"]
-    for wrong in ("- top\n", "- - |\n  text\n", '- - "a\\n"\n', "- - 'open\n", "text\n"):
-        path.write_text(f"conversations:\n{wrong}")
-        with pytest.raises(UserError, match="talk.yml"):
-            read_conversations(path)
-
-
-@pytest.mark.skipif(not has_chatterbot(), reason="needs chatterbot-corpus==1.3.3")
-def test_japanese_conversations_are_written_as_they_stand_there(tmp_path):
-    corpora.build_chatterbot(tmp_path, "japanese")
-    out = tmp_path / "chatterbot-japanese"
-    found = []
-    for split in ("train", "valid", "test"):
-        blocks = (out / f"lm/{split}.txt").read_text().split("\n\n")
-        found += [block.split("\n") for block in blocks if block]
-        for row in read_rows(out / f"chatlm/{split}.tsv"):
-            assert all(turn in "".join(sum(found, [])) for turn in row)
-    source = metadata.distribution("chatterbot-corpus").locate_file("chatterbot_corpus/data")
-    expected = []
-    for path in Path(source, "japanese").glob("*.yml"):
-        for turns in yaml.safe_load(path.read_text())["conversations"]:
-            expected.append([" ".join(turn.split()) for turn in turns if turn])
-    assert sorted(found) == sorted(turns for turns in expected if len(turns) > 1)
-    with pytest.raises(UserError, match="--language: found 'klingon'; wanted one of bengali"):
-        corpora.build_chatterbot(tmp_path, "klingon")

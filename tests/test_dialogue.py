@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gptchat.console import UserError
 from gptchat.data.dialogue import IGNORE, alternate, encode_example, encode_prompt, fit
-from gptchat.data.dialogue_files import escape, read_dialogues, read_prompts, read_rows, unescape
+from gptchat.data.dialogue_files import escape, read_dialogues, read_prompts, unescape
 from gptchat.data.reading import LONGEST_LINE
 
 CLS, SEP = 4, 5
@@ -31,6 +31,11 @@ def turns_of(lengths: list[int]) -> list[tuple[int, list[int]]]:
 
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=2, max_size=6)
+
+
+def texts(path: Path) -> list[list[str]]:
+    """The turns of each dialogue of a file."""
+    return [[text for _, text in turns] for turns in read_dialogues(path)]
 
 
 def test_two_turns_are_context_sep_response_cls() -> None:
@@ -188,13 +193,13 @@ def test_rows_come_back_from_a_file(
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.tsv"
     path.write_bytes("".join("\t".join(map(escape, row)) + "\n" for row in rows).encode())
-    assert list(read_rows(path)) == rows
+    assert texts(path) == rows
 
 
 def test_windows_files_and_ragged_tables_are_read(tmp_path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "table.tsv"
     path.write_bytes(b"\xef\xbb\xbfhi\thello\r\n\r\n\t\twhat?\tnothing\\tat all\r\nlast\trow")
-    assert list(read_rows(path)) == [["hi", "hello"], ["what?", "nothing\tat all"], ["last", "row"]]
+    assert texts(path) == [["hi", "hello"], ["what?", "nothing\tat all"], ["last", "row"]]
 
 
 @pytest.mark.parametrize(
@@ -213,25 +218,25 @@ def test_a_bad_row_is_named_by_file_and_place(tmp_path, content: bytes, message:
     path = tmp_path / "bad.tsv"
     path.write_bytes(content)
     with pytest.raises(UserError, match="bad.tsv" + message) as raised:
-        list(read_rows(path))
+        texts(path)
     assert "\n" not in str(raised.value)
 
 
 def test_a_lone_cr_ends_a_row_as_it_ends_a_line_of_text(tmp_path: Path) -> None:
     path = tmp_path / "old.tsv"
     path.write_bytes(b"\xef\xbb\xbfhi\thello\rhow\tfine\r\nlast\trow\r")
-    assert list(read_rows(path)) == [["hi", "hello"], ["how", "fine"], ["last", "row"]]
+    assert texts(path) == [["hi", "hello"], ["how", "fine"], ["last", "row"]]
 
 
 def test_a_longest_line_is_read_and_a_longer_one_refused_in_flat_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.tsv"
     turn = "x" * (LONGEST_LINE - 2)
     path.write_text(f"a\tb\na\t{turn}\n")
-    assert list(read_rows(path))[1] == ["a", turn]
+    assert texts(path)[1] == ["a", turn]
     path.write_text(f"a\tb\na\t{'x' * 50_000_000}\n")
     tracemalloc.start()
     with pytest.raises(UserError, match="long.tsv:2: found a line of more than 1,000,000 char"):
-        list(read_rows(path))
+        texts(path)
     assert tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
 
@@ -241,7 +246,7 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line() -> None:
     if not path.exists():
         pytest.skip("needs /proc")
     with pytest.raises(UserError, match="/proc/self/mem: cannot be read: Input/output error"):
-        list(read_rows(path))
+        texts(path)
 
 
 FORMS = {

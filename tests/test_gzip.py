@@ -8,8 +8,8 @@ import pytest
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import digests, reading
-from gptchat.data.dialogue_files import is_jsonl, read_dialogues
-from gptchat.data.reading import read_lines, read_text, sample_text, text_size
+from gptchat.data.dialogue_files import read_dialogues
+from gptchat.data.reading import read_lines, read_text, text_size
 from gptchat.data.shard_writer import write
 from gptchat.data.tokenizer import train_tokenizer
 
@@ -26,23 +26,11 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return plain, packed
 
 
-def test_text_lines_and_samples_are_those_of_the_plain_file(files: tuple[Path, Path]) -> None:
+def test_text_and_lines_are_those_of_the_plain_file(files: tuple[Path, Path]) -> None:
     plain, packed = files
     assert text_size(packed) == text_size(plain) == plain.stat().st_size
     assert "".join(read_text(packed, 1000)) == "".join(read_text(plain, 1000))
     assert list(read_lines(packed)) == list(read_lines(plain))
-    for limit in (1 << 16, 1 << 17, 1 << 30):
-        assert list(sample_text([packed, plain], limit)) == list(sample_text([plain, plain], limit))
-
-
-def test_a_sample_of_a_compressed_file_never_goes_back_in_it(
-    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("the file is read from its beginning again")
-
-    monkeypatch.setattr(gzip._GzipReader, "_rewind", refuse)  # type: ignore[attr-defined]
-    assert list(sample_text([files[1]], 1 << 30))
 
 
 def test_vocabulary_and_shards_are_those_of_the_plain_file(
@@ -71,7 +59,6 @@ def test_dialogues_of_both_formats_may_be_compressed(tmp_path: Path) -> None:
     for name, text in (("x.tsv.gz", "a\tb\n"), ("x.jsonl.gz", line), ("x.JSONL.GZ", line)):
         path = tmp_path / name
         path.write_bytes(gzip.compress(text.encode()))
-        assert is_jsonl(path) == ("jsonl" in name.lower())
         assert list(read_dialogues(path)) == [[(0, "a"), (1, "b")]]
 
 

@@ -12,7 +12,7 @@ import pytest
 from gptchat import new
 from gptchat.config import load_config, load_run_config
 from gptchat.console import UserError
-from gptchat.data.check import check, in_five_lines
+from gptchat.data.check import check, lines_of
 from gptchat.data.dialogue_files import read_prompts
 from gptchat.new import sizing
 from gptchat.new.sizing import Speed
@@ -335,7 +335,7 @@ def test_long_conversations_that_lose_nothing_leave_the_context_as_it_is(
     first = load_config("configs/bard/lm.toml") if has_lm else config
     assert config.data.targets == targets and first.model.n_ctx == 256
     report = check(config)
-    assert report.total("long_rows") == 100 and report.total("cut_rows") == 0
+    assert report.long_rows == 100 and report.cut_rows == 0
 
 
 def test_long_rows_of_a_chatlm_are_counted_before_its_lm_is_there(folder: Path) -> None:
@@ -344,7 +344,7 @@ def test_long_rows_of_a_chatlm_are_counted_before_its_lm_is_there(folder: Path) 
     config = load_config("configs/bard/chatlm.toml")
     text = Path("configs/bard/chatlm.toml").read_text()
     assert config.init_from and "\nn_ctx = 256  # that of the LM\n" in text
-    lines = in_five_lines(check(config), "chatlm.toml")
+    lines = "".join(lines_of(check(config), "chatlm.toml"))
     assert "long rows: about 5 are longer than 256 tokens" in lines
 
 

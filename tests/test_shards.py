@@ -53,17 +53,15 @@ quick = settings(derandomize=True, deadline=None, max_examples=200)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with prose, dialogues and tokenizers of both kinds."""
+    """A folder with prose, dialogues and two tokenizers."""
     folder = tmp_path_factory.mktemp("shards")
     (folder / "prose.txt").write_text(PROSE * 20, encoding="utf-8")
     (folder / "chat.tsv").write_text(
         "Hi!\tHello, you.\nHow are you?\tFine.\tGood to hear\\nthat.\n", encoding="utf-8"
     )
-    for kind in ("bpe", "unigram"):
-        found = TokenizerConfig(
-            dir=str(folder / kind), kind=kind, vocab_size=400, files=(str(folder / "prose.txt"),)
-        )
-        train_tokenizer(found).save(folder / kind)
+    for name, vocab_size in (("bpe", 400), ("smaller", 300)):
+        found = TokenizerConfig(vocab_size=vocab_size, files=(str(folder / "prose.txt"),))
+        train_tokenizer(found).save(folder / name)
     return folder
 
 
@@ -111,7 +109,6 @@ def refused(config, *wanted):
     assert all(part in line for part in wanted), line
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize(
     "document, expected",
     [
@@ -120,10 +117,7 @@ def refused(config, *wanted):
         ("file", ["a\nb\n\n  \n  c\n\n\nd\ne"]),
     ],
 )
-def test_documents_are_encoded_and_each_is_followed_by_eos(
-    lm, tmp_path, folder, kind, document, expected
-):
-    lm = dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(folder / kind)))
+def test_documents_are_encoded_and_each_is_followed_by_eos(lm, tmp_path, document, expected):
     config = with_text(
         lm, tmp_path, "\ufeff\n \na\r\nb\n\n  \n  c\n\n\nd\ne\n\n", document=document
     )
@@ -198,10 +192,9 @@ def test_text_like_a_special_token_stays_text(lm, tmp_path):
     assert ids.count(tokenizer_of(config).eos_id) == 1
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("pattern", ["gpt2", "script"])
-def test_encoding_by_words_equals_encoding_whole_texts(folder, kind, pattern):
-    backend = Tokenizer.load(folder / kind).backend
+def test_encoding_by_words_equals_encoding_whole_texts(folder, pattern):
+    backend = Tokenizer.load(folder / "bpe").backend
     backend.pre_tokenizer = pre_tokenizer(pattern)
     encoder = Encoder(Tokenizer(backend))
     assert encoder.pattern is WORDS[pattern]
@@ -366,7 +359,7 @@ def test_missing_shards_are_refused(lm):
 def test_shards_of_another_tokenizer_or_kind_are_refused(lm, folder):
     write(lm)
     refused(
-        dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(folder / "unigram"))),
+        dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(folder / "smaller"))),
         "meta.json",
         "tokenizer",
     )

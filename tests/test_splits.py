@@ -102,23 +102,6 @@ def test_all_answers_to_one_prompt_are_in_one_split() -> None:
         assert len({split_of_dialogue(texts, HELD_OUT) for texts in answers}) == 1
 
 
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ["Hi!", "日本"],
-        ["a", "b", "c" * 99],
-        ["", "x"],
-        ["é" * 9] * 7,
-        ["\ud83d", "\ude00", "\ud83d"],
-    ],
-)
-def test_split_and_hash_of_a_dialogue_are_those_of_its_parts(texts: list[str]) -> None:
-    for held_out in (0.01, 0.2, 0.49):
-        whole = "\0".join(texts)
-        expected = (split_of_dialogue(texts, held_out), splits.hash_of(whole))
-        assert splits.split_and_hash(whole, len(texts[-1]), held_out) == expected
-
-
 def test_shards_of_another_share_are_refused_and_older_ones_are_not(tmp_path: Path) -> None:
     held = config_of(tmp_path, documents(300))
     tokenizer = Tokenizer.load(held.tokenizer.dir)

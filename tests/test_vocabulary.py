@@ -9,7 +9,6 @@ import pytest
 from gptchat.config import load_config
 from gptchat.console import UserError
 from gptchat.data import tokenizer, vocabulary
-from gptchat.data.plain_text import plain_text
 
 CONFIG = """
 run = "{folder}/run"
@@ -120,17 +119,3 @@ def test_no_folder_has_no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert vocabulary.find("") is None
     assert vocabulary.find(".") == Path("tokenizer.json")
-
-
-def test_dialogues_are_plain_text_to_a_vocabulary() -> None:
-    line = '{"messages": [{"role": "user", "content": "Say \\"hi\\".\\n"}, {"content" : "日本"}]}'
-    half = (
-        'ent": "cut off"}, {"from": "human", "value": "whole"}, {"value": "bad \\q"}, {"value": "c'
-    )
-    for name in ("x.jsonl", "x.jsonl.gz"):
-        assert plain_text(Path(name), f"{line}\n{half}") == 'Say "hi".\n\n日本\nwhole'
-    for name in ("x.tsv", "x.tsv.gz", "X.TSV"):
-        assert plain_text(Path(name), "a\\tb\tc\nd\n") == "a\tb\nc\nd\n"
-    for name in ("x.txt", "x.tsv.txt", "x.tsv.old", "x.jsonl.txt"):
-        assert plain_text(Path(name), line) == line
-        assert plain_text(Path(name), "a\\tb\tc\n") == "a\\tb\tc\n"

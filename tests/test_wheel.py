@@ -77,7 +77,6 @@ def test_the_wheel_installs_the_package_gptchat_and_nothing_else(wheel: Path) ->
         "_handlers/page/page.html",
         "_configs/gpt2-small/lm.toml",
         "_configs/prompts.tsv",
-        "_configs/japanese/prompts.tsv",
         "_configs/serve/jvm.options",
         "_configs/cluster/nginx.conf",
     ):
@@ -89,9 +88,7 @@ def test_corpora_tokenizer_shards_and_a_run_with_the_default_configs(
 ) -> None:
     assert "data/lm/conversations.txt" in run(site, home, "corpora")
     config = ("--config", "configs/lm.toml")
-    told = run(
-        site, home, "tokenizer", *config, "tokenizer.vocab_size=300", "tokenizer.sample_mb=1"
-    )
+    told = run(site, home, "tokenizer", *config, "tokenizer.vocab_size=300")
     assert "configs/lm.toml: not in this folder; gptchat's own is used\n" in told
     small = ['data.train=["data/lm/valid.txt"]', "data.weights=[]", "tokenizer.vocab_size=300"]
     small += ['data.valid=["data/lm/chat-valid.txt"]', "data.test=[]"]

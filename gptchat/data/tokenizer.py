@@ -1,21 +1,20 @@
-"""Train, load and save tokenizers: `gptchat tokenizer --config FILE [section.key=value ...]`.
+"""Train, load and save byte-level BPE tokenizers (Radford et al. 2019).
 
-There are two kinds: byte-level BPE (Radford et al. 2019) and Unigram (Kudo 2018), both trained by
-the `tokenizers` library. Both work on the bytes of UTF-8, so that no text is unknown. A byte-level
-vocabulary made elsewhere, such as GPT-2's, loads as it is; the special tokens that it lacks can be
-appended.
+`gptchat tokenizer --config FILE [section.key=value ...]` trains one with the `tokenizers` library.
+A byte-level vocabulary made elsewhere, such as GPT-2's, loads as it is. The special tokens that it
+lacks can be appended.
 
 A vocabulary is trained over only if the same config has trained it, settings or text have changed
 since, and no run has begun with it (`vocabulary.py`).
 
-A tokenizer's directory is one that transformers' AutoTokenizer loads: `tokenizer.json` and
-`tokenizer_config.json`. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
+A tokenizer's directory holds `tokenizer.json` and `tokenizer_config.json`, which transformers'
+AutoTokenizer loads. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
 
 Invariants:
-- Decoding gives back every text, to the last byte. A tokenizer that does not is refused at load.
-- Text never becomes a special token: "[SEP]" typed by a user is encoded as letters. The library's
-  setting for this, `encode_special_tokens`, is not saved in `tokenizer.json`; it is set at every
-  load. (In transformers such text does become the special token.)
+- Decoding gives every text back, to the last byte. Loading tests that with one text (PROBE).
+- Text never becomes a special token: "[SEP]" typed by a user is encoded as letters. The library
+  does not save its setting for this, `encode_special_tokens`, so it is set at every load. (In
+  transformers such text does become the special token.)
 - Equal hashes mean equal ids for every text.
 """
 
@@ -25,7 +24,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +34,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data import vocabulary
-from gptchat.data.plain_text import plain_text
-from gptchat.data.reading import sample_text, text_size
+from gptchat.data.dialogue_files import texts_of
+from gptchat.data.reading import text_size
 from gptchat.data.scripts import pattern_of, pre_tokenizer
-from gptchat.data.unigram import frequent_words, train_unigram
 from gptchat.files import atomic_write, expand
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
+SAMPLE_BYTES = 100_000_000  # of text that a vocabulary is trained on, at most
 # A tokenizer must give this text back: it has characters of 1 to 4 bytes, a combining accent,
 # control characters, runs of white space and text that looks like special tokens.
 PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "
@@ -91,8 +90,7 @@ class Tokenizer:
         has_all_bytes = BYTE_OF.keys() <= backend.get_vocab().keys()
         if not has_all_bytes or self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(
-                f"{source}: does not give every text back; wanted byte-level BPE, as GPT-2's, "
-                "or Unigram"
+                f"{source}: does not give every text back; wanted byte-level BPE, as GPT-2's"
             )
 
     def _read_vocabulary(self) -> None:
@@ -275,53 +273,43 @@ def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
 def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `vocab_size` entries, or fewer if the text does not yield them.
 
-    BPE gives the same result every time. Unigram does not quite: the library sums floats in the
-    random order of a hash table. Raises UserError for files that cannot be read or hold no text.
+    Of more than SAMPLE_BYTES of text it takes a part, spread evenly over all files. The result is
+    the same every time. Raises UserError for files that cannot be read or hold no text.
     """
     paths = expand(settings.files, "[tokenizer] files")
-    limit = int(settings.sample_mb * 1e6)
+    n_bytes = sum(map(text_size, paths))
+    stride = max(1, -(-n_bytes // SAMPLE_BYTES))  # rounded up
     has_text = False
 
     def texts(bar: Progress) -> Iterator[str]:
         nonlocal has_text
-        for text, n_bytes in sample_text(paths, limit, plain_text):
-            has_text = has_text or bool(text.strip())
-            yield text
-            bar.update(n_bytes)
+        for number, text in enumerate(chain.from_iterable(map(texts_of, paths))):
+            bar.update(len(text.encode()))
+            if number % stride == 0:
+                has_text = has_text or bool(text.strip())
+                yield text
 
-    total = sum(map(text_size, paths))
-    with ended_by_ctrl_c():
-        with Progress(min(limit, total), "tokenizer", "B") as bar:
-            if settings.kind == "bpe":
-                backend = _byte_level(models.BPE(), settings.pattern)
-                backend.train_from_iterator(texts(bar), trainers.BpeTrainer(**_options(settings)))
-            else:
-                words = frequent_words(texts(bar), settings.pattern)
-        if not has_text:
-            names = ", ".join(settings.files)
-            raise UserError(f"{names}: found no text; wanted some for [tokenizer] files")
-        if settings.kind == "unigram":
-            empty = _byte_level(models.Unigram(), settings.pattern)
-            backend = train_unigram(empty, words, _options(settings))
+    backend = _byte_level(models.BPE(), settings.pattern)
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with _ended_by_ctrl_c(), Progress(n_bytes, "tokenizer", "B") as bar:
+        backend.train_from_iterator(texts(bar), trainer)
+    if not has_text:
+        names = ", ".join(settings.files)
+        raise UserError(f"{names}: found no text; wanted some for [tokenizer] files")
     return Tokenizer(backend)
 
 
-def _options(settings: TokenizerConfig) -> dict[str, Any]:
-    """What both trainers of the library are told."""
-    return {
-        "vocab_size": settings.vocab_size,
-        "special_tokens": list(SPECIAL),
-        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
-        "show_progress": False,
-    }
-
-
 @contextmanager
-def ended_by_ctrl_c() -> Iterator[None]:
-    """While it lasts, Ctrl-C ends the process at once, as it ends one that is not Python.
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Within it Ctrl-C ends the process at once.
 
-    The library trains for minutes without coming back to Python, which could act on Ctrl-C only
-    then. Nothing has been written before training ends.
+    The library trains for minutes before it returns to Python, which would act on Ctrl-C only then.
+    Nothing has been written before training ends.
     """
     has_usual_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not has_usual_handler or threading.current_thread() is not threading.main_thread():
@@ -360,4 +348,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = train_tokenizer(settings)
     vocabulary.write_record(settings, arguments.config, sources, tokenizer.json.encode())
     tokenizer.save(settings.dir)
-    print(f"{settings.dir}: {settings.kind}, {tokenizer.vocab_size:,} entries")
+    print(f"{settings.dir}: {tokenizer.vocab_size:,} entries")

@@ -75,7 +75,7 @@ def data_lines(
     lines = [
         "",
         "[data]",
-        f"# {report.total('n_bytes') / 1e6:.1f} MB, {n_documents:,} {report.unit}, about "
+        f"# {report.n_bytes / 1e6:.1f} MB, {n_documents:,} {report.unit}, about "
         f"{sizing.count_tokens(report, plan.vocab_size):,.0f} tokens",
         *toml({"train": list(patterns)}),
         f"held_out = {plan.held_out:g}  # for valid, and as much for test: about "
@@ -90,9 +90,9 @@ def document_line(document: str, report: Report, plan: Plan) -> str:
     reason = "blank lines divide documents"
     if document == "line":
         reason = "the text has hardly a blank line"
-    size = report.total("n_characters") / report.total("n_documents")
+    size = report.n_characters / report.documents["train"]
     line = f'document = "{document}"  # {reason}, {size:,.0f} characters each on average'
-    if plan.held_out * len(report.files) < HELD_OUT_FILES:
+    if plan.held_out * report.n_files < HELD_OUT_FILES:
         return line
     return f'{line}; "file": each file is one'
 

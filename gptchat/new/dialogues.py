@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptchat.data.dialogue import TextTurn
-from gptchat.data.dialogue_files import is_jsonl, read_dialogues
+from gptchat.data.dialogue_files import JSON, format_of, read_dialogues
 from gptchat.files import matching_files, split_repeats
 
 ROWS = 1000  # of the sample
@@ -72,7 +72,7 @@ def choose_targets(patterns: Sequence[str], has_lm: bool) -> Targets:
     dialogues = sample(patterns)
     n_turns = turns_each(dialogues)
     repeated = repeated_share(dialogues)
-    have_roles = all(map(is_jsonl, files_of(patterns)))
+    have_roles = all(format_of(path) == JSON for path in files_of(patterns))
     are_short = n_turns < CONVERSATION
     are_whole = not are_short and repeated < REPEATED
     if not has_lm and are_whole:

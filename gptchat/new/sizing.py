@@ -165,7 +165,7 @@ def choose_vocabulary(n_bytes: float, recipe: Config) -> int:
 
 def cut_share(report: Report) -> float:
     """The share of dialogues of which something would be cut in the default context."""
-    return report.total("cut_rows") / report.documents["train"]
+    return report.cut_rows / report.documents["train"]
 
 
 def choose_context(report: Report, recipe: Config) -> int:
