@@ -549,7 +549,7 @@ class Script(torch.nn.Module):
 
     kv_cache = GPT2.kv_cache
 
-    def forward(self, input_ids, token_type_ids=None, cache=None):
+    def hidden(self, input_ids, token_type_ids=None, cache=None):
         return cache.position_ids[:, :, None]
 
     def logits(self, hidden):

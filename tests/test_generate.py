@@ -275,7 +275,7 @@ def logprob_of_reply(generator: TextGenerator, turns: list[list[int]], reply: li
         ids += piece
         types += [speaker] * len(piece)
     with torch.no_grad():
-        hidden = model(torch.tensor([ids]), torch.tensor([types]))
+        hidden = model.hidden(torch.tensor([ids]), torch.tensor([types]))
     logprobs = model.logits(hidden)[0].log_softmax(-1)
     first = len(ids) - len(reply)
     return sum(logprobs[first - 1 + i, id].item() for i, id in enumerate(reply))

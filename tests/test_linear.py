@@ -293,20 +293,20 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
     torch.manual_seed(0)
     model = GPT2(SMALL).eval()
     ids, types = torch.randint(311, (2, 9)), torch.randint(2, (2, 9))
-    wanted = model.logits(model(ids, types))
+    wanted = model.logits(model.hidden(ids, types))
     before = [p.clone() for p in model.parameters()]
     prepared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     cache = model.kv_cache(slots=2, length=16, dtype=prepare_for_inference(prepared, dtype))
     first = cache.view(0, torch.zeros(2, dtype=torch.int64), 5, 5)
-    pieces = [prepared(ids[:, :5], types[:, :5], cache=first)]
+    pieces = [prepared.hidden(ids[:, :5], types[:, :5], cache=first)]
     second = cache.view(0, torch.full((2,), 5), 4, 9)
-    pieces += [prepared(ids[:, 5:], types[:, 5:], cache=second)]
-    for hidden in (prepared(ids, types), torch.cat(pieces, dim=1)):
+    pieces += [prepared.hidden(ids[:, 5:], types[:, 5:], cache=second)]
+    for hidden in (prepared.hidden(ids, types), torch.cat(pieces, dim=1)):
         logits = prepared.logits(hidden)
         assert logits.dtype == torch.float32 and distance(logits, wanted) < 4 * ROUNDING[dtype]
     # what it shared is whole
     assert all(map(torch.equal, before, model.parameters()))
-    assert torch.equal(model.logits(model(ids, types)), wanted)
+    assert torch.equal(model.logits(model.hidden(ids, types)), wanted)
 
 
 def largest_difference(model: GPT2, dtype: str, *engines: dict[str, int]) -> float:
@@ -374,6 +374,6 @@ def test_a_model_whose_activation_no_kernel_knows_is_prepared_too():
     model = GPT2(GPT2Config(**vars(SMALL) | {"activation_function": "quick_gelu"})).eval()
     ids = torch.randint(311, (2, 9))
     with torch.inference_mode():
-        wanted = model(ids)
+        wanted = model.hidden(ids)
         prepare_for_inference(model)
-        assert distance(model(ids), wanted) < 1e-5
+        assert distance(model.hidden(ids), wanted) < 1e-5

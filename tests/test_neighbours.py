@@ -89,7 +89,7 @@ class Logits(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model.logits(self.model(input_ids))
+        return self.model.logits(self.model.hidden(input_ids))
 
 
 @pytest.mark.parametrize("lm", ["bpe script"], indirect=True)

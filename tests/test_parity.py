@@ -66,7 +66,7 @@ def as_rows(types: Tensor | None) -> Tensor | None:
 def our_loss(model: GPT2, ids: Tensor, types: Tensor | None, labels: Tensor) -> Tensor:
     targets = torch.cat([labels[:, 1:], torch.full((len(ids), 1), -100)], 1).flatten()
     positions = (targets != -100).nonzero().squeeze(1)
-    loss_sum = model(ids, types, target_positions=positions, targets=targets[positions])
+    loss_sum = model(ids, targets[positions], positions, types)
     return loss_sum / len(positions)
 
 
@@ -84,7 +84,7 @@ def test_logits_equal_those_of_transformers(pair: Pair, typed: bool) -> None:
     ids, types, _ = batch(0)
     chosen = types if typed else None
     with torch.no_grad():
-        found = pair.ours.logits(pair.ours(ids, chosen))
+        found = pair.ours.logits(pair.ours.hidden(ids, chosen))
         wanted = pair.theirs(ids, token_type_ids=as_rows(chosen)).logits
     assert found.shape == wanted.shape == (3, 40, 300) and wanted.std() > 0.5
     assert close(found, wanted, BOUND[pair.dtype])
@@ -93,7 +93,9 @@ def test_logits_equal_those_of_transformers(pair: Pair, typed: bool) -> None:
 def test_types_change_the_logits_and_none_is_not_type_0(exact: Pair) -> None:
     ids, types, _ = batch(0)
     with torch.no_grad():
-        hidden = [exact.ours(ids, chosen) for chosen in (None, types, torch.zeros_like(types))]
+        hidden = [
+            exact.ours.hidden(ids, chosen) for chosen in (None, types, torch.zeros_like(types))
+        ]
     assert not close(hidden[0], hidden[1], 1e-2) and not close(hidden[0], hidden[2], 1e-2)
 
 
@@ -168,7 +170,7 @@ def test_logits_with_a_cache_in_any_split_equal_those_without(
     ids, types, _ = batch(2, rows=2)
     chunks = [*chunks, 40]
     with torch.no_grad():
-        wanted = exact.ours.logits(exact.ours(ids, types if typed else None))
+        wanted = exact.ours.logits(exact.ours.hidden(ids, types if typed else None))
         found, start, cache = [], 0, dirty_cache(exact, slots=4)
         for chunk in chunks:
             new = slice(start, min(start + chunk, 40))
@@ -177,7 +179,7 @@ def test_logits_with_a_cache_in_any_split_equal_those_without(
                 view = cache.view(1, torch.full((2,), start), n, new.stop)
                 found.append(
                     exact.ours.logits(
-                        exact.ours(ids[:, new], types[:, new] if typed else None, cache=view)
+                        exact.ours.hidden(ids[:, new], types[:, new] if typed else None, cache=view)
                     )
                 )
             start = new.stop
@@ -195,9 +197,9 @@ def test_rows_of_different_lengths_decoded_together_equal_each_alone(exact: Pair
     ids, types, _ = batch(3, rows=4)
     lengths, cache = [1, 30, 7, 19], dirty_cache(exact, slots=6)
     with torch.no_grad():
-        wanted = exact.ours(ids, types)
+        wanted = exact.ours.hidden(ids, types)
         for row, length in enumerate(lengths):
-            exact.ours(
+            exact.ours.hidden(
                 ids[row : row + 1, :length],
                 types[row : row + 1, :length],
                 cache=cache.view(2 + row, torch.tensor([0]), length, length),
@@ -206,7 +208,7 @@ def test_rows_of_different_lengths_decoded_together_equal_each_alone(exact: Pair
             start = torch.tensor(lengths) + step
             each = torch.arange(4), start
             view = cache.view(2, start, 1, int(start.max()) + 1)
-            found = exact.ours(ids[each][:, None], types[each][:, None], cache=view)
+            found = exact.ours.hidden(ids[each][:, None], types[each][:, None], cache=view)
             assert close(found[:, 0], wanted[each], 1e-9), step
 
 
@@ -220,7 +222,7 @@ def greedy(
         view = cache.view(0, torch.tensor([at]), len(new) - at, len(new))
         here = (types + types[-1:] * n)[at : len(new)]
         logits = model.logits(
-            model(torch.tensor([new[at:]]), torch.tensor([here]), cache=view)[0, -1]
+            model.hidden(torch.tensor([new[at:]]), torch.tensor([here]), cache=view)[0, -1]
         )
         logits[suppress] = -torch.inf
         new.append(int(logits.argmax()))

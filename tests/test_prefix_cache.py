@@ -335,7 +335,7 @@ def fresh_cache(model, ids, types):
     """Keys and values of ids, by one pass of the model."""
     cache = model.kv_cache(1, LENGTH, torch.float32)
     view = cache.view(0, torch.tensor([0]), len(ids), len(ids))
-    model(torch.tensor([ids]), torch.tensor([types]), cache=view)
+    model.hidden(torch.tensor([ids]), torch.tensor([types]), cache=view)
     return cache.kv[:, :, 0, :, : len(ids)]
 
 

@@ -55,7 +55,7 @@ KINDS: list[dict[str, Any]] = [
 
 @torch.no_grad()
 def our_logits(model: GPT2, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model.logits(model(ids))
+    return model.logits(model.hidden(ids))
 
 
 @torch.no_grad()

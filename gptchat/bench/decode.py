@@ -278,8 +278,8 @@ def quality(model: GPT2, candidate: GPT2, ids: Tensor) -> tuple[float, float]:
     """
     agreement, loss = 0.0, 0.0
     for row in ids.to(model.wte.weight.device).split(1):  # (1, T)
-        reference = model.logits(model(row))[0, :-1].float()  # (T - 1, V)
-        logits = candidate.logits(candidate(row))[0, :-1].float()  # (T - 1, V)
+        reference = model.logits(model.hidden(row))[0, :-1].float()  # (T - 1, V)
+        logits = candidate.logits(candidate.hidden(row))[0, :-1].float()  # (T - 1, V)
         same = logits.argmax(-1) == reference.argmax(-1)
         agreement += same.float().mean().item() / len(ids)
         loss += F.cross_entropy(logits, row[0, 1:]).item() / len(ids)

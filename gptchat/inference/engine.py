@@ -260,11 +260,11 @@ class Engine:
     ) -> Tensor:
         """Hidden states (n, T, C) of n rows of new tokens, in the n slots from `first_slot` on.
 
-        They begin at `starts`; `length` is where the last one ends, or a number above that.
+        They begin at `starts`; `length` is where the last one ends.
         """
         assert length <= self.length
         view = self.cache.view(first_slot, starts, input_ids.shape[1], length)
-        return self.model(input_ids, token_type_ids if self.typed else None, cache=view)
+        return self.model.hidden(input_ids, token_type_ids if self.typed else None, cache=view)
 
     def _score(self, queued: QueuedRequest, hidden: Tensor) -> list[Scored]:
         """The prompt tokens scored by the hidden states (T, C) of a chunk.

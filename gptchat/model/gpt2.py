@@ -2,17 +2,16 @@
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): pre-LayerNorm blocks,
 learned positions, the tanh form of GELU, and an output head that shares the token embedding's
-weights. A token of type t also gets a row of the token embedding, `type_rows[t]`, as transformers'
-GPT-2 does with `token_type_ids`: in vocabularies trained here those of [PAD] and [UNK], which are
-not used otherwise.
+weights. A token of type t also gets the embedding's row `type_rows[t]`.
+
+Training calls the model, which returns the summed loss of its targets: DDP and torch.compile wrap
+this. Inference calls `hidden`, then `logits` for the positions it needs.
 
 Parameter names are those of Hugging Face's GPT2LMHeadModel without the `transformer.` prefix. Our
-linear weights are (out, in), theirs (in, out); `pretrained` converts them.
+linear weights are (out, in), theirs (in, out); `weights.py` transposes them.
 
-Attention has three forms. Plain: each token sees itself and the tokens before it in its row. Packed
-(`segments`): only those of its own document. Cached (`cache`): also those of earlier passes.
-
-Shapes: B rows, T positions, C channels, H heads, D = C / H, V vocabulary entries, N targets.
+Shapes: B rows, T positions, S positions attended to, C channels, H heads, D = C / H, V vocabulary
+entries, N targets.
 """
 
 import math
@@ -22,13 +21,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from gptchat.config import ModelConfig
 from gptchat.model.kv_cache import CacheView, KVCache
 from gptchat.model.loss import at_least_float32, summed_cross_entropy
-from gptchat.model.masks import additive_mask, document_block_mask, packed_mask, use_block_mask
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -39,7 +36,6 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-Mask = Tensor | BlockMask | None  # None: causal, or, with a cache, one query that sees everything
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "gelu_new": gelu_tanh,
@@ -52,6 +48,7 @@ ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+MASK_ALIGNMENT = 8  # elements: SDPA's GPU kernels copy a mask whose rows begin elsewhere
 NO_TYPE_ROWS = (-1, -1)  # of a foreign model, before `pretrained.adapt`
 OURS = {"ours": True}  # metadata of a config's field
 
@@ -95,11 +92,27 @@ class GPT2Config:
         )
 
 
+def additive_mask(unseen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores: minus infinity where `unseen` (..., T, S), else 0."""
+    length = unseen.shape[-1]
+    padded = length + -length % MASK_ALIGNMENT
+    mask = torch.zeros(*unseen.shape[:-1], padded, dtype=dtype, device=unseen.device)
+    return mask[..., :length].masked_fill_(unseen, -torch.inf)
+
+
+def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask (B, 1, T, T) of `segments` (B, T): a token sees itself and earlier equal ones."""
+    length = segments.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    same_document = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+    return additive_mask(~(earlier & same_document)[:, None], dtype)
+
+
 def use_manual_attention(device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether attention written out is faster than SDPA with a mask: on CPUs, in two cases.
 
-    bfloat16 rows of 256 take a third of SDPA's time (above 512 the scores would take much memory);
-    single queries of many sequences take three quarters of SDPA's time.
+    bfloat16 rows of 256 take a third of SDPA's time (above 512 the scores would take much memory).
+    Single queries of many sequences take three quarters of SDPA's time.
     """
     if device.type != "cpu":
         return False
@@ -107,7 +120,7 @@ def use_manual_attention(device: torch.device, dtype: torch.dtype, length: int) 
 
 
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """Attention of scaled queries (B, H, T, D) to keys and values (B, H, S, D): (B, H, T, D)."""
+    """Attention of scaled queries (B, H, T, D) to keys and values (B, H, S, D) -> (B, H, T, D)."""
     if q.shape[2] == 1:
         scores = (k @ q.mT).mT  # (B, H, 1, S), faster than the same as q @ k.mT
     else:
@@ -128,16 +141,14 @@ class Attention(nn.Module):
         if config.scale_attn_weights:
             self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
 
-    def forward(self, x: Tensor, mask: Mask, cache: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind()  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, qkv[1:])  # (B, H, S, D)
         dropout = self.attn_pdrop if self.training else 0.0
-        if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, scale=self.scale)
-        elif mask is not None and use_manual_attention(q.device, q.dtype, T):
+        if mask is not None and use_manual_attention(q.device, q.dtype, T):
             y = manual_attention(q * self.scale, k, v, mask, dropout)
         else:
             # With a cache and no mask there is one query, which sees everything.
@@ -172,7 +183,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Mask, cache: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: CacheView | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -221,28 +232,18 @@ class GPT2(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        targets: Tensor,
+        target_positions: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: CacheView | None = None,
-        target_positions: Tensor | None = None,
-        targets: Tensor | None = None,
     ) -> Tensor:
-        """The hidden states (B, T, C) of `input_ids` (B, T), or with `targets` their loss.
-
-        `token_type_ids` (B, T) are 0 or 1. None is not type 0: nothing is added to the embedding.
-        `position_ids` (B, T) or (T,) are 0..T-1 by default.
-        `segments` (B, T) numbers the documents packed into a row: a token attends to equal numbers
-        only. None is one document a row. With `cache`, which holds the tokens of earlier passes,
-        positions follow on from those, and `position_ids` and `segments` are ignored.
+        """The summed cross-entropy of `targets`, a scalar of float32 or wider.
 
         `targets` (N,) are the ids to be predicted at `target_positions` (N,), indices into the
-        flattened B * T positions; None stands for all of these. Their loss is the sum of their
-        cross-entropies, a scalar of float32 or wider.
+        flattened B * T positions; None is all of these. The rest is as in `hidden`.
         """
-        hidden = self.hidden(input_ids, token_type_ids, position_ids, segments, cache)
-        if targets is None:
-            return hidden
+        hidden = self.hidden(input_ids, token_type_ids, position_ids, segments)
         hidden = hidden.flatten(0, 1)  # (B * T, C)
         if target_positions is not None:
             hidden = hidden[target_positions]  # (N, C)
@@ -251,12 +252,19 @@ class GPT2(nn.Module):
     def hidden(
         self,
         input_ids: Tensor,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        segments: Tensor | None,
-        cache: CacheView | None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: CacheView | None = None,
     ) -> Tensor:
-        """The hidden states (B, T, C), with the arguments of `forward`."""
+        """The hidden states (B, T, C) of `input_ids` (B, T).
+
+        `token_type_ids` (B, T) are 0 or 1. None is not type 0: nothing is added to the embedding.
+        `position_ids` (B, T) or (T,) are 0..T-1 by default.
+        `segments` (B, T) numbers the documents packed into a row: a token attends only to equal
+        numbers. None is one document a row. `cache` holds the tokens of earlier passes; positions
+        follow on from those, and `position_ids` and `segments` are ignored.
+        """
         length = input_ids.shape[1]
         if cache is not None:
             position_ids = cache.position_ids
@@ -266,7 +274,7 @@ class GPT2(nn.Module):
         if token_type_ids is not None:
             x = x + self.wte(self.type_rows[token_type_ids])
         x = self.dropout(x)
-        mask = self.mask(length, segments, x) if cache is None else cache.mask
+        mask = self._mask(x, segments, cache)
         for block in self.h:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, mask, cache, use_reentrant=False)
@@ -274,21 +282,18 @@ class GPT2(nn.Module):
                 x = block(x, mask, cache)
         return self.ln_f(x)
 
-    def mask(self, length: int, segments: Tensor | None, x: Tensor) -> Mask:
-        """Where a query (row) may look at a key (column), for rows of T = `length`.
+    def _mask(self, x: Tensor, segments: Tensor | None, cache: CacheView | None) -> Tensor | None:
+        """The additive mask (1 or B, 1, T, S) for `x` (B, T, C), in the dtype of attention.
 
-        A tensor (1 or B, 1, T, T) in the dtype that attention computes in is added to the scores:
-        0, or minus infinity. A block mask says the same of packed rows on a GPU. None stands for
-        plain causal attention, which SDPA does best without a mask.
+        None without a cache is causal attention, which SDPA does best without a mask; None with a
+        cache is a single query that sees everything.
         """
-        device = x.device
-        dtype = x.dtype
+        if cache is not None:
+            return None if cache.unseen is None else additive_mask(cache.unseen, cache.kv.dtype)
+        length, device, dtype = x.shape[1], x.device, x.dtype
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         if segments is not None:
-            dropout = self.config.attn_pdrop if self.training else 0.0
-            if use_block_mask(device, self.config.n_embd // self.config.n_head, dropout):
-                return document_block_mask(segments)
             return packed_mask(segments, dtype)
         if not use_manual_attention(device, dtype, length):
             return None
@@ -302,10 +307,8 @@ class GPT2(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The summed cross-entropy of `targets` (N,) given `hidden` (N, C); -100 does not count.
 
-        F.cross_entropy is used under torch.compile, which fuses it, and for float16: a GradScaler
-        scales gradients from the loss backwards, but ours computes the gradient of the logits
-        before that, and float16 would round it to 0. Raises ValueError (on a GPU: a device-side
-        assertion) for a target that is neither an id nor -100.
+        F.cross_entropy is used under torch.compile, which fuses it, and for float16: ours computes
+        the gradient of the logits before a GradScaler scales it, and float16 would round it to 0.
         """
         logits = self.logits(hidden)  # (N, V)
         if torch.compiler.is_compiling() or logits.dtype == torch.float16:

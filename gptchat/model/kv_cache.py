@@ -2,24 +2,17 @@
 
 A slot holds one sequence, from position 0 on. A forward pass works on a `CacheView`: neighbouring
 slots, each with the same number of new tokens, but each at its own position. A token attends to its
-own position and those before it. So a position is written before anything attends to it: padding
-tokens behind a sequence's end, and what a former sequence left there, are never seen, as long as
-they are finite: the mask is added, and NaN plus minus infinity is NaN.
-
-On a GPU a view reaches to the next multiple of LENGTH_STEP positions, behind a mask. So its shapes
-repeat, which kernels and graphs are chosen by, and SDPA need not copy the mask to align its rows.
+own position and those before it, so a position is written before anything attends to it. Padding
+behind a sequence's end and what a former sequence left there are never seen, as long as they are
+finite: the mask is added, and NaN plus minus infinity is NaN.
 """
 
 import torch
 from torch import Tensor
 
-from gptchat.model.masks import additive_mask
-
-LENGTH_STEP = 64
-
 
 class KVCache:
-    """Zeros (n_layer, 2, slots, n_head, length, head_dim): keys and values of `length`
+    """Zeros (n_layer, 2, slots, n_head, length, head_dim): the keys and values of `length`
     positions.
     """
 
@@ -35,12 +28,6 @@ class KVCache:
     ):
         shape = (n_layer, 2, slots, n_head, length, head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self.length_step = 1 if device.type == "cpu" else LENGTH_STEP
-
-    def padded(self, length: int) -> int:
-        """`length` rounded up to a multiple of `length_step`, at most the cache's length."""
-        step = self.length_step
-        return min(-(-length // step) * step, self.kv.shape[4])
 
     def clear(self, slot: int) -> None:
         """Zero a slot whose keys and values may be infinite or NaN."""
@@ -49,36 +36,33 @@ class KVCache:
     def view(self, first: int, start: Tensor, n_new: int, length: int) -> "CacheView":
         """The n slots from `first` on, for a pass over T = `n_new` tokens in each.
 
-        `start` (n,) are the positions of their first new tokens, `length` is max(start) + n_new, or
-        more than that where `length_step` is above 1: no token attends to a position beyond. (The
-        caller knows it without reading a tensor.)
+        `start` (n,) are the positions of their first new tokens. `length` is max(start) + n_new;
+        the caller knows it without reading a tensor.
         """
         return CacheView(self, first, start, n_new, length)
 
 
 class CacheView:
-    """What a forward pass sees of a cache: where its new tokens go, and what they may attend to.
+    """What a forward pass sees of a cache: `length` positions of n slots.
 
-    `length` is how far the view reaches. `position_ids` (n, T). `mask` (n, 1, T, length) is added
-    to the scores: 0, or minus infinity where a token must not look. It is None for a single token
-    of a single sequence that sees everything in view.
+    `position_ids` (n, T) are those of the new tokens. `unseen` (n, 1, T, length) is true where a
+    token must not look; None for a single token of a single sequence, which sees all.
     """
 
     def __init__(self, cache: KVCache, first: int, start: Tensor, n_new: int, length: int):
         n_slots = len(start)
         device = start.device
         self.kv = cache.kv[:, :, first : first + n_slots]
-        self.length = cache.padded(length)
-        # A slice takes half the time of an index, but its place is no tensor.
+        self.length = length
         self.new_slice: slice | None = None
-        if n_slots == 1 and cache.length_step == 1:
+        if n_slots == 1:  # writing to a slice takes half the time of writing to an index
             self.new_slice = slice(length - n_new, length)
         self.slots = torch.arange(n_slots, device=device)[:, None]  # (n, 1)
         self.position_ids = start[:, None] + torch.arange(n_new, device=device)
-        self.mask: Tensor | None = None
-        if n_slots > 1 or n_new > 1 or self.new_slice is None:
-            later = torch.arange(self.length, device=device) > self.position_ids[:, :, None]
-            self.mask = additive_mask(later[:, None], cache.kv.dtype)
+        self.unseen: Tensor | None = None
+        if n_slots > 1 or n_new > 1:
+            later = torch.arange(length, device=device) > self.position_ids[:, :, None]
+            self.unseen = later[:, None]
 
     def update(self, layer: int, new: Tensor) -> tuple[Tensor, ...]:
         """Store a layer's new keys and values (2, n, H, T, D).
