@@ -23,6 +23,7 @@ from gptchat.inference.rerank import pick_median
 from gptchat.inference.text import StreamDecoder
 from handlers.fields import Refusal
 from handlers.jobs import Job
+from handlers.loop import Ticket
 from handlers.served_model import ServedModel
 
 JSON = "application/json"
@@ -287,7 +288,7 @@ class Answer:
         self.page: Page | None = None
         self.generation: Generation | None = None
         self.error: Refusal | None = None
-        self.engine_ids: list[int] = []  # the engine's requests for it
+        self.tickets: list[Ticket] = []  # the requests to the engine for it
         self.started = False  # whether the first chunk is out; it settles the next three
         self.status = 200
         self.content_type = JSON

@@ -1,137 +1,158 @@
-"""The decode thread: it runs the engine while the handler's thread speaks with TorchServe.
+"""The decode thread: an actor, and the only user of the engine.
 
-Only one thread may use the engine at a time. The decode thread has it during a step; the handler's
-thread takes it between two steps, in `at_rest`, to submit or cancel. `collect` hands over what has
-been decoded since the last call.
+The handler's thread puts what it wants into the inbox: requests, cancellations, the beginning of a
+round. The decode thread reads the inbox between two steps. At the end of a round it puts all
+outputs since the last one into the outbox, as one batch. Nothing else is shared but `failure` and
+`load`, which only the decode thread writes.
 
-Each round costs TorchServe, the clients and us a millisecond or more, of which a step of a small
-model has time for several. So the tokens of streams are gathered for ROUND_SECONDS. Nobody waits
-longer for the first token of a stream, for the end of an answer, or for a step that takes longer.
+A round costs TorchServe, the clients and us a millisecond or more, in which a small model makes
+several steps. So a round lasts ROUND_SECONDS. It ends early for the first token of a stream, for
+the end of an answer, and if the next step would take longer than what is left of the round.
 
-Invariants: while `stepping` is true, only the decode thread touches the engine. State changes under
-`lock`, which is re-entrant, so that `at_rest` may be nested: the inner block finds the engine at
-rest. `failure` and `load` may be read without it. A step that raises ends the thread; the exception
-is kept in `failure`. A thread is woken only for what it waits for: one that wakes up after each
-step of a small model, to look, costs a fifth of the step.
+A client that has left is noticed only in a round, and without live clients TorchServe begins no
+round until somebody asks something. So the decode thread makes MAX_STEPS_AHEAD steps at most
+between two rounds; then it waits.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
 
-from gptchat.inference.engine import Engine, Output
+from gptchat.inference.engine import Engine, Output, Request
 
-ROUND_SECONDS = 0.02  # that a round waits for the decode thread; 50 pieces of text a second
-# Steps decoded while nobody collects. A client that has left is noticed only in a round, and
-# without live clients TorchServe starts no round until somebody asks. Without this bound the thread
-# would decode for such clients to the end; with it their slots stay taken, but idle, until then.
+ROUND_SECONDS = 0.02  # 50 pieces of a stream's text a second
 MAX_STEPS_AHEAD = 4
+# How long `collect` waits for a batch, which a long step may delay. In a hurry it waits only long
+# enough for a decode thread that has nothing to do.
+PATIENCE_SECONDS = 2.0
+HURRY_SECONDS = 0.001
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request for the engine. The last two fields belong to the decode thread."""
+
+    request: Request
+    stream: bool  # its first token ends a round
+    engine_id: int = 0
+    has_token: bool = False
+
+
+# An output of a request, or the exception with which the engine refused the request.
+Result = tuple[Ticket, Output | Exception]
 
 
 class DecodeLoop(threading.Thread):
-    """Runs `engine.step()` while there is work. `failure` is the exception that ended it."""
+    """Runs `engine.step()` while there is work. A step that raises ends the thread.
+
+    `failure` is the exception that ended it. `load` is the number of slots in use and of requests
+    that wait for one, at the end of the last round.
+    """
 
     def __init__(self, engine: Engine):
         super().__init__(name="decode", daemon=True)
         self.engine = engine
-        self.lock = threading.RLock()
-        self.may_step = threading.Condition(self.lock)  # the decode thread waits for it
-        self.at_step_end = threading.Condition(self.lock)  # the handler's thread waits for it
+        self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.outbox: SimpleQueue[list[Result]] = SimpleQueue()
         self.failure: BaseException | None = None
-        self.outputs: list[Output] = []  # not collected yet
-        self.streaming_ids: set[int] = set()  # requests whose tokens are worth a round
-        self.started_ids: set[int] = set()  # those of them that have had a token
-        self.stepping = False
-        self.rest_wanted = False  # somebody waits in `at_rest`: start no step
-        self.collecting = False  # somebody waits in `collect`, and nothing is urgent yet
-        self.deadline = 0.0  # time.monotonic() at which `collect` ends, if no step is under way
-        self.urgent = False  # `outputs` has something that a client waits for
-        self.steps_ahead = 0  # since the last `collect`
-        self.load = (0, 0)  # slots in use and requests in the queue, between two steps
+        self.load = (0, 0)
+        self.asked = False  # the handler's thread's: its round has brought no batch yet
+        # The decode thread's own:
+        self.tickets: dict[int, Ticket] = {}  # by the engine's id
+        self.batch: list[Result] = []
+        self.deadline: float | None = None  # of the round, by time.monotonic(); None: no round
+        self.due = False  # the batch should not wait for the deadline
+        self.steps_ahead = 0  # since the last round ended
 
-    @contextmanager
-    def at_rest(self) -> Iterator[Engine]:
-        """The engine between two steps, to submit and cancel."""
-        with self.lock:
-            self.rest_wanted = True
-            self.at_step_end.wait_for(lambda: not self.stepping)
-            try:
-                yield self.engine
-            finally:
-                self.rest_wanted = False
-                self.load = (self.engine.live, self.engine.queued)
-                self.may_step.notify()
+    def submit(self, ticket: Ticket) -> None:
+        """Have a request answered."""
+        self.inbox.put(partial(self._submit, ticket))
 
-    def stream(self, id: int) -> None:
-        """From now on the tokens of this request are worth a round. Called in `at_rest`."""
-        self.streaming_ids.add(id)
+    def cancel(self, ticket: Ticket, candidate: int | None = None) -> None:
+        """Have the engine forget one candidate, or the whole request, whether it has ended or not.
 
-    def forget(self, id: int) -> None:
-        """A request has ended."""
-        with self.lock:
-            self.streaming_ids.discard(id)
-            self.started_ids.discard(id)
-
-    def collect(self, patience: float) -> list[Output]:
-        """The outputs since the last call; waits up to `patience` seconds for one that is urgent.
-
-        Then it waits for the end of the step under way (100 times `patience` at most): a new
-        request could not be admitted earlier.
+        The outbox may still hold outputs of it.
         """
-        with self.lock:
-            self.steps_ahead = 0
-            self.collecting = not self.urgent
-            self.deadline = time.monotonic() + patience
-            self.may_step.notify()
-            self.at_step_end.wait_for(lambda: self.urgent or self.failure, patience)
-            self.at_step_end.wait_for(
-                lambda: self.steps_ahead or not self.stepping or self.failure, 100 * patience
-            )
-            self.collecting = False
-            self.urgent = False
-            outputs = self.outputs
-            self.outputs = []
-        return outputs
+        self.inbox.put(partial(self._cancel, ticket, candidate))
+
+    def collect(self, hurry: bool) -> list[Result]:
+        """Begin a round and wait for its batch. If that does not come in time, return nothing; the
+        next call goes on waiting for it."""
+        if self.failure:
+            return []
+        if not self.asked:
+            self.inbox.put(partial(self._begin_round, time.monotonic() + ROUND_SECONDS))
+            self.asked = True
+        try:
+            batch = self.outbox.get(timeout=HURRY_SECONDS if hurry else PATIENCE_SECONDS)
+        except Empty:
+            return []
+        self.asked = False
+        return batch
 
     def run(self) -> None:
         try:
             while True:
-                with self.lock:
-                    self.may_step.wait_for(self._has_work)
-                    self.stepping = True
+                self._read_inbox()
                 began = time.monotonic()
                 outputs = self.engine.step()
-                with self.lock:
-                    self._end_step(outputs, time.monotonic() - began)
+                self._end_step(outputs, time.monotonic() - began)
         except BaseException as error:
             logging.exception("the decode thread ended")
-            with self.lock:
-                self.stepping = False
-                self.failure = error
-                self.at_step_end.notify()
+            self.failure = error
+            self._end_round()
 
-    def _has_work(self) -> bool:
-        if self.rest_wanted or self.engine.idle:
-            return False
-        return self.collecting or self.steps_ahead < MAX_STEPS_AHEAD
+    def _read_inbox(self) -> None:
+        """Do all that the inbox asks for. Return when a step is to be made."""
+        while True:
+            in_round = self.deadline is not None
+            if in_round and (self.due or self.engine.idle):
+                self._end_round()
+                in_round = False
+            may_step = in_round or self.steps_ahead < MAX_STEPS_AHEAD
+            try:
+                action = self.inbox.get(block=self.engine.idle or not may_step)
+            except Empty:
+                return
+            action()
+
+    def _submit(self, ticket: Ticket) -> None:
+        try:
+            ticket.engine_id = self.engine.submit(ticket.request)
+            self.tickets[ticket.engine_id] = ticket
+        except Exception as error:
+            self.batch.append((ticket, error))
+            self.due = True
+
+    def _cancel(self, ticket: Ticket, candidate: int | None) -> None:
+        self.engine.cancel(ticket.engine_id, candidate)
+        if candidate is None:
+            self.tickets.pop(ticket.engine_id, None)
+
+    def _begin_round(self, deadline: float) -> None:
+        self.deadline = deadline
 
     def _end_step(self, outputs: list[Output], seconds: float) -> None:
-        """Note that a step has ended, with these outputs, after so many seconds."""
-        self.stepping = False
+        """Note the outputs of a step that took so many seconds."""
         self.steps_ahead += 1
-        self.outputs += outputs
+        for output in outputs:
+            ticket = self.tickets[output.request_id]
+            self.batch.append((ticket, output))
+            is_first = ticket.stream and not ticket.has_token
+            self.due = self.due or is_first or output.finish_reason is not None
+            ticket.has_token = True
+        if self.deadline is not None and time.monotonic() + seconds > self.deadline:
+            self.due = True
+
+    def _end_round(self) -> None:
+        """Hand over the batch."""
         self.load = (self.engine.live, self.engine.queued)
-        now = time.monotonic()
-        streaming = self.streaming_ids.intersection(output.request_id for output in outputs)
-        self.urgent |= any(output.finish_reason for output in outputs)
-        self.urgent |= not streaming <= self.started_ids
-        # The next step would end after the round.
-        self.urgent |= bool(streaming) and now + seconds > self.deadline
-        self.started_ids |= streaming
-        if self.urgent and self.collecting:
-            self.collecting = False
-            self.steps_ahead = 1
-        if self.urgent or self.rest_wanted or now >= self.deadline:
-            self.at_step_end.notify()
+        self.outbox.put(self.batch)
+        self.batch = []
+        self.deadline = None
+        self.due = False
+        self.steps_ahead = 0

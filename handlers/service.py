@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from gptchat.inference.engine import Engine, Output
+from gptchat.inference.engine import Output
 from handlers.answers import JSON, Answer, Page, model_list
 from handlers.budget import check_answer
 from handlers.fields import Refusal
 from handlers.jobs import JobReader
-from handlers.loop import ROUND_SECONDS, DecodeLoop
+from handlers.loop import DecodeLoop, Result, Ticket
 from handlers.openapi import describe
 from handlers.served_model import ServedModel
 
@@ -102,9 +102,8 @@ class Service:
         self.record = record
         self.loop = DecodeLoop(model.generator.engine)
         self.live: dict[str, Answer] = {}  # by the request's id
-        # the engine's id of a request -> the answer that it is for, and the number of its prompt
-        # there
-        self.owners: dict[int, tuple[Answer, int]] = {}
+        # whose each request to the engine is: the answer, and the number of the prompt in it
+        self.owners: dict[Ticket, tuple[Answer, int]] = {}
         self.recorded_load: tuple[int, ...] = ()
 
     def start(self) -> None:
@@ -115,8 +114,8 @@ class Service:
         """The next chunk of every live request, in the order of `ids`; `arrivals` are new."""
         self._take_in(ids, arrivals)
         answered = any(answer.done for answer in self.live.values())
-        for output in self.loop.collect(0 if answered else ROUND_SECONDS):
-            self._deliver(output)
+        for result in self.loop.collect(hurry=answered):
+            self._deliver(result)
         if self.loop.failure and self.live:
             self._fail_all()
         chunks = [self._next_chunk(self.live[id]) for id in ids]
@@ -125,17 +124,13 @@ class Service:
 
     def _take_in(self, ids: Sequence[str], arrivals: Mapping[str, Arrival]) -> None:
         """Open the new requests, forget those that `ids` lacks, and submit the new ones."""
-        left = self.live.keys() - ids
+        for id in self.live.keys() - ids:
+            self.finish(self.live[id], "left")
         for id, arrival in arrivals.items():
             self.live[id] = Answer(id)
             self._guarded(self.live[id], self.open, arrival)
-        if not left and not arrivals:
-            return
-        with self.loop.at_rest() as engine:
-            for id in left:
-                self.finish(self.live[id], "left")
-            for id in arrivals:
-                self._guarded(self.live[id], self.submit, engine)
+        for id in arrivals:  # all together, so that the engine can prefill them together
+            self.submit(self.live[id])
 
     def _guarded(self, answer: Answer, action: Callable[..., Any], *arguments: Any) -> Any:
         """Do something for a request. What goes wrong is its own error; then this returns None."""
@@ -182,30 +177,32 @@ class Service:
         message = 'the body is empty; wanted JSON such as {"context": "some text"}'
         raise Refusal(message, 404 if path else 400)
 
-    def submit(self, answer: Answer, engine: Engine) -> None:
+    def submit(self, answer: Answer) -> None:
         """Hand a request's prompts to the engine, if it has any."""
         if answer.generation is None or answer.error:
             return
         job = answer.generation.job
         for number, request in enumerate(job.requests):
-            engine_id = engine.submit(request)
-            answer.engine_ids.append(engine_id)
-            self.owners[engine_id] = (answer, number)
-            if job.stream:
-                self.loop.stream(engine_id)
+            ticket = Ticket(request, job.stream)
+            answer.tickets.append(ticket)
+            self.owners[ticket] = (answer, number)
+            self.loop.submit(ticket)
 
-    def _deliver(self, output: Output) -> None:
+    def _deliver(self, result: Result) -> None:
         """Give an output to its answer; those of requests that have been forgotten are dropped."""
-        owner = self.owners.get(output.request_id)
-        if owner:
-            answer, prompt = owner
-            self._guarded(answer, self.take, prompt, output)
+        ticket, output = result
+        if ticket in self.owners:
+            answer, prompt = self.owners[ticket]
+            self._guarded(answer, self.take, ticket, prompt, output)
 
-    def take(self, answer: Answer, prompt: int, output: Output) -> None:
+    def take(
+        self, answer: Answer, ticket: Ticket, prompt: int, output: Output | Exception
+    ) -> None:
         """Add an output to its answer; free the slot of a candidate that a stop string ended."""
+        if isinstance(output, Exception):
+            raise output
         if answer.generation and answer.generation.take(prompt, output):
-            with self.loop.at_rest() as engine:
-                engine.cancel(output.request_id, output.candidate)
+            self.loop.cancel(ticket, output.candidate)
 
     def _fail_all(self) -> None:
         """Tell everybody that the decode thread has died; end the process once that is sent."""
@@ -230,12 +227,9 @@ class Service:
         status 200 had gone out before."""
         ended = time.monotonic()
         del self.live[answer.id]
-        for engine_id in answer.engine_ids:
-            if result != "200":  # it may still be decoded
-                with self.loop.at_rest() as engine:
-                    engine.cancel(engine_id)
-            del self.owners[engine_id]
-            self.loop.forget(engine_id)
+        for ticket in answer.tickets:
+            del self.owners[ticket]
+            self.loop.cancel(ticket)
         self._report(answer, result, ended)
 
     def _report(self, answer: Answer, result: str, ended: float) -> None:

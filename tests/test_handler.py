@@ -95,7 +95,7 @@ def test_later_calls_go_on_until_the_answer_is_whole(chat):
 
 
 def test_stream_is_the_whole_answer_in_pieces(chat, monkeypatch):
-    monkeypatch.setattr("handlers.service.ROUND_SECONDS", 1e-3)  # hand over after each step
+    monkeypatch.setattr("handlers.loop.ROUND_SECONDS", 1e-3)  # hand over after each step
     body = {"context": "hello", "max_tokens": 20, "n": 1} | LONG
     whole = chat.ask(body)[1]
     chat.send("stream", body | {"stream": True})

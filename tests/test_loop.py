@@ -6,23 +6,27 @@ from contextlib import contextmanager
 import pytest
 
 from gptchat.inference.engine import Output
-from handlers.loop import MAX_STEPS_AHEAD, DecodeLoop
-
-FOREVER = 60  # seconds, which no test takes unless it fails
+from handlers import loop as loop_module
+from handlers.loop import MAX_STEPS_AHEAD, DecodeLoop, Ticket
 
 
 class ScriptedEngine:
-    """Its steps give these outputs, one after another; then it is idle."""
+    """Request number i gets id i. The steps give these outputs, one after another; then it is
+    idle."""
 
     live = queued = 0
 
     def __init__(self, script):
         self.script = script
-        self.steps = 0
+        self.steps = self.submitted = 0
 
     @property
     def idle(self):
         return self.steps == len(self.script)
+
+    def submit(self, request):
+        self.submitted += 1
+        return self.submitted
 
     def step(self):
         outputs = self.script[self.steps]
@@ -34,86 +38,95 @@ class ScriptedEngine:
 
 
 @contextmanager
-def running(script, streams=()):
+def running(monkeypatch, script, streams=(False, False), round_seconds=60):
+    """The thread, with a request for each of `streams`."""
+    monkeypatch.setattr(loop_module, "ROUND_SECONDS", round_seconds)
+    monkeypatch.setattr(loop_module, "PATIENCE_SECONDS", 60)
     loop = DecodeLoop(ScriptedEngine(script))
-    for id in streams:
-        loop.stream(id)
+    for stream in streams:
+        loop.submit(Ticket(None, stream))
     loop.start()
     yield loop
-    with loop.at_rest() as engine:
-        engine.script = script[: engine.steps]  # the thread waits from now on
+    loop.inbox.put(lambda: 1 / 0)
+    loop.join(60)
 
 
-def token(id):
-    return [Output(id, 0, 7)]
+def token(*ids):
+    return [Output(id, 0, 7) for id in ids]
 
 
-def has_ended(outputs):
-    return any(output.finish_reason for output in outputs)
+def ids(results):
+    return [output.request_id for _, output in results]
 
 
-def test_first_token_of_a_stream_is_handed_over_at_once():
-    with running([token(1)] * 100, streams=[1]) as loop:
-        assert 1 <= len(loop.collect(FOREVER)) <= MAX_STEPS_AHEAD
+def test_first_token_of_each_stream_is_handed_over_at_once(monkeypatch):
+    script = [token(1)] * 10 + [token(2, 1)] * 1000
+    with running(monkeypatch, script, streams=(True, True)) as loop:
+        assert ids(loop.collect(hurry=False))[0] == 1
+        assert 2 in ids(loop.collect(hurry=False))
 
 
-def test_first_token_of_a_second_stream_is_handed_over_at_once():
-    with running([token(1)] * 10 + [token(2) + token(1)] * 100, streams=[1, 2]) as loop:
-        loop.collect(FOREVER)
-        assert 2 in [output.request_id for output in loop.collect(FOREVER)]
-
-
-def test_further_tokens_of_a_stream_are_gathered():
-    with running([token(1)] * 10_000, streams=[1]) as loop:
-        loop.collect(FOREVER)
-        assert len(loop.collect(0.1)) > MAX_STEPS_AHEAD
-
-
-def test_stream_does_not_wait_for_a_step_that_ends_after_the_round():
-    with running([token(1)] * 3, streams=[1]) as loop:
-        loop.collect(FOREVER)
-    with loop.lock:
-        loop.urgent = False
-        loop.deadline = time.monotonic() + FOREVER
-        loop._end_step(token(1), seconds=FOREVER / 2)
-        assert not loop.urgent
-        loop._end_step(token(1), seconds=2 * FOREVER)
-        assert loop.urgent
-
-
-@pytest.mark.parametrize("streams", [[], [1]])
-def test_end_of_an_answer_is_handed_over_at_once(streams):
+@pytest.mark.parametrize("stream", [True, False])
+def test_end_of_an_answer_is_handed_over_at_once(monkeypatch, stream):
     end = [Output(1, 0, finish_reason="stop")]
-    with running([token(1)] * 3 + [end] + [token(2)] * 100, streams) as loop:
-        outputs = loop.collect(FOREVER)
-        if not has_ended(outputs):
-            outputs += loop.collect(FOREVER)
-        assert has_ended(outputs)
+    with running(monkeypatch, [*[token(1)] * 20, end, *[token(2)] * 1000], (stream, False)) as loop:
+        if stream:
+            loop.collect(hurry=False)
+        assert any(output.finish_reason for _, output in loop.collect(hurry=False))
 
 
-def test_nobody_waits_for_answers_that_are_not_streamed():
-    with running([token(1)] * 10_000) as loop:
-        began = time.monotonic()
-        assert len(loop.collect(0.05)) > MAX_STEPS_AHEAD
-        assert time.monotonic() - began >= 0.05
+@pytest.mark.parametrize("stream", [True, False])
+def test_other_tokens_are_gathered_for_a_round(monkeypatch, stream):
+    with running(monkeypatch, [token(1)] * 10_000, (stream, False), round_seconds=0.1) as loop:
+        loop.collect(hurry=False)
+        assert len(loop.collect(hurry=False)) > MAX_STEPS_AHEAD
 
 
-def test_decoding_stops_ahead_of_a_round_that_does_not_come():
-    with running([token(1)] * 100) as loop:
-        loop.collect(0)
+def test_round_ends_before_a_step_that_would_end_after_it(monkeypatch):
+    with running(monkeypatch, []) as loop:
+        loop.collect(hurry=False)
+        loop.deadline = time.monotonic() + 60
+        loop._end_step(token(1), seconds=30)
+        assert not loop.due
+        loop._end_step(token(1), seconds=120)
+        assert loop.due
+        loop.deadline = None
+
+
+def test_decoding_stops_ahead_of_a_round_that_does_not_come(monkeypatch):
+    with running(monkeypatch, [token(1)] * 1000, round_seconds=0) as loop:
+        loop.collect(hurry=False)
         time.sleep(0.1)
         assert loop.engine.steps <= 2 * MAX_STEPS_AHEAD
 
 
-def test_failure_ends_a_round_and_stays():
+def test_round_without_anything_to_decode_ends_at_once(monkeypatch):
+    with running(monkeypatch, []) as loop:
+        assert loop.collect(hurry=False) == []
+
+
+def test_round_that_nobody_waited_for_brings_its_batch_to_the_next_call(monkeypatch):
+    with running(monkeypatch, [token(1)] * 1000, round_seconds=0.1) as loop:
+        assert loop.collect(hurry=True) == []
+        assert len(loop.collect(hurry=False)) > MAX_STEPS_AHEAD
+
+
+def test_request_that_the_engine_refuses_comes_back_with_the_reason(monkeypatch):
+    with running(monkeypatch, [token(1)] * 1000) as loop:
+        refused = Ticket(None, stream=False)
+        error = ValueError("too long")
+        monkeypatch.setattr(loop.engine, "submit", lambda request: raise_(error))
+        loop.submit(refused)
+        assert (refused, error) in loop.collect(hurry=False)
+        assert loop.failure is None
+
+
+def test_failure_ends_a_round_and_stays(monkeypatch):
     error = ValueError("no")
-    with running([token(1), error]) as loop:
-        loop.collect(FOREVER)
-        assert loop.failure is error
+    with running(monkeypatch, [token(1), error]) as loop:
+        loop.collect(hurry=False)
+        assert loop.failure is error and loop.collect(hurry=False) == []
 
 
-def test_forgotten_id_can_stream_again():
-    with running([token(1)] * 100, streams=[1]) as loop:
-        loop.collect(FOREVER)
-        loop.forget(1)
-        assert not loop.streaming_ids and not loop.started_ids
+def raise_(error):
+    raise error

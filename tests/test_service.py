@@ -349,7 +349,8 @@ def test_leaver_is_dropped_and_its_slot_is_free_by_the_second_step(chat, monkeyp
         chat.send(id, {"context": "hello", "stream": True, "max_tokens": 100} | LONG)
     for _ in range(3):
         chat.round()
-    (number,) = chat.service.live["leaver"].engine_ids
+    (ticket,) = chat.service.live["leaver"].tickets
+    number = ticket.engine_id
     monkeypatch.setattr(engine, "step", watched_step)
     monkeypatch.setattr(engine, "cancel", watched_cancel)
     del chat.live["leaver"]
