@@ -26,10 +26,7 @@ from gptchat.inference.engine import Engine, Output, Request
 
 ROUND_SECONDS = 0.02  # 50 pieces of a stream's text a second
 MAX_STEPS_AHEAD = 4
-# How long `collect` waits for a batch, which a long step may delay. In a hurry it waits only long
-# enough for a decode thread that has nothing to do.
-PATIENCE_SECONDS = 2.0
-HURRY_SECONDS = 0.001
+HURRY_SECONDS = 0.001  # time enough for a decode thread that has nothing to do
 
 
 @dataclass(eq=False)
@@ -80,15 +77,18 @@ class DecodeLoop(threading.Thread):
         self.inbox.put(partial(self._cancel, ticket, candidate))
 
     def collect(self, hurry: bool) -> list[Result]:
-        """Begin a round and wait for its batch. If that does not come in time, return nothing; the
-        next call goes on waiting for it."""
+        """Begin a round and wait for its batch.
+
+        In a hurry, return nothing if a step is under way; the next call gets the batch. Otherwise
+        wait: if a step never ends, TorchServe kills the worker after its `responseTimeout`.
+        """
         if self.failure:
             return []
         if not self.asked:
             self.inbox.put(partial(self._begin_round, time.monotonic() + ROUND_SECONDS))
             self.asked = True
         try:
-            batch = self.outbox.get(timeout=HURRY_SECONDS if hurry else PATIENCE_SECONDS)
+            batch = self.outbox.get(timeout=HURRY_SECONDS if hurry else None)
         except Empty:
             return []
         self.asked = False

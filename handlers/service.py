@@ -195,9 +195,7 @@ class Service:
             answer, prompt = self.owners[ticket]
             self._guarded(answer, self.take, ticket, prompt, output)
 
-    def take(
-        self, answer: Answer, ticket: Ticket, prompt: int, output: Output | Exception
-    ) -> None:
+    def take(self, answer: Answer, ticket: Ticket, prompt: int, output: Output | Exception) -> None:
         """Add an output to its answer; free the slot of a candidate that a stop string ended."""
         if isinstance(output, Exception):
             raise output

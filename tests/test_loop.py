@@ -41,7 +41,6 @@ class ScriptedEngine:
 def running(monkeypatch, script, streams=(False, False), round_seconds=60):
     """The thread, with a request for each of `streams`."""
     monkeypatch.setattr(loop_module, "ROUND_SECONDS", round_seconds)
-    monkeypatch.setattr(loop_module, "PATIENCE_SECONDS", 60)
     loop = DecodeLoop(ScriptedEngine(script))
     for stream in streams:
         loop.submit(Ticket(None, stream))
