@@ -134,7 +134,6 @@ tensorboard: | $(VENV)/.base  ## losses, rates and samples of all runs in a brow
 bench: $(LM_START) | $(VENV)/.test  ## speed beside transformers, about five minutes
 	$(GPTCHAT) bench decode $(ARGS)
 	$(GPTCHAT) bench train $(ARGS)
-	$(GPTCHAT) bench tokenizer $(ARGS)
 
 # Files of tests side by side, one on each core.
 PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile

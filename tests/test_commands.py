@@ -16,7 +16,7 @@ from gptchat import __main__ as main_module
 from gptchat.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("decode", "train", "tokenizer", "serve")
+BENCHMARKS = ("decode", "train", "serve")
 
 
 def python(code: str) -> str:

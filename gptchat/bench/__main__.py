@@ -1,53 +1,26 @@
 """`gptchat bench BENCHMARK`: gptchat and its alternatives, side by side in one run.
 
 Each benchmark is a module with `add_options(parser)` and `run(args, report)`. In `run`, contestants
-with the same weights or the same text take turns. One warm-up round of each is not counted.
+with the same weights take turns. One warm-up round of each is not counted.
 """
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 
-from gptchat.bench import decode, draw, serving, tokenizer, training
+from gptchat.bench import decode, serving, training
 from gptchat.bench.report import Report, positive
 from gptchat.console import CommandParser, cli
 
 BENCHMARKS = {  # name: (module, summary, example arguments)
-    "decode": (
-        decode,
-        "generate text, beside transformers' generate",
-        "--batches 1 8 --rounds 5",
-    ),
-    "draw": (
-        draw,
-        "the draw of the next tokens, as a share of its step, for several settings",
-        "--dtypes int8 --rows 32",
-    ),
-    "train": (
-        training,
-        "one optimizer step, beside transformers' GPT2LMHeadModel",
-        "--config configs/lm.toml --rows 16",
-    ),
-    "tokenizer": (
-        tokenizer,
-        "encode text into shards, beside the package `tokenizers` alone",
-        "--config configs/lm.toml",
-    ),
+    "decode": (decode, "generate text, beside transformers' generate", "--model out/chatlm/model"),
+    "train": (training, "an optimizer step, beside transformers' GPT2LMHeadModel", "--rows 16"),
     "serve": (
         serving,
         "a running server, beside its engine alone and transformers behind a lock",
         "--model out/chatlm/model --clients 1 32",
     ),
 }
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    threads = torch.get_num_threads()
-    add("--rounds", type=positive, default=3, help="turns of each contestant (%(default)s)")
-    add("--threads", type=positive, default=threads, help="torch's threads (%(default)s)")
-    add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def command_line() -> CommandParser:
@@ -66,7 +39,10 @@ def command_line() -> CommandParser:
             example=f"gptchat bench {name} {example}",
         )
         module.add_options(subparser)
-        add_common_options(subparser)
+        add = subparser.add_argument
+        threads = torch.get_num_threads()
+        add("--rounds", type=positive, default=3, help="turns of each contestant (%(default)s)")
+        add("--threads", type=positive, default=threads, help="torch's threads (%(default)s)")
     return parser
 
 
@@ -74,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = command_line().parse_args(argv)
     torch.set_num_threads(args.threads)
     report = Report()
-    module = BENCHMARKS[args.benchmark][0]
-    module.run(args, report)
-    report.show(args.json)
+    BENCHMARKS[args.benchmark][0].run(args, report)
+    report.show()
 
 
 if __name__ == "__main__":

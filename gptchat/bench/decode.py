@@ -1,27 +1,22 @@
-"""`gptchat bench decode`: greedy decoding of random prompts, beside transformers' `generate`.
+"""`gptchat bench decode`: generating text, beside transformers' `generate` with the same weights.
 
-On a GPU where there is one, else on the CPU. Four measurements, each for our weights in float32,
-bfloat16 and, on a CPU, int8 (transformers: float32 only): the speed of decoding steps at several
-batch sizes, the time to the first token of a long prompt, the same of a conversation's next turn
-with and without the prefix cache, and how far the smaller dtypes change the model's predictions.
-Decoding is also compared with the limit that memory sets: a step reads all weights and all cached
-keys and values once, and cannot be faster than a plain sum over as many bytes. The model is
---model, or GPT-2 124M with random weights.
-
-Invariant: all contestants of a race start from the same float32 weights and the same prompts.
+Measured are decoding steps at several batch sizes, the first token after a long prompt, and the
+first token of a conversation's next turn with and without the prefix cache; with --text also what
+the smaller dtypes cost in perplexity. The model is --model, or GPT-2 124M with random weights. It
+is on a GPU where there is one. Prompts are random ids. transformers runs in float32.
 """
 
 import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptchat.bench.report import Report, check_context, positive, timed, wait_for_device
 from gptchat.console import UserError
@@ -38,49 +33,26 @@ from gptchat.runtime import tune_memory
 
 TURN = 20  # tokens of a message, and of an answer, in a conversation
 GPU_DTYPES = ("float32", "bfloat16")  # int8's kernel is for CPUs
-BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+Contestants = dict[str, Callable[[], list[float]]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    dtypes = DTYPES if default_device() == "cpu" else GPU_DTYPES
+    batches = [1, 8, 32]
     add("--model", metavar="DIR", help="model directory (default: GPT-2 124M with random weights)")
     add("--text", metavar="FILE", help="measure perplexity on this text; needs --model")
-    add(
-        "--dtypes",
-        nargs="+",
-        default=DTYPES if default_device() == "cpu" else GPU_DTYPES,
-        choices=DTYPES,
-        help="dtypes of our weights (default: all that the device has)",
-    )
-    add(
-        "--batches",
-        nargs="+",
-        metavar="N",
-        type=positive,
-        default=[1, 8, 32],
-        help="batch sizes (default: 1 8 32)",
-    )
+    add("--dtypes", nargs="+", default=dtypes, choices=DTYPES, help="of our weights (%(default)s)")
+    add("--batches", nargs="+", type=positive, default=batches, help="sizes (%(default)s)")
+    add("--sampled", action="store_true", help="draw by the model's own settings, not greedily")
     add("--prompt", type=positive, default=32, help="tokens of a prompt (%(default)s)")
     add("--new", type=positive, default=64, help="new tokens per row (%(default)s)")
-    add(
-        "--first",
-        type=positive,
-        default=512,
-        help="prompt before the first token (%(default)s)",
-    )
-    add(
-        "--history",
-        type=positive,
-        default=600,
-        help="tokens of a conversation before its next turn (%(default)s)",
-    )
+    add("--first", type=positive, default=512, help="tokens before the first one (%(default)s)")
 
 
 def benchmark_model(directory: str | None) -> tuple[GPT2, Tokenizer | None, str]:
-    """The model, tokenizer and task of a directory; without one, GPT-2 124M with seeded weights.
-
-    The model is on a GPU where there is one.
-    """
+    """The model, tokenizer and task of a directory; without one, GPT-2 124M with seeded weights."""
     torch.manual_seed(0)
     if directory:
         return pretrained.load_model(directory, default_device())
@@ -103,7 +75,7 @@ class Transformers:
         self.model.load_state_dict({"lm_head.weight": model.wte.weight} | state, strict=False)
         self.model.to(model.wte.weight.device)
 
-    def generate(self, prompts: Tensor, n: int, do_sample: bool = False) -> list[float]:
+    def generate(self, prompts: Tensor, n: int, sampling: Sampling) -> list[float]:
         """Generate `n` tokens after each of `prompts` (B, T). Returns the seconds of each token.
 
         The first one includes the prompt. The new tokens (B, n) are left in `new_ids`.
@@ -115,13 +87,18 @@ class Transformers:
             stamps.append(time.perf_counter())
             return scores
 
+        settings = {}
+        if sampling.temperature > 0:
+            names = ("temperature", "top_k", "top_p", "repetition_penalty")
+            settings = {name: getattr(sampling, name) for name in names}
         prompts = prompts.to(self.model.device)
         ids = self.model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=n,
             logits_processor=[record_time],
-            do_sample=do_sample,
+            do_sample=sampling.temperature > 0,
+            **settings,
         )
         self.new_ids: list[list[int]] = ids[:, prompts.shape[1] :].tolist()
         return differences(stamps)
@@ -131,10 +108,12 @@ def differences(stamps: list[float]) -> list[float]:
     return [end - start for start, end in zip(stamps, stamps[1:], strict=False)]
 
 
-def greedy_requests(prompts: Tensor, n: int) -> list[Request]:
-    """A request for `n` greedy tokens after each of `prompts` (B, T)."""
-    sampling = Sampling(temperature=0, max_new_tokens=n)
-    return [Request(prompt, sampling=sampling) for prompt in prompts.tolist()]
+def requests_for(prompts: Tensor, n: int, sampling: Sampling) -> list[Request]:
+    """A request for `n` tokens after each of `prompts` (B, T)."""
+    return [
+        Request(prompt, sampling=replace(sampling, max_new_tokens=n, seed=seed))
+        for seed, prompt in enumerate(prompts.tolist())
+    ]
 
 
 def full_steps(engine: Engine, requests: list[Request]) -> list[float]:
@@ -154,119 +133,89 @@ class DecodeBenchmark:
     """One model in all its dtypes and in transformers; one method per measurement."""
 
     def __init__(self, args: argparse.Namespace, report: Report):
+        if (args.text or args.sampled) and not args.model:
+            raise UserError("--text and --sampled: found no --model; wanted one, whose they are")
         self.args = args
         self.report = report
-        if args.text and not args.model:
-            raise UserError(
-                "--text: found no --model; wanted one, whose tokenizer encodes the text"
-            )
         self.model, self.tokenizer, _ = benchmark_model(args.model)
-        self.config = self.model.config
-        check_context(args.prompt + args.new, "--prompt and --new", self.config.n_positions)
-        self.rows = self.rows_to_predict()
+        config = self.model.config
+        self.vocab_size, n_ctx = config.vocab_size, config.n_positions
+        check_context(args.prompt + args.new, "--prompt and --new", n_ctx)
+        check_context(3 * TURN + 1, "a conversation's next turn", n_ctx)
+        self.first = min(args.first, n_ctx - 1)
+        self.sampling = Sampling(temperature=0)
+        if args.sampled:
+            self.sampling = Sampling(**pretrained.answer_defaults(args.model).sampling)
         self.peer = Transformers(self.model)
-        self.first_length = min(args.first, self.config.n_positions - 1)
-        check_context(2 * TURN + 2, "a conversation's next turn", self.config.n_positions)
-        self.history = max(TURN + 1, min(args.history, self.config.n_positions - TURN - 1))
-        length = max(args.prompt + args.new, self.first_length + 1, self.history + TURN + 1)
-        length = min(length, self.config.n_positions)
         slots = max(args.batches)
+        length = max(args.prompt + args.new, self.first + 1)
         self.engines = {dtype: Engine(self.model, slots, length, dtype) for dtype in args.dtypes}
-        linear_layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
-        # As many float32 numbers as a step reads weights.
-        n_weights = sum(layer.weight.numel() for layer in linear_layers)
-        self.block = torch.ones(n_weights, device=self.model.wte.weight.device)
 
     def race_steps(self, batch: int) -> None:
-        """Race the decoding steps of a batch; note how near each dtype comes to memory's limit."""
-        args = self.args
-        prompts = torch.randint(self.config.vocab_size, (batch, args.prompt))
-        requests = greedy_requests(prompts, args.new)
-        contestants: dict[str, Callable[[], list[float]]] = {}
-        contestants["transformers"] = partial(self.peer.generate, prompts, args.new)
+        """Race the decoding steps of a batch."""
+        prompts = torch.randint(self.vocab_size, (batch, self.args.prompt))
+        requests = requests_for(prompts, self.args.new, self.sampling)
+        contestants: Contestants = {
+            "transformers": partial(self.peer.generate, prompts, self.args.new, self.sampling)
+        }
         for dtype, engine in self.engines.items():
             contestants[dtype] = partial(full_steps, engine, requests)
-        contestants["reading float32"] = self.read_block
-        medians = self.report.race(
-            f"decode, batch {batch}", "tokens/s", contestants, args.rounds, batch
-        )
-        mean_length = args.prompt + args.new / 2
-        n_cached = 2 * self.config.n_layer * self.config.n_embd * batch * mean_length
-        seconds_per_byte = medians["reading float32"] / self.block.nbytes
-        for dtype, engine in self.engines.items():
-            weight_bytes = self.block.numel() * BYTES_PER_WEIGHT[dtype]
-            cache_bytes = n_cached * engine.cache.kv.element_size()
-            limit = seconds_per_byte * (weight_bytes + cache_bytes)
-            self.report.note(dtype, of_memory_limit=f"{limit / medians[dtype]:.0%}")
-        if "float32" in self.engines:
+        self.report.race(f"decode, batch {batch}", "tokens/s", contestants, self.args.rounds, batch)
+        if "float32" in self.engines and self.sampling.temperature == 0:
             answers = generate(self.engines["float32"], requests)
             # The peer's last turn in the race left its tokens in `new_ids`.
             pairs = zip(answers, self.peer.new_ids, strict=True)
             equal = sum(candidates[0].ids == ids for candidates, ids in pairs)
             self.report.note("float32", equal_greedy_rows=f"{equal} of {batch}")
 
-    def read_block(self) -> list[float]:
-        """The seconds of one sum over the block, once per new token."""
-        return [timed(self.block.sum)[0] for _ in range(self.args.new)]
-
     def race_first_token(self) -> None:
-        prompts = torch.randint(self.config.vocab_size, (1, self.first_length))
-        requests = greedy_requests(prompts, 1)
-        contestants: dict[str, Callable[[], list[float]]] = {}
-        contestants["transformers"] = partial(self.peer.generate, prompts, 1)
+        prompts = torch.randint(self.vocab_size, (1, self.first))
+        contestants: Contestants = {
+            "transformers": partial(self.peer.generate, prompts, 1, self.sampling)
+        }
+        requests = requests_for(prompts, 1, self.sampling)
         for dtype, engine in self.engines.items():
             contestants[dtype] = partial(timed, partial(generate, engine, requests))
-        self.report.race(f"first token of {self.first_length}", "ms", contestants, self.args.rounds)
+        self.report.race(f"first token of {self.first}", "ms", contestants, self.args.rounds)
 
     def race_next_turn(self) -> None:
         """Race the first token of a conversation's next turn, without and with the prefix cache."""
-        contestants: dict[str, Callable[[], list[float]]] = {}
+        contestants: Contestants = {}
         for dtype, engine in self.engines.items():
-            for who, enabled in ((f"{dtype}, computed anew", False), (f"{dtype}, cached", True)):
-                contestants[who] = partial(self.next_turn, engine, enabled)
-        what = f"next turn after {self.history}"
-        medians = self.report.race(what, "ms", contestants, self.args.rounds)
-        for dtype in self.engines:
-            anew, cached = medians[f"{dtype}, computed anew"], medians[f"{dtype}, cached"]
-            self.report.note(f"{dtype}, cached", of_computed_anew=f"{cached / anew:.0%}")
+            contestants[f"{dtype}, computed anew"] = partial(self.next_turn, engine, False)
+            contestants[f"{dtype}, cached"] = partial(self.next_turn, engine, True)
+        self.report.race(f"next turn at {self.first}", "ms", contestants, self.args.rounds)
 
     def next_turn(self, engine: Engine, prefix_cache: bool) -> list[float]:
-        """The seconds to the first token after a history and a message.
-
-        The history is new. Its end is an answer of the engine's.
-        """
+        """The seconds to the first token after a history, the engine's answer and a message."""
         engine.prefix_cache = PrefixCache(engine.cache, engine.slots, prefix_cache)
-        prompt, message = torch.randint(self.config.vocab_size, (1, self.history)).split(
-            [self.history - TURN, TURN], 1
-        )
-        [[answer]] = generate(engine, greedy_requests(prompt, TURN))
-        next_prompt = torch.cat([prompt, torch.tensor([answer.ids]), message], 1)
-        return timed(partial(generate, engine, greedy_requests(next_prompt, 1)))
+        history = torch.randint(self.vocab_size, (1, self.first - 2 * TURN))
+        message = torch.randint(self.vocab_size, (1, TURN))
+        [[answer]] = generate(engine, requests_for(history, TURN, self.sampling))
+        prompt = torch.cat([history, torch.tensor([answer.ids]), message], 1)
+        return timed(partial(generate, engine, requests_for(prompt, 1, self.sampling)))
 
     def compare_predictions(self) -> None:
-        """Note each dtype's agreement with float32 and its perplexity, on its latest line."""
+        """Note each dtype's agreement with float32, and its perplexity, on its latest line."""
+        assert self.tokenizer is not None  # --text needs --model
+        rows = text_rows(self.args.text, self.tokenizer, min(256, self.model.config.n_positions))
         for dtype, engine in self.engines.items():
-            agreement, perplexity = quality(self.model, engine.model, self.rows)
+            agreement, perplexity = quality(self.model, engine.model, rows)
             notes = {"top1_agreement": f"{agreement:.2%}", "perplexity": f"{perplexity:.2f}"}
             self.report.note(dtype, **notes)
 
-    def rows_to_predict(self) -> Tensor:
-        """Ids (B, T), at most 16 rows of 256: the beginning of --text, else random ones."""
-        rows, length = 16, min(256, self.config.n_positions)
-        if not self.tokenizer or not self.args.text:
-            return torch.randint(self.config.vocab_size, (rows, length))
-        n_ids = rows * length
-        try:
-            text = Path(self.args.text).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.args.text}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{self.args.text}: not valid UTF-8; wanted a text") from None
-        ids = self.tokenizer.encode(text[: 16 * n_ids])[:n_ids]  # 16 characters a token: plenty
-        whole_rows = len(ids) // length
-        if whole_rows == 0:
-            raise UserError(f"{self.args.text}: found {len(ids)} tokens; wanted {length} or more")
-        return torch.tensor(ids[: whole_rows * length]).view(-1, length)
+
+def text_rows(path: str, tokenizer: Tokenizer, length: int) -> Tensor:
+    """Ids (B, `length`) of the beginning of a text, at most 16 rows. Raises UserError for none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; wanted a text in UTF-8") from None
+    ids = tokenizer.encode(text[: 256 * length])  # 16 characters a token: plenty
+    rows = min(16, len(ids) // length)
+    if rows == 0:
+        raise UserError(f"{path}: found {len(ids)} tokens; wanted {length} or more")
+    return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
 @torch.inference_mode()
@@ -292,5 +241,6 @@ def run(args: argparse.Namespace, report: Report) -> None:
     for batch in args.batches:
         benchmark.race_steps(batch)
     benchmark.race_first_token()
-    benchmark.compare_predictions()
+    if args.text:
+        benchmark.compare_predictions()
     benchmark.race_next_turn()

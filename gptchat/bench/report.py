@@ -1,21 +1,18 @@
 """A race between contestants that take turns, and the report of its results.
 
 A contestant is a function that does its work once and returns the seconds that it measured, one
-number for each thing done (`timed` measures a function that does one). `Report.race` calls every
-contestant once per round, so that a change in the machine's load meets all of them. The first round
-warms up and is not counted. `Report.show` prints what the machine is, which takes a second, and a
-line per contestant with its median, its quartiles, and how many times faster it is than the first
-one of its race. All three are figures that were measured, not interpolated.
-
-`positive` and `check_context` check the options that all benchmarks have.
+number for each thing done; `timed` measures a function that does one. `Report.race` calls every
+contestant once a round, so that a change in the machine's load meets all of them. The first round
+warms up and is not counted. `Report.show` prints what the machine is and a line per contestant:
+median, quartiles, and how many times faster it is than the first one of its race.
 """
 
-import json
 import os
 import statistics
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -24,11 +21,33 @@ import torch
 from gptchat.console import UserError
 
 
+@dataclass
+class Line:
+    """The result of one contestant in one race. Its three figures are ones that were measured."""
+
+    what: str
+    who: str
+    median: float
+    low: float
+    high: float
+    unit: str
+    ratio: float
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        spread = f"({self.low:,.1f}-{self.high:,.1f})"
+        notes = [f"{key.replace('_', ' ')} {value}" for key, value in self.notes.items()]
+        return (
+            f"{self.what:22} {self.who:22} {self.median:10,.1f} {spread} {self.unit:9} "
+            f"{self.ratio:6.2f} x  {', '.join(notes)}"
+        )
+
+
 class Report:
-    """The results so far, one dictionary per contestant and race; `show` prints them."""
+    """The results so far; `show` prints them."""
 
     def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[Line] = []
 
     def race(
         self,
@@ -40,9 +59,7 @@ class Report:
     ) -> dict[str, float]:
         """Run the contestants in turn and add a line for each. Returns their medians in seconds.
 
-        The lines show the seconds of each thing done, such as a decoding step, as milliseconds if
-        `unit` is "ms", else as `amount` / seconds (`amount` is what one of these things handles,
-        such as the tokens of a step).
+        A line shows milliseconds if `unit` is "ms", else `amount` a second, such as tokens.
         """
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for round_number in range(rounds + 1):
@@ -53,24 +70,24 @@ class Report:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         first_median = next(iter(medians.values()))
         for name, values in seconds.items():
-            line: dict[str, Any] = {"what": what, "who": name}
-            line |= quartiles(values, unit, amount)
-            line |= {"unit": unit, "ratio": first_median / medians[name], "notes": {}}
-            self.lines.append(line)
+            if unit == "ms":
+                figures = sorted(value * 1e3 for value in values)
+            else:
+                figures = sorted(amount / value for value in values)
+            low, median, high = (figures[round(q * (len(figures) - 1))] for q in (0.25, 0.5, 0.75))
+            ratio = first_median / medians[name]
+            self.lines.append(Line(what, name, median, low, high, unit, ratio))
         return medians
 
     def note(self, who: str, **notes: Any) -> None:
         """Add notes to the latest line of the contestant `who`."""
-        latest = [line for line in self.lines if line["who"] == who][-1]
-        latest["notes"].update(notes)
+        latest = [line for line in self.lines if line.who == who][-1]
+        latest.notes.update(notes)
 
-    def show(self, as_json: bool) -> None:
-        if as_json:
-            print(json.dumps({"machine": machine(), "lines": self.lines}, indent=1))
-            return
+    def show(self) -> None:
         print(", ".join(f"{key} {value}" for key, value in machine().items()))
         for line in self.lines:
-            print(format_line(line))
+            print(line)
 
 
 def positive(text: str) -> int:
@@ -87,33 +104,6 @@ def check_context(n_tokens: int, options: str, n_positions: int) -> None:
         raise UserError(f"{message} of {n_positions}")
 
 
-def quartiles(seconds: Sequence[float], unit: str, amount: float) -> dict[str, float]:
-    """Median and quartiles of what a line shows: milliseconds, or `amount` a second."""
-    if unit == "ms":
-        figures = sorted(value * 1e3 for value in seconds)
-    else:
-        figures = sorted(amount / value for value in seconds)
-    return {
-        "median": quantile(figures, 0.5),
-        "low": quantile(figures, 0.25),
-        "high": quantile(figures, 0.75),
-    }
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """The value at `share` (0 to 1) of an ordered list: always one that was measured."""
-    return ordered[round(share * (len(ordered) - 1))]
-
-
-def format_line(line: dict[str, Any]) -> str:
-    spread = f"({line['low']:,.1f}-{line['high']:,.1f})"
-    notes = [f"{key.replace('_', ' ')} {value}" for key, value in line["notes"].items()]
-    return (
-        f"{line['what']:22} {line['who']:22} {line['median']:10,.1f} {spread} {line['unit']:9} "
-        f"{line['ratio']:6.2f} x  {', '.join(notes)}"
-    )
-
-
 def machine() -> dict[str, Any]:
     """What the results depend on. The memory bandwidth is that of the best of 20 sums of 256 MB."""
     block = torch.ones(1 << 26)
@@ -125,7 +115,6 @@ def machine() -> dict[str, Any]:
         "allocator": os.environ.get("LD_PRELOAD", "the system's"),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "tokenizers": version("tokenizers"),
         "read_gb_per_s": round(block.nbytes / best_seconds / 1e9, 1),
     }
 

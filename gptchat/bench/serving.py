@@ -1,9 +1,8 @@
 """`gptchat bench serve`: a running server, beside its engine alone and transformers behind a lock.
 
 Several clients send one request each and round, all at the same time and with the same random
-prompt. The answers are sampled and equally long: the token that would end one is forbidden. What
-counts is the seconds per new token, all clients together. The server is asked twice: for streamed
-answers, which also gives the latencies, and for whole ones.
+prompt. The answers are sampled, streamed and equally long: the token that would end one is
+forbidden. Counted are the seconds per new token, all clients together.
 If the server wants a key, it is read from the environment variable OPENAI_API_KEY.
 """
 
@@ -38,36 +37,30 @@ DEFAULT_URL = "http://127.0.0.1:8080/predictions/chatlm/1.0/v1/completions"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    clients = [1, 8, 32, 64]
+    choices = ("auto", *DTYPES)  # the server's own setting is auto, too
     add("--model", metavar="DIR", required=True, help="directory of the model that is served")
     add("--url", default=DEFAULT_URL, help="the server's completions (%(default)s)")
-    add(
-        "--clients",
-        nargs="+",
-        metavar="N",
-        type=positive,
-        default=[1, 8, 32, 64],
-        help="at once (1 8 32 64)",
-    )
-    choices = ("auto", *DTYPES)  # the server's own setting is auto, too
+    add("--clients", nargs="+", type=positive, default=clients, help="at once (%(default)s)")
     add("--dtype", default="auto", choices=choices, help="of the engine alone (%(default)s)")
     add("--prompt", type=positive, default=32, help="tokens of the prompt (%(default)s)")
     add("--new", type=positive, default=64, help="new tokens of an answer (%(default)s)")
 
 
-def ask(url: str, request: Request, stream: bool) -> tuple[list[float], int]:
-    """Send one request to the completions API.
+def ask(url: str, request: Request) -> tuple[list[float], int]:
+    """Send one request to the completions API, whose answer streams.
 
     Returns the seconds to the first chunk and between the further ones, and the number of new
-    tokens. An answer that is not streamed is one chunk. Raises UserError where there is none.
+    tokens. Raises UserError if there is no answer.
     """
     body: dict[str, Any] = {
         "prompt": request.input_ids,
         "max_tokens": request.sampling.max_new_tokens,
         "seed": request.sampling.seed,
         "logit_bias": dict(request.sampling.logit_bias),
+        "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    if stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
     headers = {"content-type": "application/json"}
     key = os.environ.get("OPENAI_API_KEY")
     if key:
@@ -105,12 +98,12 @@ class ServingBenchmark:
         self.peer = Transformers(model)
         self.lock = Lock()
         self.engine = Engine(model, max(args.clients), dtype=args.dtype)
-        self.prompt = torch.randint(len(tokenizer.token_bytes), (args.prompt,)).tolist()
+        prompt = torch.randint(len(tokenizer.token_bytes), (args.prompt,)).tolist()
         stop_ids = pretrained.stop_ids(model.config, tokenizer, task)
         never_ends = dict.fromkeys(stop_ids, -LARGEST_BIAS)
         self.request = Request(
-            self.prompt,
-            token_type_ids=[1] * len(self.prompt) if task == "chatlm" else None,
+            prompt,
+            token_type_ids=[1] * len(prompt) if task == "chatlm" else None,
             sampling=Sampling(seed=1, max_new_tokens=args.new, logit_bias=never_ends),
             stop_ids=stop_ids,
         )
@@ -119,11 +112,11 @@ class ServingBenchmark:
         self.threads = ThreadPoolExecutor(max(args.clients))
 
     def transformers(self, n: int) -> Iterable[int]:
-        prompts = torch.tensor([self.prompt])  # (1, T)
+        prompts = torch.tensor([self.request.input_ids])  # (1, T)
 
         def answer(_: int) -> int:
             with self.lock:
-                return len(self.peer.generate(prompts, self.args.new, do_sample=True))
+                return len(self.peer.generate(prompts, self.args.new, Sampling()))
 
         # The threads end, and with them the OpenMP threads that each of them had: otherwise those
         # of the engine would find too few cores and sleep between two operations.
@@ -134,12 +127,11 @@ class ServingBenchmark:
         for candidates in generate(self.engine, [self.request] * n):
             yield len(candidates[0].ids)
 
-    def server(self, n: int, stream: bool) -> Iterable[int]:
+    def server(self, n: int) -> Iterable[int]:
         def answer(_: int) -> int:
-            seconds, tokens = ask(self.args.url, self.request, stream)
-            if stream:
-                self.first_chunk_seconds.append(seconds[0])
-                self.between_chunks_seconds.extend(seconds[1:])
+            seconds, tokens = ask(self.args.url, self.request)
+            self.first_chunk_seconds.append(seconds[0])
+            self.between_chunks_seconds.extend(seconds[1:])
             return tokens
 
         return self.threads.map(answer, range(n))
@@ -147,18 +139,12 @@ class ServingBenchmark:
     def race(self, n: int, report: Report) -> None:
         self.first_chunk_seconds.clear()
         self.between_chunks_seconds.clear()
-        contestants: dict[str, Callable[[int], Iterable[int]]] = {
-            "transformers, one lock": self.transformers,
-            "engine alone": self.engine_alone,
-            "server": partial(self.server, stream=True),
-            "server, not streamed": partial(self.server, stream=False),
+        contestants = {
+            "transformers, one lock": partial(seconds_per_token, self.transformers, n),
+            "engine alone": partial(seconds_per_token, self.engine_alone, n),
+            "server": partial(seconds_per_token, self.server, n),
         }
-        report.race(
-            f"{n} clients",
-            "tokens/s",
-            {name: partial(seconds_per_token, answer, n) for name, answer in contestants.items()},
-            self.args.rounds,
-        )
+        report.race(f"{n} clients", "tokens/s", contestants, self.args.rounds)
         percentiles = statistics.quantiles(self.between_chunks_seconds, n=100)
         report.note(
             "server",
