@@ -4,6 +4,7 @@ import json
 import os
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from gptchat.config import load_config, load_run_config
 from gptchat.console import UserError
 from gptchat.data.check import check, lines_of
 from gptchat.data.dialogue_files import read_prompts
+from gptchat.model.gpt2 import GPT2Config
 from gptchat.new import sizing
-from gptchat.new.sizing import Speed
 from gptchat.training.start import check_size
 
 SPEED = 3e11  # FLOP/s, about that of two cores
@@ -25,7 +26,7 @@ SPEED = 3e11  # FLOP/s, about that of two cores
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with text and dialogues, on a machine of known speed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sizing, "measure", lambda recipe: Speed("cpu", SPEED))
+    monkeypatch.setattr(sizing, "measure", lambda recipe: SPEED)
     (tmp_path / "mine").mkdir()
     (tmp_path / "talks").mkdir()
     text = [f"Paragraph {i} of a text of my own." * 5 for i in range(6000)]
@@ -52,8 +53,7 @@ def test_both_configs_load_and_name_the_files(folder: Path, capsys: Any) -> None
     assert capsys.readouterr().out.splitlines() == [
         "wrote configs/bard/lm.toml",
         "wrote configs/bard/chatlm.toml",
-        "wrote configs/bard/prompts.tsv: 10 first turns of your dialogues, which `make chatlm` "
-        "answers at the end",
+        "wrote configs/bard/prompts.tsv: 10 first turns, which `make chatlm` answers at the end",
         "next:",
         "  gptchat check --config configs/bard/lm.toml",
         "  gptchat check --config configs/bard/chatlm.toml",
@@ -130,21 +130,6 @@ def test_prompts_are_what_people_say_first_once_each_and_escaped(folder: Path) -
     assert prompts() == [f"A line\nand\tanother {i}." for i in range(3)]
 
 
-def test_no_system_message_and_no_response_is_a_prompt(folder: Path) -> None:
-    lines = []
-    for i in range(60):
-        if i % 2:
-            turns = [("system", "Be kind."), ("assistant", f"Hello {i}."), ("user", "Who?")]
-        else:
-            turns = [("system", "Be kind."), ("user", f"Question {i}?")]
-        turns.append(("assistant", "Yes."))
-        messages = [{"role": role, "content": text} for role, text in turns]
-        lines.append(json.dumps({"messages": messages}))
-    Path("some.jsonl").write_text("\n".join(lines))
-    run("--chat", "some.jsonl")
-    assert len(prompts()) == 10 and all(prompt.startswith("Question") for prompt in prompts())
-
-
 def test_rows_that_repeat_a_conversation_give_their_last_turn_also_with_roles(folder: Path) -> None:
     lines = []
     for talk in range(30):
@@ -164,7 +149,6 @@ def test_the_shortest_first_turn_is_the_prompt_where_none_is_short(
     Path("talks/a.tsv").write_text("".join(f"{'long ' * (20 + i)}\tYes.\n" for i in range(50)))
     run("--chat", "talks/*.tsv")
     assert prompts() == ["long " * 20]
-    assert "prompts.tsv: a first turn of your dialogues, which" in capsys.readouterr().out
 
 
 def test_prompts_that_are_there_stay(folder: Path, capsys: Any) -> None:
@@ -216,50 +200,19 @@ def test_little_data_is_read_ten_times_at_most_with_dropout_and_patience(folder:
     assert config.model.dropout == 0.1 and config.train.patience == 3
 
 
-def test_the_default_run_gets_the_default_size(folder: Path) -> None:
-    default = load_config(str(new.DEFAULTS / "lm.toml"))
-    size = (default.model.n_layer, default.model.n_embd)
-    tokens = default.train.num_steps * sizing.tokens_per_step(default)
-    config = sizing.model_config(size, default)
-    speed = Speed("cpu", sizing.step_flops(config, 1, 1, default.model.n_ctx) * tokens)
-    found = sizing.choose_size(1e9, 8192, default.model.n_ctx, 1.01, speed, default)
-    assert found == size
-
-
-def planned_minutes(task: str) -> float:
-    """What the config says beside num_steps."""
-    found = re.search(r"about ([\d.]+) minutes", Path(f"configs/bard/{task}.toml").read_text())
-    assert found
-    return float(found[1])
-
-
-def test_minutes_that_the_chatlm_cannot_use_go_to_the_lm(folder: Path) -> None:
-    Path("mine/a.txt").write_text("\n\n".join([Path("mine/a.txt").read_text()] * 10))
-    run(*BOTH, "--minutes", "15")
-    lm, chatlm = planned_minutes("lm"), planned_minutes("chatlm")
-    of_steps = 15 * sizing.STEPS_SHARE
-    assert chatlm < 0.5 * (1 - sizing.LM_SHARE) * of_steps
-    assert lm + chatlm == pytest.approx(of_steps, abs=0.1)
-    Path("x.toml").write_text(
-        new.plan_configs("x", ["mine/*.txt"], [], 15 * sizing.LM_SHARE)["lm.toml"]
-    )
-    larger = load_config("configs/bard/lm.toml").model
-    assert larger.n_embd > load_config("x.toml").model.n_embd
-
-
 @pytest.mark.parametrize("rows", [50, 50_000])
 @pytest.mark.parametrize("minutes", [2, 15])
 def test_the_plans_of_both_never_take_more_than_the_minutes(
     folder: Path, rows: int, minutes: int
 ) -> None:
-    recipe_files = {task: new.DEFAULTS / f"{task}.toml" for task in ("lm", "chatlm")}
-    recipe = load_config(str(recipe_files["lm"]))
+    lm, chatlm = (load_config(str(new.DEFAULTS / f"{task}.toml")) for task in ("lm", "chatlm"))
+    recipes = {"lm": lm, "chatlm": replace(lm, train=chatlm.train)}
     Path("mine/a.txt").write_text("\n\n".join([Path("mine/a.txt").read_text()] * 10))
     reports = {"lm": sizing.survey("lm", ["mine/*.txt"], 256)[0]}
     Path("talks/a.tsv").write_text("Who is there at this hour?\tIt is only me.\n" * rows)
     reports["chatlm"], _ = sizing.survey("chatlm", ["talks/*.tsv"], 256)
-    plans = new.make_plans(reports, minutes, Speed("cpu", SPEED), recipe, recipe_files)
-    assert plans["lm"].size == plans["chatlm"].size
+    plans = sizing.plan_all(reports, recipes, minutes, SPEED)
+    assert plans["lm"].model == plans["chatlm"].model
     seconds = plans["lm"].seconds + plans["chatlm"].seconds
     assert 0.5 < seconds / (60 * minutes * sizing.STEPS_SHARE) <= 1 + 1e-9
 
@@ -268,18 +221,6 @@ def test_text_without_blank_lines_is_cut_into_lines(folder: Path) -> None:
     Path("lines.txt").write_text("".join(f"Line {i} stands alone here.\n" for i in range(500)))
     contents = new.plan_configs("x", ["lines.txt"], [], 1)
     assert 'document = "line"' in contents["lm.toml"]
-
-
-@pytest.mark.parametrize("n_files, has_alternative", [(29, False), (30, True)])
-def test_document_has_its_size_beside_it_and_each_file_as_the_alternative_of_many(
-    folder: Path, n_files: int, has_alternative: bool
-) -> None:
-    for i in range(n_files):
-        Path(f"mine/act{i}.txt").write_text(f"HAMLET {i:02}.\n\nTo be.\n\nOr not.\n")
-    contents = new.plan_configs("x", ["mine/act*.txt"], [], 1)
-    line = 'document = "block"  # blank lines divide documents, 8 characters each on average'
-    line += '; "file": each file is one' if has_alternative else ""
-    assert line in contents["lm.toml"].splitlines()
 
 
 def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> None:
@@ -355,7 +296,7 @@ def test_the_context_beside_an_lm_is_accepted_if_it_is_that_of_the_lm(
     run(*BOTH)
     lm = load_config("configs/bard/lm.toml")
     config = load_config("configs/bard/chatlm.toml", [f"model.n_ctx={n_ctx}"])
-    found = sizing.model_config((lm.model.n_layer, lm.model.n_embd), lm)
+    found = GPT2Config.of(lm.model, lm.tokenizer.vocab_size)
     with nullcontext() if n_ctx == 256 else pytest.raises(UserError, match="n_ctx is 257"):
         check_size(config, found)
 
@@ -372,5 +313,4 @@ def test_the_speed_that_is_measured_is_that_of_the_default_model() -> None:
         str(new.DEFAULTS / "lm.toml"),
         ["model.n_layer=1", "model.n_embd=96", "train.batch_size=1", "tokenizer.vocab_size=300"],
     )
-    speed = sizing.measure(recipe)
-    assert 1e6 < speed.flops < 1e15 and speed.device in ("cpu", "cuda")
+    assert 1e6 < sizing.measure(recipe) < 1e15
