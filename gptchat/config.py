@@ -198,21 +198,9 @@ class ServerSettings:
     )
     max_requests: int = setting(128, "requests being answered or queued, at once", min=1)
     max_new_tokens: int = setting(1024, "tokens of one answer, never more than the context", min=1)
-    default_new_tokens: int = setting(
-        64, "tokens of an answer where the request sets no limit", min=1
-    )
-    max_candidates: int = setting(16, "answers to one prompt", min=1)
-    max_prompts: int = setting(64, "prompts of one request, times its candidates", min=1)
-    max_stops: int = setting(8, "stop strings", min=1)
-    max_bad_words: int = setting(64, "forbidden words", min=1)
-    max_biases: int = setting(300, "ids in a logit_bias", min=1)
-    max_logprobs: int = setting(20, "likeliest tokens listed beside the drawn one", min=0)
     hosts: tuple[str, ...] = setting(
         (), "names in a request's Host header, besides localhost, any IP address and --host"
     )
-    max_answer_mb: int = setting(8, "size that one answer may reach", min=1)
-    max_answers_mb: int = setting(128, "size that all live answers may reach together", min=1)
-    max_java_mb: int = setting(1024, "memory of Java at which large answers must wait", min=1)
 
 
 def build_server_settings(values: Any, source: str) -> ServerSettings:

@@ -15,8 +15,8 @@ from typing import Any
 from ts.metrics.metric_type_enum import MetricTypes
 
 from gptchat.config import build_server_settings
-from handlers.openapi import describe
 from handlers.page import render_page
+from handlers.routes import describe
 from handlers.served_model import load_served_model
 from handlers.service import Arrival, Chunk, Service
 

@@ -1,9 +1,10 @@
-"""The model that one worker serves, with its engine and the server's settings.
+"""The model that one worker serves, with its engine and the server's settings, and its prompts.
 
 The engine gets as many slots as `settings.slots` asks for and `settings.cache_mb` has memory for.
 `generator.engine.slots` is their number; the settings never change.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,27 +13,100 @@ from pathlib import Path
 import torch
 
 from gptchat.config import ServerSettings
+from gptchat.console import UserError
+from gptchat.data.dialogue import TextTurn
 from gptchat.inference.engine import Request, generate
-from gptchat.inference.generate import TextGenerator
+from gptchat.inference.generate import TextGenerator, prompt_room
+from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2Config
 from gptchat.runtime import tune_memory
+from handlers.body import Refusal
+
+DEFAULT_NEW_TOKENS = 64  # of an answer, where the request does not say
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model under the name that clients use for it."""
+    """A model under the name that clients use for it. Prompts that cannot be raise Refusal."""
 
     name: str
     generator: TextGenerator
     settings: ServerSettings
 
+    @property
+    def chats(self) -> bool:
+        return self.generator.task == "chatlm"
+
+    @property
+    def n_ctx(self) -> int:
+        return self.generator.n_ctx
+
+    @property
+    def most_new_tokens(self) -> int:
+        return min(self.settings.max_new_tokens, self.n_ctx)
+
+    @property
+    def default_new_tokens(self) -> int:
+        """A ChatLM's answer leaves half of the context to the dialogue."""
+        most = self.n_ctx // 2 if self.chats else self.n_ctx
+        return min(DEFAULT_NEW_TOKENS, most)
+
     @cached_property
     def longest_text(self) -> int:
         """Characters that a full context can hold; longer texts are refused unencoded."""
         longest_token = max(map(len, self.generator.tokenizer.token_bytes))
-        return self.generator.n_ctx * longest_token
+        return self.n_ctx * longest_token
+
+    def too_long(self, found: str) -> Refusal:
+        """Clients know this mistake by these words of OpenAI's, or by the code."""
+        message = f"This model's maximum context length is {self.n_ctx} tokens; {found}"
+        return Refusal(message, code="context_length_exceeded")
+
+    def encode(self, text: str) -> list[int]:
+        if len(text) > self.longest_text:
+            raise self.too_long(f"a text of {len(text)} characters cannot fit")
+        return self.generator.tokenizer.encode(text)
+
+    def prompt(self, given: str | list[int]) -> list[int]:
+        """The ids of a text, or ids, to be continued; an empty one starts from [EOS]."""
+        ids = self.encode(given) if isinstance(given, str) else given
+        eos_id = self.generator.tokenizer.eos_id
+        if not ids and not 0 <= eos_id < self.generator.n_vocab:
+            raise Refusal("a prompt is empty, and the model has no [EOS] to start from")
+        if len(ids) > self.n_ctx:
+            raise self.too_long(f"a prompt has {len(ids)} tokens")
+        return ids or [eos_id]
+
+    def continuation(self, ids: list[int], sampling: Sampling, n: int, score: bool) -> Request:
+        """A ChatLM takes the prompt for the responder's words."""
+        types = [1] * len(ids) if self.chats else None
+        return Request(ids, types, sampling, n, self.generator.stop_ids, score)
+
+    def reply(
+        self, turns: Sequence[TextTurn], beginning: list[int], sampling: Sampling, n: int
+    ) -> Request:
+        """The dialogue's next turn, which starts with `beginning`.
+
+        The oldest turns are dropped until the answer has room; turns that cannot fit are not even
+        encoded.
+        """
+        if not beginning and not any(text for _, text in turns):
+            raise Refusal("the conversation has no text; wanted some to answer")
+        room = prompt_room(self.n_ctx, sampling.max_new_tokens)
+        encoded: list[tuple[int, list[int]]] = []  # the last turn first
+        n_tokens = 0
+        for speaker, text in reversed(turns):
+            if encoded and (n_tokens > room or len(text) > self.longest_text):
+                break
+            ids = self.encode(text)
+            encoded.append((speaker, ids))
+            n_tokens += len(ids)
+        try:
+            return self.generator.request(encoded[::-1], sampling, n, beginning)
+        except UserError as error:
+            raise self.too_long(str(error)) from None
 
 
 def slots_that_fit(config: GPT2Config, settings: ServerSettings) -> int:
@@ -46,10 +120,8 @@ def slots_that_fit(config: GPT2Config, settings: ServerSettings) -> int:
 def load_served_model(directory: Path, name: str, settings: ServerSettings) -> ServedModel:
     """Read a model directory and start an engine, which then has run once. Raises UserError.
 
-    This happens in a thread that ends with it. Each thread that computes gets OpenMP threads of its
-    own, which live as long as it does, and with more of them than cores, libgomp lets all sleep
-    where they would wait for work: the decode thread would take two to three times as long for a
-    step of a small model.
+    It runs in a thread that ends with it: each thread that computes keeps OpenMP threads of its
+    own, and with more of them than cores a step of a small model takes two to three times as long.
     """
     with ThreadPoolExecutor(1, "load") as thread:
         return thread.submit(_load, directory, name, settings).result()

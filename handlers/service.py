@@ -11,7 +11,6 @@ and the process ends, to be restarted by TorchServe. Metrics and log lines hold 
 request.
 """
 
-import json
 import logging
 import os
 import threading
@@ -23,15 +22,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from gptchat.inference.engine import Output
-from handlers.answers import JSON, Answer, Page, model_list
-from handlers.budget import check_answer
-from handlers.fields import Refusal
-from handlers.jobs import JobReader
+from handlers.answers import JSON, Answer
+from handlers.body import Refusal
 from handlers.loop import DecodeLoop, Result, Ticket
-from handlers.openapi import describe
+from handlers.routes import Routes
 from handlers.served_model import ServedModel
 
-HTML = "text/html; charset=utf-8"
 SECONDS_TO_ANSWER = 0.5  # before the process ends because the decode thread has died
 GAUGES = ("live_requests", "live_slots", "queued")
 
@@ -96,7 +92,7 @@ class Service:
         host: str = "localhost",  # where the API listens
     ):
         self.model = model
-        self.page = page
+        self.routes = Routes(model, page)
         self.draining = draining
         self.hosts = {"localhost", host.lower(), *map(str.lower, model.settings.hosts)}
         self.record = record
@@ -146,13 +142,16 @@ class Service:
     def open(self, answer: Answer, arrival: Arrival) -> None:
         """Read a request, so that its answer can begin. Raises Refusal."""
         path = str(arrival.headers.get("url_path", ""))
-        content_type = arrival.header("content-type", "missing")
         check_host(arrival.header("host", "localhost"), self.hosts)
         if arrival.body in (b"", ""):
-            answer.page = self.get(path)
+            answer.page = self.routes.get(path)
             return
-        if arrival.body is None or content_type.partition(";")[0].strip().lower() != JSON:
+        content_type = arrival.header("content-type", "missing")
+        if content_type.partition(";")[0].strip().lower() != JSON:
             raise Refusal(f"the content type is {content_type[:60]}, wanted {JSON}", 415)
+        encoding = arrival.header("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise Refusal(f"the content encoding is {encoding[:60]}, wanted none", 415)
         if self.draining.exists() or self.loop.failure:
             raise Refusal("the server is stopping or restarting", 503)
         max_requests = self.model.settings.max_requests
@@ -161,29 +160,15 @@ class Service:
                 f"the queue is full: {max_requests} requests (max_requests) are being answered"
             )
             raise Refusal(f"{message}; try later", 503)
-        job = JobReader(arrival.body, self.model).read(path)
-        live = [other.generation.job for other in self.live.values() if other.generation]
-        check_answer(job, live, self.model.settings)
-        answer.begin(self.model, job)
-
-    def get(self, path: str) -> Page:
-        """The answer to a request without a body. Raises Refusal."""
-        if path == "v1/openapi.json":
-            return Page(JSON, json.dumps(describe(self.model)))
-        if path.startswith("v1/models"):
-            return Page(JSON, json.dumps(model_list(self.model.name, path)))
-        if path == "" and self.model.generator.task == "chatlm":
-            return Page(HTML, self.page)
-        message = 'the body is empty; wanted JSON such as {"context": "some text"}'
-        raise Refusal(message, 404 if path else 400)
+        live = [other.generation for other in self.live.values() if other.generation]
+        answer.generation = self.routes.post(path, arrival.body, answer.id, live)
 
     def submit(self, answer: Answer) -> None:
         """Hand a request's prompts to the engine, if it has any."""
         if answer.generation is None or answer.error:
             return
-        job = answer.generation.job
-        for number, request in enumerate(job.requests):
-            ticket = Ticket(request, job.stream)
+        for number, request in enumerate(answer.generation.requests):
+            ticket = Ticket(request, answer.generation.stream)
             answer.tickets.append(ticket)
             self.owners[ticket] = (answer, number)
             self.loop.submit(ticket)
@@ -234,12 +219,12 @@ class Service:
         """Record the figures of a request that ended at `ended`; log one line without its text."""
         kind, first_token, n_prompt, n_cached, n_new = "none", 0.0, 0, 0, 0
         if answer.generation:
-            kind = answer.generation.job.kind
+            kind = answer.generation.kind
             first_token = answer.generation.first_token
-            usage = answer.generation.usage
-            n_prompt, n_new = usage["prompt_tokens"], usage["completion_tokens"]
+            n_prompt = answer.generation.n_prompt_tokens
+            n_new = answer.generation.n_new_tokens
             n_cached = answer.generation.n_cached
-            for name in sorted(answer.generation.job.ignored):
+            for name in sorted(answer.generation.ignored):
                 self._record("counter", "ignored_fields", 1, name)
         first_seconds = (first_token or ended) - answer.began
         self._record("counter", "requests", 1, kind, result)

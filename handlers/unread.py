@@ -5,14 +5,13 @@ OpenAI's paths whatever is not read is ignored, known or not, and counted in the
 Names that are not in IGNORED or UNAVAILABLE are counted together as OTHER: a client chooses them,
 and must not be able to fill the metrics, or write into the log.
 
-UNAVAILABLE are the fields that ask for another kind of answer: only their neutral values are
-ignored. The table in README.md says the same; a test sends each of its lines.
+UNAVAILABLE are fields that ask for another answer: only their neutral values are ignored.
 """
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from handlers.fields import Refusal
+from handlers.body import Refusal
 
 
 class Unavailable(NamedTuple):
@@ -23,16 +22,43 @@ class Unavailable(NamedTuple):
 
 
 NO_TOOLS = "this model calls no tools"
+NO_CONSTRAINT = "this model writes free text only"
+NO_SUCH_DRAW = "this model's tokens are not drawn so"
+NOTHING: tuple[Any, ...] = ({}, [], "")
 UNAVAILABLE = {
     "tools": Unavailable([[]], NO_TOOLS),
     "tool_choice": Unavailable(["auto", "none"], NO_TOOLS),
     "functions": Unavailable([[]], NO_TOOLS),
     "function_call": Unavailable(["auto", "none"], NO_TOOLS),
-    "response_format": Unavailable([{"type": "text"}], "this model writes free text only"),
+    "response_format": Unavailable([{"type": "text"}], NO_CONSTRAINT),
+    "guided_json": Unavailable(NOTHING, NO_CONSTRAINT),
+    "guided_regex": Unavailable(NOTHING, NO_CONSTRAINT),
+    "guided_choice": Unavailable(NOTHING, NO_CONSTRAINT),
+    "guided_grammar": Unavailable(NOTHING, NO_CONSTRAINT),
+    "grammar": Unavailable(NOTHING, NO_CONSTRAINT),
+    "json_schema": Unavailable(NOTHING, NO_CONSTRAINT),
+    "structured_outputs": Unavailable(NOTHING, NO_CONSTRAINT),
+    "format": Unavailable(NOTHING, NO_CONSTRAINT),
     "modalities": Unavailable([["text"]], "this model writes text only"),
     "web_search_options": Unavailable([], "this model searches nothing"),
     "suffix": Unavailable([""], "this model continues a text and fills no gap"),
-    "best_of": Unavailable([1], "all candidates are returned"),
+    "best_of": Unavailable([1], "all of this model's candidates are returned"),
+    "stop_token_ids": Unavailable([[]], "this model stops at strings (stop) only"),
+    "ignore_eos": Unavailable([False], "this model's end is banned by logit_bias"),
+    "typical_p": Unavailable([1, 0], NO_SUCH_DRAW),
+    "tfs_z": Unavailable([1], NO_SUCH_DRAW),
+    "top_a": Unavailable([0], NO_SUCH_DRAW),
+    "mirostat": Unavailable([0], NO_SUCH_DRAW),
+    "mirostat_mode": Unavailable([0], NO_SUCH_DRAW),
+    "dynatemp_range": Unavailable([0], NO_SUCH_DRAW),
+    "xtc_probability": Unavailable([0], NO_SUCH_DRAW),
+    "dry_multiplier": Unavailable([0], NO_SUCH_DRAW),
+    "smoothing_factor": Unavailable([0], NO_SUCH_DRAW),
+    "no_repeat_ngram_size": Unavailable([0], NO_SUCH_DRAW),
+    "use_beam_search": Unavailable([False], NO_SUCH_DRAW),
+    "num_beams": Unavailable([1], NO_SUCH_DRAW),
+    "allowed_token_ids": Unavailable([[]], NO_SUCH_DRAW),
+    "options": Unavailable([{}], "this server reads settings beside the messages"),
 }
 IGNORED = (
     # OpenAI's
@@ -53,14 +79,11 @@ IGNORED = (
     "add_generation_prompt",
     "cache_prompt",
     "chat_template_kwargs",
+    "continue_final_message",
     "id_slot",
     "keep_alive",
-    "mirostat",
-    "options",
     "priority",
     "skip_special_tokens",
-    "tfs_z",
-    "typical_p",
 )
 OTHER = "other"
 

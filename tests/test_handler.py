@@ -18,9 +18,9 @@ from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS
 from handlers import gptchat_handler
 from handlers.gptchat_handler import GptchatHandler
-from handlers.openapi import describe
 from handlers.page import FOLDER as PAGE_FOLDER
 from handlers.page import render_page
+from handlers.routes import describe
 from handlers.service import Chunk
 
 torch.set_num_threads(1)

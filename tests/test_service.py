@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import wait_until
+from handlers.fields import Refusal
 from serving import ROOT, ServiceClient
 
 from gptchat.config import ServerSettings
@@ -18,7 +19,6 @@ from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import CharacterFilter
 from gptchat.model import pretrained
 from handlers import jobs
-from handlers.fields import Refusal
 from handlers.served_model import slots_that_fit
 
 torch.set_num_threads(1)

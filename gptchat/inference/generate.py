@@ -56,8 +56,8 @@ class CandidateText:
 
     `text` is everything so far. It starts with `echo`, a prompt to be repeated, in which stop
     strings do not count; then comes the text of `beginning`, ids of the answer that were given with
-    the prompt, in which they do. A caller who wants to know where each token stands notes
-    `len(text)` before `take`; characters that are held back at that moment come with a later token.
+    the prompt, in which they do. `n_decoded` is the number of characters decoded so far, with those
+    that are held back: where the text of the next token begins.
 
     `n_tokens` counts the generated tokens. Where the request asked for log-probabilities, `logprob`
     is the sum of `n_scored` of them, those of the tokens and of the id that ended the answer.
@@ -82,6 +82,10 @@ class CandidateText:
         self.logprob = 0.0
         self.finish_reason = ""
         self.must_cancel = False
+
+    @property
+    def n_decoded(self) -> int:
+        return len(self.text) + len(self._decoder.held)
 
     def take(self, output: Output) -> str:
         """Add the engine's next output. Returns the piece of text that is certain now."""

@@ -65,8 +65,8 @@ class StreamDecoder:
     A piece holds no half character and no part of a stop string. The joined pieces are the decoded
     text up to the stop string that is complete first (the longest, if several end there); `stopped`
     is then true. The end of the text is held back as long as it may become a stop string. A
-    character that is unfinished when the stream ends is left out. Raises ValueError for an empty
-    stop string.
+    character that is unfinished when the stream ends is left out. `held` is the text held back.
+    Raises ValueError for an empty stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -74,7 +74,7 @@ class StreamDecoder:
             raise ValueError("a stop string must not be empty")
         self.stop = tuple(stop)
         self.stopped = False
-        self._held = ""
+        self.held = ""
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -84,22 +84,22 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """The text that was held back, now that the stream has ended."""
-        text = self._held
-        self._held = ""
+        text = self.held
+        self.held = ""
         return text
 
     def _release(self, new: str) -> str:
         """Add `new` to the text; return what is certain of it."""
-        text = self._held + new
+        text = self.held + new
         if self.stopped or not text:
             return ""
         stop_start = self._first_stop(text)
         if stop_start is not None:
             self.stopped = True
-            self._held = ""
+            self.held = ""
             return text[:stop_start]
         certain = len(text) - self._begun_stop(text)
-        self._held = text[certain:]
+        self.held = text[certain:]
         return text[:certain]
 
     def _first_stop(self, text: str) -> int | None:

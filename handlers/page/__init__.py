@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from handlers.jobs import MOST_TURNS
+from handlers.original import MOST_TURNS
 
 FOLDER = Path(__file__).parent
 STYLE = re.compile(r'<link rel="stylesheet" href="([\w.]+)">')

@@ -1,0 +1,99 @@
+"""A request's JSON body, checked by its declaration.
+
+A declaration is a msgspec Struct: its types, ranges and defaults are what `check` goes by, and what
+the OpenAPI description shows (`routes.py`). A key with the value null counts as not given. Whatever
+is wrong with a request raises a `Refusal`.
+"""
+
+import json
+import re
+from typing import Any
+
+import msgspec
+
+# The names of one setting. On OpenAI's paths the first one that is given counts; the original's API
+# takes one at most.
+SYNONYMS = {
+    "max_new_tokens": ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict"),
+    "n": ("n", "num_return_sequences"),
+    "min_tokens": ("min_tokens", "min_new_tokens"),
+    "repetition_penalty": ("repetition_penalty", "repeat_penalty"),
+    "stop": ("stop", "stop_sequences"),
+}
+
+
+class Refusal(Exception):
+    """The answer to a request that cannot be served: a status, a line of text, OpenAI's fields."""
+
+    def __init__(
+        self, message: str, status: int = 400, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+def parse(body: Any) -> dict[str, Any]:
+    """The body's object without its nulls. TorchServe leaves a body that is not JSON as bytes."""
+    if isinstance(body, bytes | bytearray):
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(f"the body is not JSON: {str(error)[:80]}") from None
+    if not isinstance(body, dict):
+        raise Refusal(f"the body is {json.dumps(body):.60}: no JSON object")
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def check(declared: type[msgspec.Struct], body: dict[str, Any]) -> Any:
+    """The body as its declaration has it; a synonym's value is under the setting's own name.
+
+    Raises Refusal with the field, what was found and what is wanted. Unknown fields are refused if
+    the declaration forbids them, and are left out otherwise.
+    """
+    is_strict = declared.__struct_config__.forbid_unknown_fields
+    given = [name for name in declared.__struct_fields__ if name in body]
+    for name in body.keys() - set(given) if is_strict else ():
+        message = f"{name!r:.60} is unknown here, or more than this model can do"
+        raise Refusal(message, param=f"{name:.60}")
+    for name in given:
+        _check_characters(name, body[name])
+    try:
+        asked = msgspec.convert(body, declared)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise _refusal(str(error), body) from None
+    for setting, names in SYNONYMS.items():
+        found = [name for name in names if name in given]
+        if len(found) > 1 and is_strict:
+            message = f"wanted one of {', '.join(found)}: they are the same"
+            raise Refusal(message, param=found[0])
+        if found:
+            setattr(asked, setting, getattr(asked, found[0]))
+    return asked
+
+
+def _check_characters(name: str, value: Any) -> None:
+    """JSON's escapes can write half of a surrogate pair, which no UTF-8 can encode."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        message = f"{name} holds {half}, half of a surrogate pair; wanted whole characters"
+        raise Refusal(message, param=name) from None
+
+
+def _refusal(problem: str, body: Any) -> Refusal:
+    """What msgspec says, such as "Expected `int` <= 16 - at `$.n`", with the value that it found
+    there."""
+    problem, _, place = problem.replace("Expected", "wanted").partition(" - at ")
+    steps = re.findall(r"\.(\w+)|\[(\d+)\]", place)
+    if not steps:
+        missing = re.search("required field `(.+)`", problem)
+        return Refusal(problem, param=missing[1] if missing else None)
+    found = body
+    for name, index in steps:
+        found = found[name] if name else found[int(index)]
+    path = place.partition("$.")[2].strip("`").removesuffix("[...]")
+    return Refusal(f"{path} is {found!r:.60}: {problem}", param=steps[0][0])

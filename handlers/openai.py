@@ -1,0 +1,395 @@
+"""OpenAI's completions and chat completions.
+
+Clients that were written for larger models are served as well as can be: a field that is not read
+is ignored if it may be (`unread.py`), and a length is cut down to what fits.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from gptchat.data.dialogue import SPEAKERS, TextTurn
+from gptchat.data.tokenizer import Tokenizer
+from gptchat.inference.engine import Request
+from gptchat.inference.sampling import Sampling
+from handlers.answers import Choice, Generation, ScoredToken
+from handlers.body import Refusal
+from handlers.original import MOST_TURNS
+from handlers.served_model import ServedModel
+from handlers.settings import MOST_ANSWERS, MOST_LOGPROBS, SamplingMaker, with_settings, words
+from handlers.unread import check_unread, counted_name
+
+COMPLETION_TOKENS = 16  # OpenAI's default length of a completion
+NEUTRAL = Sampling()  # OpenAI's clients expect settings that change nothing
+
+Best = Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)]
+FinishReason = Literal["stop", "length"]
+
+
+# --- requests
+
+
+class StreamOptions(Struct):
+    """`include_usage`: the stream ends with the numbers of tokens."""
+
+    include_usage: bool | None = False
+
+
+class OpenAIRequest(Struct, kw_only=True):
+    """What both routes have."""
+
+    model: str | UnsetType = UNSET
+    stream_options: StreamOptions = field(default_factory=StreamOptions)
+
+
+class CompletionRequest(OpenAIRequest, kw_only=True):
+    """`prompt` is a text, token ids, or a list of either; `echo` with `logprobs` scores it."""
+
+    prompt: str | list[int | str | list[int]] = ""
+    echo: bool = False
+    logprobs: Best | UnsetType = UNSET
+
+
+class TextPart(Struct):
+    """A part of a message's content."""
+
+    text: str
+
+
+class Message(Struct):
+    """One that is the assistant's may have no content, and then counts as nothing said."""
+
+    role: Annotated[str, Meta(pattern=f"^({'|'.join(SPEAKERS)})$")]
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(OpenAIRequest, kw_only=True):
+    """If the last message is the assistant's, the answer continues it."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MOST_TURNS)]
+    logprobs: bool = False
+    top_logprobs: Best = 0
+
+
+# --- answers and events
+
+
+class Usage(Struct):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TextLogprobs(Struct):
+    """The first token of a text has no log-probability."""
+
+    tokens: list[str]
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None]
+
+
+class TextChoice(Struct):
+    """A completion, or a piece of one."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: TextLogprobs | None
+
+
+class BestToken(Struct):
+    """A token's text, or `bytes:` and the bytes of a part of a character."""
+
+    token: str
+    logprob: float | None
+    bytes: list[int]
+
+
+class ChatToken(BestToken):
+    """A token of the answer."""
+
+    top_logprobs: list[BestToken]
+
+
+class ChatLogprobs(Struct):
+    """For each token of the answer."""
+
+    content: list[ChatToken]
+
+
+class AnswerMessage(Struct):
+    """The message that the model writes."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+
+
+class Delta(Struct):
+    """A piece of the message; the role comes with the first one."""
+
+    content: str
+    role: Literal["assistant"] | UnsetType = UNSET
+
+
+class ChatChoice(Struct):
+    """A candidate."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+
+
+class ChatChunkChoice(Struct):
+    """A piece of a candidate."""
+
+    index: int
+    delta: Delta
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+
+
+class Frame(Struct, kw_only=True):
+    """What all answers and events have; events have a usage only if it was asked for."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage | None | UnsetType = UNSET
+
+
+class Completion(Frame, kw_only=True):
+    """The answer of completions, and its events."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[TextChoice]
+
+
+class ChatCompletion(Frame, kw_only=True):
+    """The answer of chat completions."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class ChatChunk(Frame, kw_only=True):
+    """An event of chat completions."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
+
+# --- the two APIs
+
+
+class OpenAIGeneration(Generation):
+    """What both routes share."""
+
+    id_prefix: ClassVar[str]
+
+    def __init__(
+        self,
+        model: ServedModel,
+        id: str,
+        asked: Any,
+        body: dict[str, Any],
+        requests: list[Request],
+        logprobs: int | None,
+        echo: bool = False,
+    ):
+        unread = {name: body[name] for name in body if name not in asked.__struct_fields__}
+        ignored = check_unread(unread)
+        options = body.get("stream_options", {}).keys() - {"include_usage"}
+        ignored |= set(map(counted_name, options))
+        super().__init__(model, id, asked, requests, words(asked.stop), echo=echo, ignored=ignored)
+        self.logprobs = logprobs
+
+    def event(self, choice: Choice) -> Struct:
+        usage = None if self.asked.stream_options.include_usage else UNSET
+        return self._frame(self.chunk, [self.piece(choice)], usage)
+
+    def last_events(self) -> list[Struct]:
+        if not self.asked.stream_options.include_usage:
+            return []
+        return [self._frame(self.chunk, [], self._usage())]
+
+    def whole(self) -> Struct:
+        choices = [self.candidate(choice) for choice in self.choices]
+        return self._frame(self.whole_answer, choices, self._usage())
+
+    def piece(self, choice: Choice) -> Struct:
+        """What a choice has not sent yet."""
+        raise NotImplementedError
+
+    def candidate(self, choice: Choice) -> Struct:
+        """All of a choice."""
+        raise NotImplementedError
+
+    def _frame(self, frame: type[Any], choices: list[Any], usage: Any) -> Struct:
+        return frame(
+            id=f"{self.id_prefix}-{self.id}",
+            created=self.created,
+            model=self.model.name,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _usage(self) -> Usage:
+        prompt, new = self.n_prompt_tokens, self.n_new_tokens
+        return Usage(prompt, new, prompt + new)
+
+
+class Completions(OpenAIGeneration):
+    """Texts, continued."""
+
+    kind = "completions"
+    path = "v1/completions"
+    whole_answer = chunk = Completion
+    id_prefix = "cmpl"
+
+    @classmethod
+    def declare(cls, model: ServedModel) -> type[Struct]:
+        return with_settings(CompletionRequest, cls.kind, model, NEUTRAL, COMPLETION_TOKENS, 1)
+
+    def __init__(self, model: ServedModel, id: str, asked: Any, body: dict[str, Any]):
+        if "messages" in body:
+            raise Refusal(
+                "completions take no messages: v1/chat/completions takes them", 400, "messages"
+            )
+        logprobs = None if asked.logprobs is UNSET else asked.logprobs
+        prompts = prompts_of(asked.prompt, model)
+        if len(prompts) * asked.n > MOST_ANSWERS:
+            message = f"{len(prompts) * asked.n} answers at once, wanted at most {MOST_ANSWERS}"
+            raise Refusal(message, param="prompt")
+        maker = SamplingMaker(model, asked, logprobs)
+        requests = []
+        for number, given in enumerate(prompts):
+            ids = model.prompt(given)
+            sampling = maker.make(model.n_ctx - len(ids), number)
+            score = asked.echo and logprobs is not None
+            requests.append(model.continuation(ids, sampling, asked.n, score))
+        super().__init__(model, id, asked, body, requests, logprobs, asked.echo)
+
+    def piece(self, choice: Choice) -> Struct:
+        return self._choice(choice, choice.unsent_text, choice.unsent_tokens)
+
+    def candidate(self, choice: Choice) -> Struct:
+        return self._choice(choice, choice.text, choice.tokens)
+
+    def _choice(self, choice: Choice, text: str, tokens: list[ScoredToken]) -> TextChoice:
+        logprobs = None if self.logprobs is None else text_logprobs(self.tokenizer, tokens)
+        return TextChoice(choice.index, text, reason(choice), logprobs)
+
+
+class Chat(OpenAIGeneration):
+    """The next message of a dialogue. The system's messages count as the user's side."""
+
+    kind = "chat"
+    path = "v1/chat/completions"
+    whole_answer = ChatCompletion
+    chunk = ChatChunk
+    id_prefix = "chatcmpl"
+
+    @classmethod
+    def declare(cls, model: ServedModel) -> type[Struct]:
+        return with_settings(ChatRequest, cls.kind, model, NEUTRAL, model.default_new_tokens, 1)
+
+    def __init__(self, model: ServedModel, id: str, asked: Any, body: dict[str, Any]):
+        logprobs = asked.top_logprobs if asked.logprobs else None
+        sampling = SamplingMaker(model, asked, logprobs).make(model.n_ctx)
+        turns = [turn for i, message in enumerate(asked.messages) for turn in said(message, i)]
+        beginning: list[int] = []
+        if turns and asked.messages[-1].role == "assistant":
+            beginning = model.encode(turns.pop()[1])
+        request = model.reply(turns, beginning, sampling, asked.n)
+        super().__init__(model, id, asked, body, [request], logprobs)
+
+    def piece(self, choice: Choice) -> Struct:
+        delta = Delta(choice.unsent_text, "assistant" if choice.sent_nothing else UNSET)
+        logprobs = self._logprobs(choice.unsent_tokens)
+        return ChatChunkChoice(choice.index, delta, reason(choice), logprobs)
+
+    def candidate(self, choice: Choice) -> Struct:
+        message = AnswerMessage(choice.text)
+        return ChatChoice(choice.index, message, reason(choice), self._logprobs(choice.tokens))
+
+    def _logprobs(self, tokens: list[ScoredToken]) -> ChatLogprobs | None:
+        return None if self.logprobs is None else chat_logprobs(self.tokenizer, tokens)
+
+
+def prompts_of(prompt: str | list[Any], model: ServedModel) -> Sequence[str | list[int]]:
+    """The prompts of a request: one text or list of ids, or several. Raises Refusal."""
+    n_vocab = model.generator.tokenizer.vocab_size
+    one_list = isinstance(prompt, list) and all(isinstance(item, int) for item in prompt)
+    prompts = [prompt] if isinstance(prompt, str) or one_list else prompt
+    for number, given in enumerate(prompts):
+        place = "prompt" if prompts[0] is prompt else f"prompt[{number}]"
+        if isinstance(given, int):
+            raise Refusal(
+                f"{place} is {given}, among texts; wanted a text or a list", 400, "prompt"
+            )
+        for id in given if isinstance(given, list) else ():
+            if not 0 <= id < n_vocab:
+                message = f"{place} has the id {id}; wanted ids from 0, below {n_vocab}"
+                raise Refusal(message, param="prompt")
+    return prompts
+
+
+def said(message: Message, index: int) -> list[TextTurn]:
+    """The turn of a message; none if the assistant says nothing. Raises Refusal."""
+    content = message.content
+    if content in (None, []):
+        if message.role == "assistant":
+            return []
+        raise Refusal(f"messages[{index}].content is {content}: wanted text", param="messages")
+    if isinstance(content, list):
+        content = "".join(part.text for part in content)
+    return [(SPEAKERS[message.role], str(content))]
+
+
+def reason(choice: Choice) -> Any:
+    return choice.finish_reason or None
+
+
+def text_logprobs(tokenizer: Tokenizer, tokens: list[ScoredToken]) -> TextLogprobs:
+    """The drawn token is among the best ones, too."""
+    best_of_each: list[dict[str, float | None] | None] = []
+    for _, scored in tokens:
+        best: dict[str, float | None] = {
+            token_name(tokenizer, id): logprob for id, logprob in scored.top
+        }
+        best[token_name(tokenizer, scored.token)] = scored.logprob
+        best_of_each.append(None if scored.logprob is None else best)
+    return TextLogprobs(
+        tokens=[token_name(tokenizer, scored.token) for _, scored in tokens],
+        text_offset=[offset for offset, _ in tokens],
+        token_logprobs=[scored.logprob for _, scored in tokens],
+        top_logprobs=best_of_each,
+    )
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: list[ScoredToken]) -> ChatLogprobs:
+    def name_and_score(id: int, logprob: float | None) -> tuple[str, float | None, list[int]]:
+        return token_name(tokenizer, id), logprob, list(tokenizer.token_bytes[id])
+
+    content = []
+    for _, scored in tokens:
+        best = [BestToken(*name_and_score(*pair)) for pair in scored.top]
+        content.append(ChatToken(*name_and_score(scored.token, scored.logprob), best))
+    return ChatLogprobs(content)
+
+
+def token_name(tokenizer: Tokenizer, id: int) -> str:
+    """A name that no other token has.
+
+    It is the token's text, `bytes:\\xe3` for a part of a character, `[SEP]` for a special token.
+    """
+    raw = tokenizer.token_bytes[id]
+    try:
+        return raw.decode() or str(tokenizer.backend.id_to_token(id))
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
