@@ -14,7 +14,7 @@ GPTCHAT   := $(VENV)/bin/python -m gptchat
 PROMPTS   := $(firstword $(wildcard $(dir $(CHATLM))prompts.tsv) configs/prompts.tsv)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak fuzz \
+.PHONY: help setup corpora tokenizer lm chatlm chat evaluate mar serve bench check test soak \
   constraints tensorboard clean clean-data always
 
 help:  ## this list
@@ -43,7 +43,7 @@ $(VENV)/.test: pyproject.toml configs/constraints.txt | $(VENV)/.serve
 
 # --- what the configs name, as variables: LM_RUN, LM_DATA, ... (gptchat/paths.py lists them)
 
-WITHOUT_CONFIGS := help setup corpora check test soak fuzz constraints tensorboard clean \
+WITHOUT_CONFIGS := help setup corpora check test soak constraints tensorboard clean \
   clean-data $(VENV)/%
 WITHOUT_DATA    := chat evaluate mar serve
 WITHOUT_CHATLM  := tokenizer lm bench
@@ -149,9 +149,6 @@ test: | $(VENV)/.test  ## set-up and all tests
 
 soak: | $(VENV)/.test  ## ten minutes of load on a real server
 	PYTHONPATH=. $(VENV)/bin/python tests/soak.py $(ARGS)
-
-fuzz: | $(VENV)/.test  ## ten minutes of odd requests to a real server
-	PYTHONPATH=. $(VENV)/bin/python tests/fuzz.py $(ARGS)
 
 constraints: | $(VENV)/.test  ## the newest versions of all packages, if all tests pass with them
 	$(PIP) install --upgrade --upgrade-strategy eager --editable '.[serve,test]'

@@ -303,7 +303,7 @@ class Chat(OpenAIGeneration):
         sampling = SamplingMaker(model, asked, logprobs).make(model.n_ctx)
         turns = [turn for i, message in enumerate(asked.messages) for turn in said(message, i)]
         beginning: list[int] = []
-        if turns and asked.messages[-1].role == "assistant":
+        if turns and turns[-1][0] == SPEAKERS["assistant"]:
             beginning = model.encode(turns.pop()[1])
         request = model.reply(turns, beginning, sampling, asked.n)
         super().__init__(model, id, asked, body, [request], logprobs)

@@ -22,7 +22,7 @@ from gptchat.config import ServerSettings
 from gptchat.inference.engine import generate
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
-from handlers import jobs
+from handlers.routes import Routes
 from handlers.served_model import ServedModel
 
 pytestmark = pytest.mark.server
@@ -52,13 +52,13 @@ def reference(models):
 
     def build(name):
         generator = TextGenerator(*pretrained.load_model(models[name]), slots=16)
-        model = ServedModel(name, generator, ServerSettings())
+        routes = Routes(ServedModel(name, generator, ServerSettings()), "")
 
         def answer(path, body):
-            job = jobs.JobReader(body, model).read(path)
+            requests = routes.post(path, dict(body), "", []).requests
             return [
                 generator.tokenizer.decode(candidate.ids)
-                for candidates in generate(generator.engine, job.requests)
+                for candidates in generate(generator.engine, requests)
                 for candidate in candidates
             ]
 
