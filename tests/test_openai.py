@@ -181,7 +181,7 @@ def test_echo_with_logprobs_scores_as_the_model_does(lm):
     prompts = [tokenizer.encode("good morning 😀 you"), tokenizer.encode("where")]
     body = {"prompt": prompts, "echo": True, "logprobs": 2, "max_tokens": 0}
     for ids, choice in zip(prompts, lm.ask(body, TEXT)[1]["choices"], strict=True):
-        scores = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+        scores = model.logits(model.hidden(torch.tensor([ids])))[0].log_softmax(-1)
         expected = scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         got = choice["logprobs"]
         assert got["token_logprobs"][0] is None and got["top_logprobs"][0] is None
