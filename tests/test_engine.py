@@ -18,7 +18,7 @@ from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import StreamDecoder, WordFilter
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS, GPT2Config
-from gptchat.model.weight_files import hugging_face_state
+from gptchat.model.weights import hugging_face_state
 from tests.hf_models import BadWords
 
 V, LENGTH = 97, 64

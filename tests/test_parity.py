@@ -17,7 +17,7 @@ from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
 from gptchat.model.kv_cache import KVCache
 from gptchat.model.loss import summed_cross_entropy
-from gptchat.model.weight_files import conv1d_layout
+from gptchat.model.weights import conv1d_layout
 from gptchat.training.optim import make_optimizers
 from tests.hf_models import close, random_gpt2, write
 

@@ -2,17 +2,14 @@
 
 import importlib.metadata
 import json
-import os
 import random
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import command, run, run_process
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
@@ -20,8 +17,7 @@ from transformers import GPT2Config as TheirConfig
 
 from gptchat.console import UserError
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
-from gptchat.model import weight_files
-from gptchat.model.convert import convert
+from gptchat.model import convert, weights
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.pretrained import (
     AnswerDefaults,
@@ -32,7 +28,6 @@ from gptchat.model.pretrained import (
     save_static,
     save_weights,
 )
-from gptchat.model.weight_files import hugging_face_state
 from tests.hf_models import SMALL, byte_tokenizer, close, random_gpt2, shake, write
 
 torch.set_num_threads(1)
@@ -41,15 +36,9 @@ KINDS: list[dict[str, Any]] = [
     {},
     {"activation_function": "gelu"},
     {"activation_function": "relu", "layer_norm_epsilon": 1e-3},
-    {"activation_function": "gelu_fast"},
-    {"activation_function": "gelu_pytorch_tanh"},
-    {"n_inner": 50},
-    {"activation_function": "quick_gelu"},
-    {"activation_function": "silu"},
-    {"activation_function": "swish"},
-    {"activation_function": "tanh"},
-    {"scale_attn_weights": False},
-    {"reorder_and_upcast_attn": True},
+    {"activation_function": "quick_gelu", "n_inner": 50},
+    {"activation_function": "swish", "scale_attn_weights": False},
+    {"activation_function": "tanh", "reorder_and_upcast_attn": True},
 ]
 
 
@@ -255,15 +244,19 @@ def test_half_precision_weights_load_as_float32_and_the_random_state_is_left_alo
 # What is refused
 
 
-def edit_config(**changes: Any) -> Callable[[Path], None]:
+def edit_json(name: str, **changes: Any) -> Callable[[Path], object]:
     def edit(directory: Path) -> None:
-        path = directory / "config.json"
+        path = directory / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return edit
 
 
-def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+def config(**changes: Any) -> Callable[[Path], object]:
+    return edit_json("config.json", **changes)
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     def edit(directory: Path) -> None:
         tensors = load_file(directory / "model.safetensors")
         change(tensors)
@@ -272,96 +265,97 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return edit
 
 
-def cut(name: str) -> Callable[[Path], None]:
+def cut(name: str) -> Callable[[Path], object]:
     return lambda directory: (
         (directory / name).write_bytes((directory / name).read_bytes()[:-100]) and None
     )
 
 
-def cut_bin(directory: Path) -> None:
-    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
-    (directory / "model.safetensors").unlink()
-    cut("pytorch_model.bin")(directory)
+def pickled(value: object) -> Callable[[Path], object]:
+    """A pytorch_model.bin in place of model.safetensors."""
+
+    def edit(directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
+        torch.save(value, directory / "pytorch_model.bin")
+
+    return edit
 
 
 class Code:
-    """Pickled, it makes a folder when it is loaded."""
-
-    def __init__(self, folder: Path):
-        self.folder = str(folder)
+    """Pickled, it runs when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.folder,)
+        return pytest.fail, ("code of a .bin file ran",)
 
 
-def code_in_bin(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    torch.save({"wte.weight": Code(directory / "ran")}, directory / "pytorch_model.bin")
-
-
-def shard_lost(directory: Path) -> None:
+def lost_shard(directory: Path) -> None:
     as_sharded(directory, random_gpt2())
     sorted(directory.glob("model-*.safetensors"))[0].unlink()
 
 
+def shard_elsewhere(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory.parent / "other.safetensors")
+    index = {"weight_map": {"wte.weight": "../other.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def git_lfs_pointer(name: str) -> Callable[[Path], object]:
+    def edit(directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:24868\nsize 548105171\n"
+        (directory / name).write_text(pointer)
+
+    return edit
+
+
+def no_right_to_read(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").mkdir()  # as root one may read all else
+
+
 C_FC = "transformer.h.1.mlp.c_fc.weight"
+HEAD, WTE = "lm_head.weight", "transformer.wte.weight"
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "inverse layer": (
-        edit_config(scale_attn_by_inverse_layer_idx=True),
-        ["config.json", "inverse_layer_idx is True"],
-    ),
-    "cross-attention": (
-        edit_config(add_cross_attention=True),
-        ["config.json", "add_cross_attention is True"],
-    ),
-    "other model": (
-        edit_config(model_type="llama"),
-        ["config.json", "model_type is 'llama'", "gpt2"],
-    ),
-    "other head": (
-        edit_config(architectures=["GPT2DoubleHeadsModel"]),
-        ["config.json", "GPT2LMHeadModel"],
-    ),
-    "activation": (edit_config(activation_function="mish"), ["config.json", "mish", "gelu_new"]),
-    "wrong type": (edit_config(n_layer="3"), ["config.json", "n_layer is '3'", "int"]),
-    "no layers": (edit_config(n_layer=0), ["config.json", "n_layer is 0"]),
-    "heads": (edit_config(n_head=5), ["config.json", "n_embd 24", "n_head 5"]),
-    "untied, no head": (edit_config(tie_word_embeddings=False), ["lm_head.weight"]),
-    "other head weights": (
-        edit_weights(lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})),
-        ["model.safetensors", "lm_head.weight differs"],
-    ),
+    "other model": (config(model_type="llama"), ["config.json", "model_type is 'llama'", "gpt2"]),
+    "activation": (config(activation_function="mish"), ["config.json", "mish", "gelu_new"]),
+    "wrong type": (config(n_layer="3"), ["config.json: n_layer: found '3'; wanted an integer"]),
+    "out of range": (config(n_layer=10**9), ["config.json: n_layer: found 1000000000"]),
+    "NaN": (config(layer_norm_epsilon=float("nan")), ["layer_norm_epsilon: found nan"]),
+    "heads": (config(n_head=5), ["config.json", "n_embd 24", "n_head 5"]),
+    "type rows": (config(gptchat={"type_rows": [0, 300]}), ["type_rows is [0, 300]", "below 300"]),
+    "other task": (config(gptchat={"task": "sing"}), ["config.json", "task is 'sing'"]),
+    "our table a list": (config(gptchat=[1]), ["config.json", "gptchat is [1]"]),
+    "large vocabulary": (config(vocab_size=2**24), [WTE, "[300, 24]", "[16777216, 24]"]),
+    "a layer more": (config(n_layer=4), ["lack h.3.ln_1.weight"]),
+    "a layer less": (config(n_layer=2), ["model.safetensors", "h.2."]),
     "shape": (
         edit_weights(lambda t: t.update({C_FC: t[C_FC].T.contiguous()})),
         ["model.safetensors", C_FC, "[96, 24]", "[24, 96]"],
-    ),
-    "vocabulary": (
-        edit_config(vocab_size=301),
-        ["model.safetensors", "wte.weight", "[300, 24]", "[301, 24]"],
     ),
     "integers": (
         edit_weights(lambda t: t.update({C_FC: t[C_FC].to(torch.int8)})),
         [C_FC, "I8", "floats"],
     ),
-    "missing": (edit_weights(lambda t: t.pop(C_FC)), ["lack h.1.mlp.c_fc.weight"]),
-    "unexpected": (
-        edit_weights(lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(24)})),
-        ["h.3.ln_1.bias"],
-    ),
+    "NaN weight": (edit_weights(lambda t: t[C_FC][0].fill_(torch.nan)), ["c_fc", "NaN"]),
+    "untied, no head": (config(tie_word_embeddings=False), ["lack lm_head.weight"]),
+    "other head": (edit_weights(lambda t: t.update({HEAD: t[WTE] + 1})), [HEAD, "differs"]),
     "cut safetensors": (cut("model.safetensors"), ["model.safetensors", "not a whole file"]),
-    "cut bin": (cut_bin, ["pytorch_model.bin", "not a whole file"]),
-    "code in bin": (code_in_bin, ["pytorch_model.bin", "not a whole file"]),
-    "lost shard": (shard_lost, ["model-00001-of", "no file beside it"]),
-    "no weights": (
-        lambda directory: (directory / "model.safetensors").unlink(),
-        ["found no weights"],
+    "cut bin": (
+        lambda directory: (
+            pickled({"a": torch.ones(99)})(directory),
+            cut("pytorch_model.bin")(directory),
+        ),
+        ["pytorch_model.bin", "not a whole file"],
     ),
+    "code in bin": (pickled({"wte.weight": Code()}), ["pytorch_model.bin", "not a whole file"]),
+    "other bin": (pickled({"a": 1}), ["pytorch_model.bin", "no dictionary of tensors"]),
+    "LFS pointer": (git_lfs_pointer("model.safetensors"), ["model.safetensors", "git lfs pull"]),
+    "LFS pointer as bin": (git_lfs_pointer("pytorch_model.bin"), ["bin", "git lfs pull"]),
+    "lost shard": (lost_shard, ["index.json: names model-00001-of", "no file beside it"]),
+    "shard elsewhere": (shard_elsewhere, ["index.json: names other", "no file beside it"]),
+    "no weights": (no_right_to_read, ["found no weights"]),
     "no config": (lambda directory: (directory / "config.json").unlink(), ["found no config.json"]),
     "broken config": (cut("config.json"), ["config.json", "JSON"]),
-    "list as config": (
-        lambda directory: (directory / "config.json").write_text("[]"),
-        ["config.json", "JSON object"],
-    ),
     "no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), ["tokenizer.json"]),
     "nothing there": (shutil.rmtree, ["no such directory"]),
 }
@@ -371,16 +365,25 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_what_cannot_be_represented_is_refused_in_one_line(
     tmp_path: Path, break_it: Callable[[Path], object], reasons: list[str]
 ) -> None:
-    write(random_gpt2(), tmp_path / "model")
-    load_model(tmp_path / "model")
+    write(random_gpt2(dtype=torch.float32), tmp_path / "model")
     break_it(tmp_path / "model")
     with pytest.raises(UserError) as raised:
         load_model(tmp_path / "model")
     message = str(raised.value)
-    assert not (tmp_path / "model" / "ran").exists()
-    assert "\n" not in message and all(
-        part in message for part in [str(tmp_path / "model"), *reasons]
-    ), message
+    assert "\n" not in message and len(message) < 500
+    assert all(part in message for part in [str(tmp_path / "model"), *reasons]), message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flipped_bit_of_saved_weights_is_noticed(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = our_directory(tmp_path).to(dtype)
+    save_weights(tmp_path, model)
+    assert torch.equal(load_model(tmp_path, dtype=dtype)[0].wte.weight, model.wte.weight)
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-300] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors: damaged"):
+        load_model(tmp_path, dtype=dtype)
 
 
 def test_tokenizer_with_more_words_than_the_model_is_refused(tmp_path: Path) -> None:
@@ -448,76 +451,25 @@ def test_adapted_rows_follow_the_seed_and_adapting_again_adds_nothing(tmp_path: 
     )
 
 
-def test_special_tokens_that_the_model_was_never_grown_for_get_rows(tmp_path: Path) -> None:
-    write(random_gpt2(vocab_size=257), tmp_path, byte_tokenizer((*FOREIGN,)))
-    tokenizer = byte_tokenizer(FOREIGN)
-    tokenizer.add_missing_specials()
-    tokenizer.save(tmp_path)
-    model, tokenizer, _ = load_model(tmp_path)
-    assert (
-        adapt(model, tokenizer, 0) == {"type 0": 262, "type 1": 263}
-        and model.config.vocab_size == 264
-    )
-    assert model.wte.weight[257:].std() > 0
-
-
-def test_directory_written_here_is_left_as_it_is_by_adapt(tmp_path: Path) -> None:
-    our_directory(tmp_path)
-    model, tokenizer, _ = load_model(tmp_path)
-    before = model.wte.weight
-    assert (
-        adapt(model, tokenizer, 0) == {}
-        and model.wte.weight is before
-        and model.config.type_rows == (0, 1)
-    )
-
-
-def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return run_process(command("convert", *arguments), timeout=120)
-
-
-@pytest.mark.slow
-def test_command_adapts_says_what_it_did_and_overwrites_nothing(tmp_path: Path) -> None:
+def test_convert_adapts_says_what_it_appended_and_overwrites_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = random_gpt2(8, torch.float32, vocab_size=257)
     write(theirs, tmp_path / "theirs", byte_tokenizer(FOREIGN))
-    done = run_cli("--from", tmp_path / "theirs", "--to", tmp_path / "new", "--task", "chatlm")
-    assert (
-        done.returncode == 0
-        and "[CLS] = row 260" in done.stdout
-        and "type 1 = row 263" in done.stdout
-    ), done
-    assert "3 layers of width 24, 4 heads, 48 positions, 257 entries" in done.stdout
-    assert "read: 40 of float32 from model.safetensors, 0.1 MB; none is transposed" in done.stdout
-    assert "vocab_size is 264" in done.stdout and "left out" not in done.stdout
+    arguments = ["--from", str(tmp_path / "theirs"), "--to", str(tmp_path / "new")]
+    convert.main([*arguments, "--task", "chatlm"])
+    said = capsys.readouterr().out
+    assert "[CLS] is row 260" in said and "type 1 is row 263" in said
+    assert "a document ends with <|endoftext|>, row 0" in said
     assert load_model(tmp_path / "new")[2] == "chatlm"
+    assert answer_defaults(tmp_path / "new") == AnswerDefaults()
     back = GPT2LMHeadModel.from_pretrained(tmp_path / "new")
     assert close(their_logits(back, IDS % 257)[..., :257], their_logits(theirs, IDS % 257), 1e-5)
     assert back.generation_config.eos_token_id == 260
     before = (tmp_path / "new" / "model.safetensors").stat()
-    again = run_cli("--from", tmp_path / "theirs", "--to", tmp_path / "new")
-    assert (
-        again.returncode == 2
-        and again.stderr.count("\n") == 1
-        and str(tmp_path / "new") in again.stderr
-    )
+    with pytest.raises(UserError, match="new: is there already"):
+        convert.main(arguments)
     assert (tmp_path / "new" / "model.safetensors").stat() == before
-
-
-def test_convert_says_what_it_left_out_and_renamed(tmp_path: Path) -> None:
-    theirs = random_gpt2(8, torch.float16)
-    write(theirs, tmp_path / "theirs")
-    state = {name.removeprefix("transformer."): t for name, t in theirs.state_dict().items()}
-    state |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 48, 48) for layer in range(3)}
-    (tmp_path / "theirs/model.safetensors").unlink()
-    torch.save(state, tmp_path / "theirs/pytorch_model.bin")
-    lines = list(convert(tmp_path / "theirs", tmp_path / "new", None))
-    assert "read: 41 of float16, 3 of float32 from pytorch_model.bin" in lines[1]
-    assert lines[2] == "left out: lm_head.weight: equal to transformer.wte.weight"
-    assert lines[3] == "left out: h.0.attn.bias and 2 more: a causal mask is no weight"
-    assert lines[4].startswith("renamed: wte.weight and 39 more: transformer. is put before")
-    assert lines[5] == "appended: type 0 = row 262, type 1 = row 263"
-    assert lines[6] == "a document ends with [EOS], row 3; types add the rows [262, 263]"
-    assert lines[7].startswith(f"written: {tmp_path / 'new'} for the task lm, float32, 0.1 MB")
 
 
 def test_failed_save_leaves_the_old_weights(
@@ -529,7 +481,7 @@ def test_failed_save_leaves_the_old_weights(
         Path(path).write_bytes(b"half of it")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(weight_files, "save_file", full_disk)
+    monkeypatch.setattr(weights, "save_file", full_disk)
     with pytest.raises(UserError, match="model.safetensors.*No space left"):
         save_weights(tmp_path, model)
     assert torch.equal(load_model(tmp_path)[0].wte.weight, model.wte.weight)
@@ -554,27 +506,13 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TEXTS = [
-    "Hello, world! It's what we've got; they'll see  I'd say.",
-    " leading",
-    "trailing ",
-    "a  b   c\n\n\nd\t\te \r\n",
-    "caf\u00e9 na\u00efve \u00df \u0130stanbul",
-    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3067\u3059\u3002",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f600!!",
-    "e\u0301 a\u0308 \u0e19\u0e49\u0e33",
-    "x = [i**2 for i in range(10)]  # 12345.678e-9",
-    "\x00\x01\x7f\u2028\ufeff\ufffd",
+    "Hello, world! It's what we've got; they'll see  I'd say. can't CAN'T 's 's't're",
+    "trailing \n\n\nd\t\te \r\n",
+    "caf\u00e9 na\u00efve \u65e5\u672c\u8a9e\u306e\u6587\u7ae0 e\u0301 \u00a0\u3000\u2003x",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \x00\x01\x7f\u2028\ufeff\ufffd",
+    "x = [i**2 for i in range(10)]  # 12345.678e-9" + "-" * 70,
     "[SEP] [PAD][CLS]",
     "",
-    " ",
-    "\n",
-    "\u00a0\u3000\u2003x",
-    "ALLCAPS mIxEd 1st 2nd can't CAN'T",
-    "\u041f\u0440\u0438\u0432\u0435\u0442",
-    "\u0645\u0631\u062d\u0628\u0627",
-    "supercalifragilisticexpialidocious" * 3,
-    "'s 's't're",
-    "-" * 70 + "=" * 33,
 ]
 
 
@@ -594,7 +532,7 @@ def test_canonical_vocabulary_encodes_equal_ids_here_and_in_transformers(
         Tokenizer.load(tmp_path / "as_tokenizer_json").encode,
         AutoTokenizer.from_pretrained(tmp_path / "adapted").encode,
     ]
-    for text in [*TEXTS, "\n".join(TEXTS), *source_blocks(), *random_texts(300)]:
+    for text in [*TEXTS, *random_texts(300)]:
         wanted = theirs.encode(text)
         special = any(
             name in text for name in SPECIAL
@@ -608,10 +546,6 @@ def test_canonical_vocabulary_encodes_equal_ids_here_and_in_transformers(
         50260,
         50262,
     )
-
-
-def source_blocks() -> list[str]:
-    return Path(__file__).read_text(encoding="utf-8").replace("<|endoftext|>", "").split("\n\n")
 
 
 def random_texts(n: int) -> list[str]:
@@ -629,76 +563,3 @@ def random_texts(n: int) -> list[str]:
         "".join(chr(draw.randint(*draw.choice(blocks))) for _ in range(draw.randint(1, 60)))
         for _ in range(n)
     ]
-
-
-@pytest.mark.slow
-def test_gpt2_of_124_million_in_each_format_comes_back_with_equal_logits(
-    canonical: Path, tmp_path: Path
-) -> None:
-    with torch.device("meta"):
-        theirs = GPT2LMHeadModel(TheirConfig())
-    theirs = theirs.to_empty(device="cpu").eval()
-    theirs.tie_weights()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in theirs.named_parameters():
-        parameter.data.normal_(
-            1.0 if "ln_" in name and "weight" in name else 0.0, 0.04, generator=generator
-        )
-    assert sum(p.numel() for p in theirs.parameters()) == 124_439_808
-    ids = torch.randint(0, 50257, (1, 24), generator=generator)
-    wanted = their_logits(theirs, ids)
-    shutil.copytree(canonical, tmp_path / "written")
-    theirs.save_pretrained(tmp_path / "written")
-    for name, form in zip(NAMES, FORMATS, strict=True):
-        directory = tmp_path / name
-        shutil.copytree(tmp_path / "written", directory, copy_function=os.link)
-        as_sharded(directory, theirs, "200MB") if form is as_sharded else form(directory, theirs)
-        ours, tokenizer, _ = load_model(directory)
-        assert close(our_logits(ours, ids), wanted, 1e-5), name
-        loaded, written = hugging_face_state(ours), dict(theirs.named_parameters())
-        assert loaded.keys() == written.keys()
-        for key in written:
-            assert torch.equal(loaded[key], written[key]), (name, key)
-        shutil.rmtree(directory)
-    adapt(ours, tokenizer, 0)  # the last of them, for all: what they loaded is the same
-    save_static(directory, ours.config, tokenizer, "chatlm")
-    save_weights(directory, ours)
-    del ours
-    back = GPT2LMHeadModel.from_pretrained(directory)
-    assert back.config.vocab_size == 50264
-    assert close(their_logits(back, ids)[..., :50257], wanted, 1e-6)
-
-
-@pytest.mark.slow
-def test_foreign_directory_starts_a_chatlm_run_by_naming_it(
-    canonical: Path, tmp_path: Path
-) -> None:
-    lines = [f"How is number {n}?\tIt is [SEP] {n * n}, caf\u00e9.\tThanks!" for n in range(40)]
-    (tmp_path / "chat.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (tmp_path / "run.toml").write_text(
-        f"""
-task = "chatlm"
-run = "{tmp_path}/run"
-init_from = "{canonical}"
-[data]
-train = ["{tmp_path}/chat.tsv"]
-valid = ["{tmp_path}/chat.tsv"]
-test = ["{tmp_path}/chat.tsv"]
-shards = "{tmp_path}/shards"
-[model]
-n_ctx = 32
-[train]
-num_steps = 2
-batch_size = 2
-""",
-        encoding="utf-8",
-    )
-    for name in ("shards", "train"):
-        run(name, "--config", tmp_path / "run.toml")
-    model, tokenizer, task = load_model(tmp_path / "run" / "model")
-    assert (
-        task == "chatlm" and model.config.type_rows == (50262, 50263) and tokenizer.cls_id == 50260
-    )
-    back = GPT2LMHeadModel.from_pretrained(tmp_path / "run" / "model")
-    assert close(their_logits(back), our_logits(model), 1e-5)
-    assert not torch.equal(model.wpe.weight, load_model(canonical)[0].wpe.weight)

@@ -28,7 +28,7 @@ from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.model.weight_files import hugging_face_state
+from gptchat.model.weights import hugging_face_state
 from gptchat.runtime import tune_memory
 
 TURN = 20  # tokens of a message, and of an answer, in a conversation

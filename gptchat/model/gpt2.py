@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from gptchat.config import ModelConfig
 from gptchat.model.kv_cache import CacheView, KVCache
 from gptchat.model.loss import at_least_float32, summed_cross_entropy
+from gptchat.settings import setting
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -62,19 +63,19 @@ class GPT2Config:
     NO_TYPE_ROWS takes no types.
     """
 
-    vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None  # of the MLP; None: 4 * n_embd
-    activation_function: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
-    initializer_range: float = 0.02
-    scale_attn_weights: bool = True
+    vocab_size: int = setting(50257, "rows of the token embedding", min=1, max=2**24)
+    n_positions: int = setting(1024, "positions of the context", min=1, max=2**24)
+    n_embd: int = setting(768, "width", min=1, max=2**16)
+    n_layer: int = setting(12, "blocks", min=1, max=1000)
+    n_head: int = setting(12, "attention heads of a block", min=1, max=2**16)
+    n_inner: int | None = setting(None, "width in the MLP; null: 4 n_embd", min=1, max=2**18)
+    activation_function: str = setting("gelu_new", "of the MLP", choices=tuple(ACTIVATIONS))
+    layer_norm_epsilon: float = setting(1e-5, "of LayerNorms", min=1e-30, max=1)
+    embd_pdrop: float = setting(0.1, "dropout of the embedding", min=0, max=1)
+    attn_pdrop: float = setting(0.1, "dropout of attention weights", min=0, max=1)
+    resid_pdrop: float = setting(0.1, "dropout of what a block adds", min=0, max=1)
+    initializer_range: float = setting(0.02, "deviation of new weights", min=0, max=1000)
+    scale_attn_weights: bool = setting(True, "divide attention scores by the root of D")
     type_rows: tuple[int, int] = field(default=(0, 1), metadata=OURS)
 
     @classmethod
@@ -191,6 +192,12 @@ class Block(nn.Module):
 def uninitialized_embedding(rows: int, n_embd: int) -> nn.Embedding:
     """An nn.Embedding that has not drawn random weights, which `initialize` would overwrite."""
     return nn.Embedding.from_pretrained(torch.empty(rows, n_embd), freeze=False)
+
+
+def model_on_meta(config: GPT2Config) -> "GPT2":
+    """The model without memory for its weights: names and shapes of its parameters."""
+    with torch.device("meta"):
+        return GPT2(config)
 
 
 class GPT2(nn.Module):

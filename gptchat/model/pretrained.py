@@ -1,10 +1,8 @@
 """Model directories in Hugging Face layout, read and written.
 
-Reads directories written here and anyone's GPT-2: weights in `model.safetensors` or
-`pytorch_model.bin`, in one file or several, with or without the `transformer.` prefix. What our
-model cannot compute exactly is refused. Writes what transformers' GPT2LMHeadModel.from_pretrained
-and AutoTokenizer read. Its linear layers are Conv1D, whose weights are (in, out): they are
-transposed on the way in and out.
+Reads directories written here and anyone's GPT-2; what our model cannot compute exactly is refused.
+Writes what transformers' GPT2LMHeadModel.from_pretrained and AutoTokenizer read, sampling defaults
+included. The weights are `weights.py`'s.
 
 A foreign vocabulary lacks our special tokens, and a foreign model the rows of its token types.
 `adapt` appends both. `gptchat convert` (`convert.py`) does so to a whole directory.
@@ -13,7 +11,6 @@ A foreign vocabulary lacks our special tokens, and a foreign model the rows of i
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +21,11 @@ from gptchat.console import UserError
 from gptchat.data.chat_template import CHAT_TEMPLATE
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.files import atomic_write
-from gptchat.model.gpt2 import ACTIVATIONS, GPT2, NO_TYPE_ROWS, GPT2Config
-from gptchat.model.weight_files import (
-    check_shapes,
-    copy_weights,
-    open_weights,
-    read_json,
-)
-from gptchat.model.weight_files import save_weights as save_weights
+from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS, GPT2Config, model_on_meta
+from gptchat.model.weights import load_weights, read_json
+from gptchat.model.weights import save_weights as save_weights
+from gptchat.settings import build, declared
 
-MAX_SIZE = 2**31 - 1  # of the ints in config.json, which are compared with the files' shapes, too
-MAX_VOCABULARY = 1 << 26  # bytes of a tokenizer.json or vocab.json
-FLOAT_RANGES = {  # of config.json, both ends included
-    "layer_norm_epsilon": (1e-30, 1.0),
-    "embd_pdrop": (0.0, 1.0),
-    "attn_pdrop": (0.0, 1.0),
-    "resid_pdrop": (0.0, 1.0),
-    "initializer_range": (0.0, 1e3),
-}
 # What these keys of config.json may be; the first value is the default. The other keys that are
 # not in GPT2Config are about training and generation, or, like `reorder_and_upcast_attn`, about
 # rounding.
@@ -50,8 +34,9 @@ SUPPORTED = {
     "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], None),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "activation_function": tuple(ACTIVATIONS),
+    "tie_word_embeddings": (True, False),
 }
+TASKS = ("lm", "chatlm")
 
 
 def load_model(
@@ -74,79 +59,41 @@ def load_model(
         config = dataclasses.replace(
             config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout
         )
-    task = _task(path, values)
-    is_tied = _is_tied(path, values)
-    files = open_weights(directory)
-    check_shapes(directory, config, files)
-    tokenizer = _load_tokenizer(directory, config)
-    model = _empty_model(directory, config, device, dtype)
-    copy_weights(model, directory, files, is_tied)
+    task = _own_values(path, values).get("task", "lm")
+    if task not in TASKS:
+        raise UserError(f"{path}: task is {task!r:.80}; wanted {' or '.join(TASKS)}")
+    tokenizer = Tokenizer.load(directory)
+    beyond_model = tokenizer.token_bytes[config.vocab_size :]
+    if any(beyond_model):  # special tokens, which have no bytes, may get their rows later
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries; "
+            f"wanted {config.vocab_size}"
+        )
+    model = model_on_meta(config)
+    load_weights(model, directory, device, dtype, tied=values.get("tie_word_embeddings", True))
     return model.eval(), tokenizer, task
 
 
-def _empty_model(
-    directory: Path, config: GPT2Config, device: torch.device | str, dtype: torch.dtype
-) -> GPT2:
-    """The model with uninitialized weights."""
-    with torch.device("meta"):
-        model = GPT2(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    try:  # Module.to_empty would do it, but it imports sympy: 0.4 seconds
-        weights = {
-            name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()
-        }
-        model.load_state_dict(weights, strict=False, assign=True)
-    except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory}: no memory for the model on {device}: {reason}") from None
-    model.lm_head.weight = model.wte.weight
-    model.type_rows = torch.tensor(config.type_rows, device=device)
-    return model
-
-
-# --- config.json
-
-
 def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
+    """The config of a config.json; a missing key has transformers' default, as there."""
     for key, supported in SUPPORTED.items():
         value = values.get(key, supported[0])
         if value not in supported:
             raise UserError(
                 f"{path}: {key} is {value!r:.80}; wanted {' or '.join(map(str, supported))}"
             )
-    arguments = {
-        key.name: _config_value(path, key, values)
-        for key in dataclasses.fields(GPT2Config)
-        if "ours" not in key.metadata
-    }
-    if arguments["n_embd"] % arguments["n_head"]:
-        raise UserError(
-            f"{path}: n_embd {arguments['n_embd']} is no multiple of n_head {arguments['n_head']}"
-        )
-    type_rows = _type_rows(path, values, arguments["vocab_size"])
-    return GPT2Config(**arguments, type_rows=type_rows)
-
-
-def _config_value(path: Path, field: dataclasses.Field[Any], values: dict[str, Any]) -> Any:
-    """The value of a field of GPT2Config; a missing key has transformers' default, as there."""
-    kind: Any = int if field.name == "n_inner" else type(field.default)
-    value = values.get(field.name, field.default)
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < MAX_SIZE else inf
-    if value is field.default:
-        return value
-    wanted = kind.__name__
-    in_range = type(value) is kind
-    if kind is int:
-        wanted = f"int from 1 to {MAX_SIZE}"
-        in_range = in_range and 1 <= value <= MAX_SIZE
-    elif kind is float:
-        low, high = FLOAT_RANGES[field.name]
-        wanted = f"float from {low} to {high}"
-        in_range = in_range and low <= value <= high  # NaN is nowhere
-    if not in_range:
-        raise UserError(f"{path}: {field.name} is {value!r:.80}; wanted {wanted}")
-    return value
+    known = {key: values[key] for key in declared(GPT2Config) if key in values}
+    config = build(GPT2Config, known, str(path))
+    if config.n_embd % config.n_head:
+        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+    rows = _own_values(path, values).get("type_rows", [*NO_TYPE_ROWS])
+    if rows != [*NO_TYPE_ROWS]:
+        allowed = range(config.vocab_size)
+        if not isinstance(rows, list) or len(rows) != 2 or not all(row in allowed for row in rows):
+            raise UserError(
+                f"{path}: type_rows is {rows!r:.80}; wanted two rows below {config.vocab_size}"
+            )
+    return dataclasses.replace(config, type_rows=tuple(rows))
 
 
 def _own_values(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -155,76 +102,6 @@ def _own_values(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise UserError(f"{path}: gptchat is {own!r:.80}; wanted a table")
     return own
-
-
-def _type_rows(path: Path, values: dict[str, Any], vocab_size: int) -> tuple[int, int]:
-    rows = _own_values(path, values).get("type_rows", list(NO_TYPE_ROWS))
-    if rows == list(NO_TYPE_ROWS):
-        return NO_TYPE_ROWS
-    if isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows):
-        if all(0 <= row < vocab_size for row in rows):
-            return rows[0], rows[1]
-    raise UserError(
-        f"{path}: type_rows is {rows!r:.80}; wanted two rows from 0 to {vocab_size - 1}, "
-        f"or {[*NO_TYPE_ROWS]} for none"
-    )
-
-
-def _task(path: Path, values: dict[str, Any]) -> str:
-    task = _own_values(path, values).get("task", "lm")
-    if task not in ("lm", "chatlm"):
-        raise UserError(f"{path}: task is {task!r:.80}; wanted lm or chatlm")
-    return str(task)
-
-
-def _is_tied(path: Path, values: dict[str, Any]) -> bool:
-    tied = values.get("tie_word_embeddings", True)
-    if not isinstance(tied, bool):
-        raise UserError(f"{path}: tie_word_embeddings is {tied!r:.80}; wanted true or false")
-    return tied
-
-
-def _load_tokenizer(directory: Path, config: GPT2Config) -> Tokenizer:
-    """The tokenizer, if each of its tokens stands there once and the model has a row for it."""
-    path = directory / "tokenizer.json"
-    if path.exists():
-        model = read_json(path, MAX_VOCABULARY).get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        _check_vocabulary(path, vocabulary)
-    elif (directory / "vocab.json").exists():
-        path = directory / "vocab.json"
-        _check_vocabulary(path, read_json(path, MAX_VOCABULARY))
-        if not (directory / "merges.txt").is_file():
-            raise UserError(f"{directory}: found no file merges.txt; wanted it beside vocab.json")
-    tokenizer = Tokenizer.load(directory)
-    beyond_model = tokenizer.token_bytes[config.vocab_size :]
-    if any(beyond_model):  # special tokens, which have no bytes, may get their rows later
-        raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} entries; "
-            f"wanted {config.vocab_size}"
-        )
-    return tokenizer
-
-
-def _check_vocabulary(path: Path, vocabulary: Any) -> None:
-    """Raise UserError for two tokens of one id (BPE: token -> id), or two equal ones (Unigram:
-    [token, score] in the order of ids).
-    """
-    if isinstance(vocabulary, dict):
-        keys = list(vocabulary.values())
-        what = "two tokens have the id"
-    elif isinstance(vocabulary, list):
-        keys = [entry[0] if isinstance(entry, list) and entry else None for entry in vocabulary]
-        what = "two ids have the token"
-    else:
-        raise UserError(f"{path}: found no vocabulary; wanted a tokenizer.json or vocab.json")
-    seen = set()
-    for key in keys:
-        if not isinstance(key, int | str):
-            raise UserError(f"{path}: found {key!r:.80} in the vocabulary; wanted tokens and ids")
-        if key in seen:
-            raise UserError(f"{path}: {what} {key!r:.80}; wanted each once")
-        seen.add(key)
 
 
 # --- what is generated, and what is written

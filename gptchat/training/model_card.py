@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gptchat.files import atomic_write
-from gptchat.model.gpt2 import GPT2Config
-from gptchat.model.weight_files import wanted_shapes
+from gptchat.model.gpt2 import GPT2Config, model_on_meta
 from gptchat.training.run_log import Entry, RunLog, read_run
 from gptchat.training.saved_config import flatten
 
@@ -78,7 +77,7 @@ def header(log: RunLog) -> str:
 
 def description(log: RunLog, config: GPT2Config) -> str:
     task, start = log.config["task"], log.config["init_from"]
-    n_parameters = sum(math.prod(shape) for _, shape in wanted_shapes(config))
+    n_parameters = sum(p.numel() for p in model_on_meta(config).parameters())
     lines = [
         f"# {log.folder.name}",
         "",
