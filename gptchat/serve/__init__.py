@@ -1,32 +1,26 @@
 """`gptchat serve`: archive models and run TorchServe over them, until Ctrl-C, SIGTERM or SIGHUP.
 
 The launcher checks the settings, archives every model directory with this package and the handlers
-into RUN/store (a .mar file; a folder where the weights are large), writes RUN/config.properties,
+into RUN/store (a .mar file; a folder if the weights are large), writes RUN/config.properties,
 starts Java, waits until each model answers, and passes TorchServe's output on.
 
-TorchServe runs in a process group of its own, so that Ctrl-C and signals reach the launcher alone;
-it is fit to be PID 1 of a container. To stop, it has new requests refused (the handlers look for a
+TorchServe runs in a process group of its own, so that Ctrl-C and signals reach only the launcher,
+which can be PID 1 of a container. To stop, it has new requests refused (the handlers look for a
 file named `draining` in RUN), gives live ones DRAIN_SECONDS, stops Java, and kills what is left of
 the group: nothing outlives it. If the launcher itself is killed, a watcher process kills the group.
-Only the API may leave loopback.
-
-One launcher works in RUN at a time, which it locks.
+Only the API may listen beyond loopback. RUN is locked: one launcher works in it at a time.
 
 Exit status: 0 after a stop that was asked for; 2 with one line if something is wrong, or TorchServe
 ended by itself; 130 if it was stopped before TorchServe was started, or a second time, which ends
 the draining at once.
-
-`options` is the command line, `archive` makes the archives, `torchserve` is the child process,
-`signals` how a stop is asked for.
 """
 
 from collections.abc import Sequence
 
-from gptchat.console import UserError
 from gptchat.files import lock_folder
+from gptchat.runtime import handle_stop_signals
 from gptchat.serve.archive import archive, check_settings
 from gptchat.serve.options import EVERYWHERE, LOOPBACK, Options, read_options
-from gptchat.serve.signals import ignore_stop_signals, stop_on_signals
 from gptchat.serve.torchserve import DRAIN_SECONDS, TorchServe
 
 
@@ -46,25 +40,34 @@ def banner(options: Options, java: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    stop_on_signals()
+    stops: list[int] = []  # the signals that have asked for a stop
+    handle_stop_signals(lambda number, frame: stops.append(number))
     options = read_options(argv)
     check_settings(options.configs / "model-config.yaml")
-    lock = lock_folder(options.run, "another `gptchat serve` works here")
-    archives = [archive(name, model, options) for name, model in options.models.items()]
-    if options.archive_only:
-        print("\n".join(str(options.run / "store" / name) for name in archives))
-        return
-    server = TorchServe(options)
+    with lock_folder(options.run, "another `gptchat serve` works here"):
+        archives = []
+        for name, model in options.models.items():
+            archives.append(archive(name, model, options))
+            if stops:
+                raise KeyboardInterrupt
+        if options.archive_only:
+            print("\n".join(str(options.run / "store" / name) for name in archives))
+        else:
+            serve(archives, options, stops)
+
+
+def serve(archives: list[str], options: Options, stops: Sequence[int]) -> None:
+    """Run TorchServe until a stop is asked for, or something goes wrong."""
+    server = TorchServe(options, stops)
     try:
         server.start(archives)
         server.wait_until_ready()
-        print(banner(options, server.pid), flush=True)
-        reason = server.wait()
-        raise UserError(f"TorchServe ended by itself: {reason}")
-    except KeyboardInterrupt:  # a second one cuts the draining short
+        if not stops:
+            print(banner(options, server.pid), flush=True)
+        server.wait()
         print(f"stopping: live requests have {DRAIN_SECONDS:.0f} s", flush=True)
         server.drain()
     finally:
-        ignore_stop_signals()
         server.stop()
-        lock.close()
+    if len(stops) > 1:
+        raise KeyboardInterrupt

@@ -107,7 +107,13 @@ def run_archiver(name: str, model: Path, options: Options, unpacked: bool) -> No
         f"--archive-format={'no-archive' if unpacked else 'zip-store'}",
     ]
     environment = {**os.environ, "TMPDIR": str(options.run / "tmp")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches the launcher, which stops when this is done
+    )
     if done.returncode:
         reason = done.stderr.strip() or "no reason given"
         raise UserError(f"{model}: cannot be archived: {reason.splitlines()[-1]}")

