@@ -488,6 +488,74 @@ def test_failed_save_leaves_the_old_weights(
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
 
 
+# Special tokens of other people
+
+
+def slow_layout(directory: Path, names: dict[str, int], **settings: Any) -> Path:
+    """vocab.json and merges.txt of 257 entries, which end with `<|endoftext|>`, and a model."""
+    write(random_gpt2(7, torch.float32, vocab_size=264, eos_token_id=256), directory)
+    letters = sorted(byte_tokenizer(()).backend.get_vocab(), key=ord)
+    vocabulary = {piece: id for id, piece in enumerate([*letters, "<|endoftext|>"])}
+    (directory / "tokenizer.json").unlink()
+    (directory / "vocab.json").write_text(json.dumps(vocabulary | names), encoding="utf-8")
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+ADDED = {"<startofstring>": 257, "<endofstring>": 258, "word": 259}
+
+
+@pytest.mark.parametrize("form", ["added_tokens.json", "added_tokens_decoder"])
+def test_added_tokens_beside_vocab_json_keep_their_rows(tmp_path: Path, form: str) -> None:
+    names = {"bos_token": "<startofstring>", "eos_token": "<endofstring>"}
+    if form == "added_tokens.json":
+        slow_layout(tmp_path, {}, **names)
+        (tmp_path / form).write_text(json.dumps(ADDED))
+    else:
+        entries = {
+            str(id): {"content": name, "special": name.startswith("<")}
+            for name, id in ADDED.items()
+        }
+        slow_layout(tmp_path, {}, added_tokens_decoder=entries, **names)
+    model, tokenizer, _ = load_model(tmp_path)
+    before = model.wte.weight.detach().clone()
+    added = adapt(model, tokenizer, seed=0)
+    assert min(added.values()) == 260 and "[EOS]" not in added
+    assert torch.equal(model.wte.weight[:260], before[:260])
+    assert tokenizer.eos_id == 258 and tokenizer.encode("a word")[-1] == 259
+    assert tokenizer.decode(tokenizer.encode("<endofstring> word")) == "<endofstring> word"
+    assert 258 not in never_generated(model.config, tokenizer, "lm")
+    save_static(tmp_path / "ours", model.config, tokenizer, "lm")
+    assert Tokenizer.load(tmp_path / "ours").eos_id == 258
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").eos_token == "<endofstring>"
+    (tmp_path / "added_tokens.json").write_text('{"<a>": 270}')
+    with pytest.raises(UserError, match="'<a>' has the id 270"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, eos_token_id, end",
+    [
+        ({}, 257, "</s>"),
+        ({"eos_token": "<|endoftext|>"}, [257], "</s>"),
+        ({"eos_token": {"content": "</s>"}}, 256, "</s>"),
+        ({}, 256, "<|endoftext|>"),
+        ({"eos_token": "<missing>"}, 50256, "<|endoftext|>"),
+        ({}, 70, "<|endoftext|>"),  # an ordinary word, as a config that was never adapted says it
+    ],
+)
+def test_the_end_of_a_text_is_what_the_directory_says(
+    tmp_path: Path, settings: dict[str, Any], eos_token_id: Any, end: str
+) -> None:
+    slow_layout(tmp_path, {"</s>": 257}, **settings)
+    config(eos_token_id=eos_token_id)(tmp_path)
+    model, tokenizer, _ = load_model(tmp_path)
+    assert tokenizer.backend.id_to_token(tokenizer.eos_id) == end
+    assert "[EOS]" not in adapt(model, tokenizer, seed=0)
+    assert tokenizer.eos_id not in never_generated(model.config, tokenizer, "lm")
+
+
 # The canonical vocabulary, and the real size
 
 

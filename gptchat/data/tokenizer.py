@@ -77,11 +77,18 @@ class Tokenizer:
 
     `token_bytes[id]` holds the bytes of a token, none for special tokens. The ids are
     `special_ids["[PAD]"]` and so on, and `pad_id`, `unk_id`, `bos_id`, `eos_id`, `cls_id` and
-    `sep_id`. Raises UserError for a tokenizer that does not give every text back.
+    `sep_id`. `end_token` serves as [EOS]; by default that is [EOS], else `<|endoftext|>`. Raises
+    UserError for a tokenizer that does not give every text back.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        source: str = "tokenizer",
+        end_token: str | None = None,
+    ):
         self.backend = backend
+        self.end_token = end_token
         self.source = source  # where it came from, for messages
         backend.encode_special_tokens = True
         backend.no_padding()
@@ -107,8 +114,10 @@ class Tokenizer:
                 self.token_bytes[id] = _entry_bytes(entry)
         self._pieces: SortedTokens | None = None  # made on first use
         self.special_ids = {name: special.get(name, -1) for name in SPECIAL}
-        if self.special_ids["[EOS]"] < 0:
-            self.special_ids["[EOS]"] = special.get(END_OF_TEXT, -1)
+        for name in (self.end_token, "[EOS]", END_OF_TEXT):
+            if name in special:
+                self.special_ids["[EOS]"] = special[name]
+                break
         self.pad_id = self.special_ids["[PAD]"]
         self.unk_id = self.special_ids["[UNK]"]
         self.bos_id = self.special_ids["[BOS]"]
@@ -134,10 +143,13 @@ class Tokenizer:
                 backend = tokenizers.Tokenizer.from_file(str(path))
             else:
                 backend = _read_gpt2_files(merges)
+            end_token = _find_end_token(Path(directory), backend)
         except Exception as error:  # the library raises nothing narrower
             reason = str(error).splitlines()[0]
             raise UserError(f"{directory}: cannot be read as a tokenizer: {reason}") from None
-        return cls(backend, str(directory))
+        if end_token is not None:
+            backend.add_special_tokens([end_token])  # marks one that is an ordinary entry
+        return cls(backend, str(directory), end_token)
 
     @property
     def pattern(self) -> str:
@@ -259,15 +271,71 @@ def _byte_level(model: models.Model, pattern: str = "gpt2") -> tokenizers.Tokeni
 
 
 def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
-    """GPT-2's `merges.txt` and the `vocab.json` beside it.
+    """GPT-2's `merges.txt`, the `vocab.json` beside it, and the tokens that were added to them.
 
-    Its end of text, an ordinary entry in these files, is marked as special.
+    Its end of text, an ordinary entry in these files, is marked as special. Raises ValueError for
+    an added token that cannot have its id.
     """
-    vocabulary = merges.with_name("vocab.json")
-    backend = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)))
+    directory = merges.parent
+    backend = _byte_level(models.BPE.from_file(str(directory / "vocab.json"), str(merges)))
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])
+    special = set(_named_tokens(directory).values())
+    added = {id: name for name, id in _json_table(directory / "added_tokens.json").items()}
+    settings = _json_table(directory / "tokenizer_config.json")
+    for id, entry in settings.get("added_tokens_decoder", {}).items():
+        added[int(id)] = entry["content"]
+        if entry.get("special"):
+            special.add(entry["content"])
+    for id, name in sorted(added.items()):
+        backend.add_tokens([tokenizers.AddedToken(name, special=name in special)])
+        if backend.token_to_id(name) != id:
+            raise ValueError(
+                f"the added token {name!r} has the id {id}; wanted {backend.token_to_id(name)}"
+            )
     return backend
+
+
+def _find_end_token(directory: Path, backend: tokenizers.Tokenizer) -> str | None:
+    """The token that ends a text in a directory of other people's, None if it names none.
+
+    It is the tokenizer's `eos_token`, or the `eos_token_id` of config.json. Each is `<|endoftext|>`
+    if nobody has changed it, so another one comes first. An id counts only if text cannot have it:
+    many configs keep the id of GPT-2's vocabulary beside another vocabulary.
+    """
+    ids = _json_table(directory / "config.json").get("eos_token_id")
+    id = ids[0] if isinstance(ids, list) and ids else ids
+    by_id = backend.id_to_token(id) if isinstance(id, int) and 0 <= id < 2**31 else None
+    added = backend.get_added_tokens_decoder()
+    if by_id is not None and id not in added:
+        text = _entry_bytes(by_id).decode(errors="replace")
+        if backend.encode(text, add_special_tokens=False).ids == [id]:
+            by_id = None
+    named = _named_tokens(directory).get("eos_token")
+    if named is None or backend.token_to_id(named) is None:
+        return by_id
+    return by_id if by_id is not None and named == END_OF_TEXT else named
+
+
+def _named_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens that a directory names, such as {"eos_token": "</s>"}."""
+    tokens = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, token in _json_table(directory / file).items():
+            content = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(content, str):
+                tokens[key] = content
+    return tokens
+
+
+def _json_table(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no file. Raises ValueError for anything else."""
+    if not path.exists():
+        return {}
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
