@@ -4,12 +4,12 @@
     gptchat chat --model DIR --prompt TEXT
     gptchat chat --model DIR --input prompts.tsv --output answers.tsv
 
-In the terminal the answer streams, unless it is picked among several (`--pick median`, `--pick
-mmi`), which takes all of them. A ChatLM keeps the turns of the conversation, and drops the oldest
-ones when the context is full; an LM continues each line by itself. Ctrl-C ends an answer, and what
-was said by then is kept as the turn. The lines typed are saved in `chat_history` beside the model
-directory. If stdin is no terminal, its lines are answered the same way, without prompts and
-history.
+Settings that are not given are the model's own (its generation_config.json). In the terminal the
+answer streams, unless it is picked among several (`--pick median`, `--pick mmi`). A ChatLM keeps
+the turns of the conversation, and drops the oldest ones when the context is full; an LM continues
+each line by itself. Ctrl-C ends an answer, and what was said by then is kept as the turn. The lines
+typed are saved in `chat_history` beside the model directory. If stdin is no terminal, its lines are
+answered the same way, without prompts and history.
 
 A line of --input, TSV or JSONL (`data/dialogue_files.py`), is a dialogue whose last turn is to be
 answered; --output, in the same format, repeats it with the answer behind it, which is the format of
@@ -44,14 +44,9 @@ from gptchat.data.dialogue_files import format_named, format_of, read_prompts
 from gptchat.data.reading import to_bytes
 from gptchat.files import atomic_write, expand
 from gptchat.inference.engine import Request
-from gptchat.inference.generate import (
-    CHAT_SAMPLING,
-    SLOTS,
-    TextGenerator,
-    load_generator,
-)
+from gptchat.inference.generate import SLOTS, TextGenerator, load_generator
 from gptchat.inference.linear import DTYPES
-from gptchat.inference.rerank import CANDIDATES, PICKS
+from gptchat.inference.pick import CANDIDATES, PICKS
 from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling, parse_biases
 from gptchat.inference.text import WordFilter
 from gptchat.runtime import tune_memory
@@ -79,9 +74,7 @@ def settings_parser() -> SettingsParser:
     parser = SettingsParser(add_help=False, allow_abbrev=False)
     add = parser.add_argument
     for name, declared in SETTINGS.items():
-        default = getattr(CHAT_SAMPLING, name)
-        meaning = f"{declared.metadata['help']} (default %(default)s)"
-        add(option(name), type=type(default), default=default, help=meaning)
+        add(option(name), type=declared.type, help=f"{declared.help} (default: the model's)")
     seed_help = "gives the same answer again; -1: another one each time (default)"
     add("--seed", type=int, default=-1, help=seed_help)
     forbid_help = "never said; may be repeated"
@@ -93,10 +86,10 @@ def settings_parser() -> SettingsParser:
     stop_help = "ends an answer, unsaid; may be repeated"
     add("--stop", action="append", default=[], metavar="TEXT", help=stop_help)
     pick_help = (
-        f"among {CANDIDATES} answers, which then do not stream. median: the one of median length; "
-        "mmi: the one that fits the context best, as the context fits it (of a ChatLM)"
+        "among several answers, which then do not stream. median: the one of median length; mmi: "
+        "the one with the highest mutual information with the context (default: the model's)"
     )
-    add("--pick", choices=PICKS, default="first", help=pick_help)
+    add("--pick", choices=PICKS, help=pick_help)
     return parser
 
 
@@ -105,13 +98,22 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def use_model_defaults(generator: TextGenerator, settings: argparse.Namespace) -> None:
+    """Settings that were not given become the model's."""
+    for name in SETTINGS:
+        if getattr(settings, name) is None:
+            setattr(settings, name, getattr(generator.sampling, name))
+    if settings.pick is None:
+        settings.pick = generator.default_pick
+
+
 def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sampling:
     """The settings as the engine takes them, with a random seed for -1.
 
-    Raises UserError for a setting that is out of its range, or that an LM cannot have.
+    Settings that were not given become the model's, in place. Raises UserError for one that is out
+    of its range, or that an LM cannot have.
     """
-    if settings.pick == "mmi" and generator.task != "chatlm":
-        raise UserError("pick mmi: found an LM; wanted a ChatLM, which answers a context")
+    use_model_defaults(generator, settings)
     numbers = {name: getattr(settings, name) for name in SETTINGS}
     seed = settings.seed
     if seed < 0:
@@ -122,6 +124,7 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
         word_filter = WordFilter(generator.tokenizer, words)
     vocab_size = generator.engine.model.config.vocab_size
     try:
+        generator.check_pick(settings.pick, generator.task)
         logit_bias = parse_biases(settings.logit_bias, vocab_size)
         return Sampling(
             **numbers,
@@ -157,8 +160,11 @@ def encoded_request(
     generator: TextGenerator, turns: Sequence[Turn], settings: argparse.Namespace
 ) -> Request:
     """The request for an answer to encoded turns. Raises UserError as `make_request` does."""
-    n = 1 if settings.pick == "first" else CANDIDATES
-    return generator.request(turns, make_sampling(generator, settings), n)
+    sampling = make_sampling(generator, settings)
+    n = 1
+    if settings.pick != "first":
+        n = generator.candidates if generator.candidates > 1 else CANDIDATES
+    return generator.request(turns, sampling, n)
 
 
 def stop_strings(settings: argparse.Namespace) -> list[str]:
@@ -380,7 +386,7 @@ def parse_arguments(
 def main(argv: Sequence[str] | None = None) -> None:
     args, settings = parse_arguments(argv)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    slots = SLOTS if args.input else 2 * CANDIDATES  # those of a turn, and what mmi scores
+    slots = SLOTS if args.input else CANDIDATES
     is_conversation = not args.input and args.prompt is None
     generator = load_generator(args.model, slots, args.dtype, prefix_cache=is_conversation)
     tune_memory()

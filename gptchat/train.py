@@ -314,8 +314,12 @@ class Run:
     def start_monitor(self) -> Monitor:
         """Write what does not change during the run, and begin to report."""
         if self.world.rank == 0:
+            n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+            defaults = pretrained.suitable_defaults(
+                self.config.task, n_parameters, self.config.data.targets
+            )
             pretrained.save_static(
-                self.model_dir, self.model.config, self.tokenizer, self.config.task
+                self.model_dir, self.model.config, self.tokenizer, self.config.task, defaults
             )
             save_config(self.folder, self.resolved_config)
         return Monitor(

@@ -72,9 +72,8 @@ class Choice(CandidateText):
         self.end_sent = False  # and with it the finish reason
 
     def take(self, output: Output) -> str:
-        if output.token is not None and not self.finish_reason:
-            scored = Scored(output.token, output.logprob, output.top)
-            self.tokens.append(ScoredToken(self.n_decoded, scored))
+        if output.scored and output.token is not None and not self.finish_reason:
+            self.tokens.append(ScoredToken(self.n_decoded, output.scored))
         return super().take(output)
 
     @property

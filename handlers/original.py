@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from gptchat.data.dialogue import SPEAKERS, alternate
-from gptchat.inference.generate import CHAT_SAMPLING
-from gptchat.inference.rerank import CANDIDATES, pick_median
+from gptchat.inference.pick import CANDIDATES, pick_median
 from handlers.answers import Choice, Generation
 from handlers.body import SYNONYMS, Refusal
 from handlers.served_model import ServedModel
@@ -75,7 +74,7 @@ class Original(Generation):
             request,
             cls.kind,
             model,
-            CHAT_SAMPLING,
+            model.generator.sampling,
             model.default_new_tokens,
             candidates=CANDIDATES,
             longest=model.most_new_tokens,

@@ -5,7 +5,6 @@ what one request can cost, and are far above what people ask for.
 """
 
 import secrets
-from math import inf
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
@@ -56,7 +55,7 @@ def with_settings(
     that may be asked for.
     """
     most = min(MOST_CANDIDATES, model.generator.engine.slots)
-    help = SETTINGS["max_new_tokens"].metadata["help"]
+    help = SETTINGS["max_new_tokens"].help
     fields: dict[str, tuple[Any, Any]] = {
         setting: (_number(setting), getattr(defaults, setting)) for setting in SETTINGS
     }
@@ -80,10 +79,8 @@ def with_settings(
 def _number(name: str) -> Any:
     """The type of a setting that `sampling.SETTINGS` declares."""
     declared = SETTINGS[name]
-    low, high, help = (declared.metadata[key] for key in ("low", "high", "help"))
-    return Annotated[
-        declared.type, Meta(ge=low, le=LARGEST_INTEGER if high == inf else high, description=help)
-    ]
+    low, high = declared.rules["min"], declared.rules.get("max", LARGEST_INTEGER)
+    return Annotated[declared.type, Meta(ge=low, le=high, description=declared.help)]
 
 
 def words(given: str | list[str]) -> tuple[str, ...]:

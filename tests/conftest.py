@@ -174,7 +174,7 @@ def count_equal_greedy(alone: list[Output], company: list[Output], rounding: flo
     """
     for count, (one, other) in enumerate(zip(alone, company, strict=True)):
         if one.token != other.token:
-            assert one.top[0][1] - one.top[1][1] < rounding
+            assert one.scored.top[0][1] - one.scored.top[1][1] < rounding
             return count
-        assert abs(one.logprob - other.logprob) < rounding
+        assert abs(one.scored.logprob - other.scored.logprob) < rounding
     return len(alone)

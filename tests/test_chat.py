@@ -134,7 +134,7 @@ def test_a_conversation_in_a_terminal(bot):
         ("/help", "/set NAME VALUE"),
         ("/set", "max_new_tokens 30"),
         ("/nonsense", "no such command"),
-        ("/set top_p 2", "top_p is 2.0, wanted from 0 to 1"),
+        ("/set top_p 2", "top_p: found 2.0; wanted a number, 0 to 1"),
         ("/set tempo 1", "unrecognized"),
         ("/set temperature warm", "invalid float value"),
         ("x" * 1100, "the last turn takes"),
@@ -379,7 +379,7 @@ def test_what_a_terminal_would_obey_is_not_printed(monkeypatch, capsys):
 def test_every_sampling_setting_is_an_option_and_a_name_of_set(bot, capsys, name):
     generator = load_generator(bot, 1, "float32")
     _, settings = chat.parse_arguments(["--model", bot])
-    default = getattr(settings, name)
+    default = getattr(chat.make_sampling(generator, settings), name)
     value = 1 if default != 1 else type(default)(0.5)  # in the range of all, and not the default
 
     option = "--" + name.replace("_", "-")
@@ -455,7 +455,7 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
         (["--model", "nowhere"], "no such directory"),
         (["--model", "BOT", "--temperature", "hot"], "invalid float value"),
         (["--model", "BOT", "--dtype", "int3"], "invalid choice"),
-        (["--model", "BOT", "--temperature", "-1"], "temperature is -1.0, wanted"),
+        (["--model", "BOT", "--temperature", "-1"], "temperature: found -1.0; wanted"),
         (["--model", "BOT", "--logit-bias", "7:3"], "logit_bias 7:3: wanted ID=BIAS"),
         (["--model", "BOT", "--prompt", "x" * 2000], "the last turn takes"),
         (["--model", "BOT", "--input", "prompts.tsv"], "--input and --output together"),

@@ -111,9 +111,9 @@ def test_requests_in_traffic_exercise_every_setting(name):
 
 def close(a, b):
     return all(
-        x.token == y.token and [t for t, _ in x.top] == [t for t, _ in y.top]
+        x.token == y.token and [t for t, _ in x.scored.top] == [t for t, _ in y.scored.top]
         for x, y in zip(a, b, strict=True)
-    ) and [x.logprob for x in a] == pytest.approx([y.logprob for y in b], abs=1e-4)
+    ) and [x.scored.logprob for x in a] == pytest.approx([y.scored.logprob for y in b], abs=1e-4)
 
 
 class Traffic:
@@ -321,7 +321,7 @@ def test_prompt_scores_equal_transformers_log_softmax(model, peer, chunk, new):
         assert [token for token, _ in s.top] == wanted[i].topk(4).indices.tolist()
     assert len(first.ids) == new and first[-1].finish_reason == second[-1].finish_reason == "length"
     if new:
-        assert first[0].logprob == pytest.approx(wanted[-1].max().item(), abs=1e-4)
+        assert first[0].scored.logprob == pytest.approx(wanted[-1].max().item(), abs=1e-4)
 
 
 def test_a_prompt_of_the_full_length_is_scored(model):
@@ -503,7 +503,7 @@ def test_cancelled_sequences_are_gone_by_the_next_step(model, candidate, left):
         (Request([1], stop_ids=(2, V)), f"stop id {V} is not in"),
         (
             Request([1], sampling=Sampling(logit_bias={3: 1, V: 1})),
-            f"id {V} of logit_bias is not in the vocabulary of {V}",
+            f"logit_bias of id {V} is not in the vocabulary of {V}",
         ),
     ],
 )

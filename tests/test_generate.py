@@ -10,6 +10,7 @@ from hf_models import byte_tokenizer, shake
 
 from gptchat.console import UserError
 from gptchat.data.tokenizer import Tokenizer
+from gptchat.inference.draw import Scored
 from gptchat.inference.engine import Output, Request, generate
 from gptchat.inference.generate import (
     CHAT_SAMPLING,
@@ -18,7 +19,7 @@ from gptchat.inference.generate import (
     load_generator,
     prompt_room,
 )
-from gptchat.inference.rerank import CONTEXT_WEIGHT, pick_median
+from gptchat.inference.pick import last_turn, pick_median, reply_logprobs
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
@@ -39,7 +40,7 @@ def take_all(candidate: CandidateText, ids: list[int], finish_reason: str = "len
     """The pieces of text when the engine gives these ids, and with the last one the reason."""
     reasons = [None] * (len(ids) - 1) + [finish_reason]
     return [
-        candidate.take(Output(1, 0, id, finish_reason=reason))
+        candidate.take(Output(1, 0, Scored(id), reason))
         for id, reason in zip(ids, reasons, strict=True)
     ]
 
@@ -82,10 +83,10 @@ def test_a_stop_string_in_the_middle_of_a_token_ends_the_text_there():
     candidate = CandidateText(tokenizer, stop=["o th"])
     ids = tokenizer.encode("one two three")
     assert len(ids) == 2
-    assert [candidate.take(Output(1, 0, id)) for id in ids] == ["one", " tw"]
+    assert [candidate.take(Output(1, 0, Scored(id))) for id in ids] == ["one", " tw"]
     assert (candidate.text, candidate.finish_reason) == ("one tw", "stop")
     assert candidate.must_cancel  # the engine would go on
-    assert candidate.take(Output(1, 0, *tokenizer.encode(" four"))) == ""
+    assert candidate.take(Output(1, 0, Scored(*tokenizer.encode(" four")))) == ""
     assert (candidate.text, candidate.n_tokens) == ("one tw", 2)
 
 
@@ -103,14 +104,6 @@ def test_half_a_character_is_held_back_and_left_out_at_the_end():
     ids = tokenizer.encode("é日")
     assert take_all(candidate, ids[:-1]) == ["", "é", "", ""]
     assert candidate.text == "é"
-
-
-def test_a_stop_string_in_the_engines_last_token_needs_no_cancel():
-    tokenizer = byte_tokenizer()
-    candidate = CandidateText(tokenizer, stop=["END"])
-    assert take_all(candidate, tokenizer.encode("a END")) == ["a", " ", "", "", ""]
-    assert (candidate.text, candidate.finish_reason) == ("a ", "stop")
-    assert not candidate.must_cancel
 
 
 def test_the_end_of_a_candidate_may_come_without_a_token():
@@ -131,7 +124,7 @@ def test_the_beginning_of_an_answer_counts_as_its_text():
 
     ended = CandidateText(tokenizer, ["END"], beginning=tokenizer.encode("So END of"))
     assert (ended.text, ended.finish_reason) == ("So ", "")
-    assert ended.take(Output(1, 0, *tokenizer.encode("x"))) == ""
+    assert ended.take(Output(1, 0, Scored(*tokenizer.encode("x")))) == ""
     assert (ended.text, ended.finish_reason, ended.must_cancel) == ("So ", "stop", True)
 
 
@@ -141,17 +134,9 @@ def test_an_echoed_prompt_stands_before_the_text_and_has_no_stop_strings():
     starts = []
     for id in tokenizer.encode("Dx"):
         starts.append(len(candidate.text))
-        candidate.take(Output(1, 0, id))
+        candidate.take(Output(1, 0, Scored(id)))
     assert (candidate.text, candidate.finish_reason) == ("the END, ENDx", "")
     assert starts == [11, 12]  # each token's place in the text
-
-
-# Settings that all share
-
-
-def test_the_median_of_an_even_number_is_the_longer_one():
-    assert pick_median(["333", "1", "22"]) == "22"
-    assert pick_median(["4444", "333", "1", "22"]) == "333"
 
 
 def test_a_prompt_has_what_the_answer_leaves_but_at_least_half():
@@ -174,16 +159,6 @@ def test_an_lm_whose_vocabulary_ends_no_text_goes_on_to_the_length():
     assert len(answer.ids) == 5 and answer[-1].finish_reason == "length"
     with pytest.raises(UserError, match=r"the text is empty; wanted some, since .* no \[EOS\]"):
         generator.request([], sampling)
-
-
-def test_an_id_without_a_token_may_stand_in_a_prompt():
-    tokenizer = byte_tokenizer()
-    model = GPT2(
-        GPT2Config(tokenizer.vocab_size + 2, n_positions=N_CTX, n_embd=8, n_layer=1, n_head=2)
-    )
-    generator = TextGenerator(model.eval(), tokenizer, "lm")
-    [[answer]] = generate(generator.engine, [Request([tokenizer.vocab_size + 1])])
-    assert answer.ids
 
 
 def test_an_lm_continues_all_turns_as_one_text():
@@ -239,12 +214,6 @@ def test_pieces_add_up_to_the_text_of_the_engines_ids(generator):
     assert len(set(texts)) == 6 and sorted(ends) == list(range(6))
 
 
-def test_an_answer_does_not_depend_on_the_others(generator):
-    requests = [ask(generator, f"number {i}", n=1 + i % 3, seed=i) for i in range(6)]
-    alone = [generator.complete([request])[0] for request in requests]
-    assert generator.complete(requests) == alone
-
-
 def test_a_stop_string_ends_an_answer_and_frees_its_slot(generator):
     request = ask(generator, "hello")
     (whole,) = generator.complete([request])
@@ -265,122 +234,93 @@ def test_several_candidates_give_the_one_of_median_length_when_all_have_ended(ge
     assert last.last and last.text == pick_median(texts)
 
 
-def logprob_of_reply(generator: TextGenerator, turns: list[list[int]], reply: list[int]) -> float:
-    """The log-probability of a reply to alternating turns, by a plain pass over all of it."""
-    model, sep = generator.engine.model, generator.tokenizer.sep_id
-    ids, types = [], []
-    for number, turn in enumerate([*turns, reply]):
-        speaker = (len(turns) - number + 1) % 2
-        piece = [sep, *turn] if ids else turn
-        ids += piece
-        types += [speaker] * len(piece)
+def logprob_of_reply(generator: TextGenerator, turn: list[int], reply: list[int]) -> float:
+    """The log-probability of a reply to one turn, by a plain pass over both."""
+    ids = [*turn, generator.tokenizer.sep_id, *reply]
+    types = [0] * len(turn) + [1] * (1 + len(reply))
+    model = generator.engine.model
     with torch.no_grad():
         hidden = model.hidden(torch.tensor([ids]), torch.tensor([types]))
     logprobs = model.logits(hidden)[0].log_softmax(-1)
-    first = len(ids) - len(reply)
+    first = len(turn) + 1
     return sum(logprobs[first - 1 + i, id].item() for i, id in enumerate(reply))
 
 
-def test_mutual_information_picks_what_fits_the_context_and_what_the_context_fits():
+def test_mmi_picks_by_the_formula_of_its_docstring():
     generator = small_generator("chatlm")
     encode = generator.tokenizer.encode
-    contexts = [["Hello there"], ["Hello", "Hi! How are you?", "Well."], ["?"]]
+    contexts = [["Hello there"], ["Hello", "Hi! How are you?", "Well."], [""], ["x" * 43]]
     requests = []
     for context in contexts:
-        speakers = [(len(context) - 1 - i) % 2 for i in range(len(context))]
-        turns = [(speaker, encode(text)) for speaker, text in zip(speakers, context, strict=True)]
+        turns = [((len(context) - 1 - i) % 2, encode(text)) for i, text in enumerate(context)]
         requests.append(generator.request(turns, replace(SAMPLING, logprobs=0), 4))
     wanted = []
     for context, candidates in zip(contexts, generate(generator.engine, requests), strict=True):
-        turns = [encode(text) for text in context]
         scores = {}
         for candidate in candidates:
-            text = whole_text(generator.tokenizer, candidate.ids)
-            scored = list(candidate.ids)
+            answer = list(candidate.ids)
             if candidate[-1].finish_reason == "stop":
-                scored += generator.stop_ids
-            forwards = logprob_of_reply(generator, turns, scored) / len(scored)
-            backwards = logprob_of_reply(generator, [encode(text)], turns[-1])
-            scores[forwards + CONTEXT_WEIGHT * backwards] = text
+                answer += generator.stop_ids
+            forward = sum(output.scored.logprob for output in candidate if output.scored)
+            prior = logprob_of_reply(generator, [], answer)
+            backward = logprob_of_reply(generator, answer, encode(context[-1]))
+            score = (forward - 0.7 * prior) / (len(answer) + 5) + 0.1 * backward
+            scores[score] = whole_text(generator.tokenizer, candidate.ids)
         wanted.append(scores[max(scores)])
-    pieces = list(generator.stream(requests, pick="mmi"))
-    given = {piece.index: piece.text for piece in pieces if piece.last}
-    assert [given[index] for index in range(len(requests))] == wanted
-    assert sum(piece.last for piece in pieces) == len(requests)
-    assert not any(piece.text for piece in pieces if not piece.last)
-    medians = generator.complete(requests)
-    assert medians != wanted  # so that the choice matters here
+    assert generator.complete(requests, pick="mmi") == wanted
+    assert generator.complete(requests, pick="median") != wanted  # so the choice matters here
 
 
-def test_mutual_information_scores_what_is_said_and_prefers_any_answer_to_none():
+def test_mmi_prefers_any_answer_to_none():
     generator = small_generator("chatlm")
     request = ask(generator, "Hello", n=4, logprobs=0)
-    texts = [
+    answers = [
         whole_text(generator.tokenizer, c.ids) for c in generate(generator.engine, [request])[0]
     ]
-    stop = texts[0][:1]  # so that the first candidate says nothing
-    assert not all(text.startswith(stop) for text in texts)
-    [answer] = generator.complete([request], [stop], pick="mmi")
-    assert answer and stop not in answer
-    assert answer in {text.partition(stop)[0] for text in texts}
-    everything = list(dict.fromkeys("".join(texts)))
-    assert generator.complete([request], everything, pick="mmi") == [""]
+    firsts = [text[:1] for text in answers]
+    others = [first for first in firsts if first != firsts[-1]]
+    assert others  # so that only the last kind of answer says something
+    assert generator.complete([request], others, pick="mmi")[0].startswith(firsts[-1])
+    assert generator.complete([request], list(set(firsts)), pick="mmi") == [""]
 
 
-def test_mutual_information_needs_a_context_and_log_probabilities():
-    with pytest.raises(ValueError, match="mmi is for a ChatLM"):
-        lm = small_generator("lm")
+def test_replies_are_scored_alike_in_one_batch_and_in_several(monkeypatch):
+    generator = small_generator("chatlm")
+    turns = [[9] * length for length in (0, 3, 20)]
+    replies = [[7, 8], [], [10] * 30]
+    wanted = [logprob_of_reply(generator, *pair) for pair in zip(turns, replies, strict=True)]
+    for tokens_at_once in (1, 4096):
+        monkeypatch.setattr("gptchat.inference.pick.TOKENS_AT_ONCE", tokens_at_once)
+        found = reply_logprobs(generator.engine.model, generator.tokenizer.sep_id, turns, replies)
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_last_turn_of_a_prompt_is_found_before_a_begun_answer():
+    assert last_turn([1, 5, 2, 3, 5], sep_id=5) == [2, 3]
+    assert last_turn([1, 5, 2, 3, 5, 7, 8], sep_id=5) == [2, 3]
+    assert last_turn([5], sep_id=5) == []
+
+
+def test_a_pick_that_cannot_be_is_refused():
+    lm, chatlm = small_generator("lm"), small_generator("chatlm")
+    with pytest.raises(ValueError, match="pick mmi: found an LM; wanted a ChatLM"):
         lm.complete([ask(lm, "Hello", n=4, logprobs=0)], pick="mmi")
     with pytest.raises(ValueError, match="mmi needs log-probabilities"):
-        chatlm = small_generator("chatlm")
         chatlm.complete([ask(chatlm, "Hello", n=4)], pick="mmi")
+    with pytest.raises(ValueError, match="pick: found 'best'; wanted one of first, median, mmi"):
+        chatlm.complete([ask(chatlm, "Hello")], pick="best")
 
 
-@pytest.mark.parametrize("text", ["", "x" * (N_CTX - 20 - 1)])
-def test_mutual_information_takes_an_empty_context_and_one_that_fills_the_room(text):
-    generator = small_generator("chatlm")
-    request = ask(generator, text, n=4, logprobs=0, max_new_tokens=20)
-    if text:
-        assert len(request.input_ids) == prompt_room(N_CTX, 20)
-    texts = [
-        whole_text(generator.tokenizer, c.ids) for c in generate(generator.engine, [request])[0]
-    ]
-    assert generator.complete([request], pick="mmi")[0] in texts
-
-
-def test_mutual_information_takes_answers_of_broken_characters():
-    """The text of one has other ids than were drawn, three for each broken byte."""
-    generator = small_generator("chatlm")
-    settings = {"logprobs": 0, "max_new_tokens": 40, "whole_characters": 0, "min_tokens": 40}
-    request = ask(generator, "x" * 23, n=4, **settings)
-    length = len(request.input_ids)
-    assert any(
-        len(generator.tokenizer.encode(whole_text(generator.tokenizer, c.ids))) + length > N_CTX
-        for c in generate(generator.engine, [request])[0]
-    )
-    assert generator.complete([request], pick="mmi") != [""]
-    assert generator.engine.idle
-
-
-def test_rows_are_scored_before_all_the_rows_behind_them_begin():
-    generator = small_generator("chatlm")
-    requests = [ask(generator, text, n=4, logprobs=0) for text in ("One", "Two", "Three")]
-    order = list(generator.stream(requests, pick="mmi"))
-    first_end = next(number for number, piece in enumerate(order) if piece.last)
-    assert order[first_end].index == 0
-    assert all(piece.index < 2 for piece in order[:first_end])
-
-
-def test_a_stream_that_is_closed_while_candidates_are_scored_leaves_nothing():
-    generator = small_generator("chatlm")
-    request = ask(generator, "Hello", n=4, logprobs=0)
-    stream = generator.stream([request], pick="mmi")
-    n_generated = sum(1 for _ in generator.stream([request]))
-    for _ in range(n_generated):
-        next(stream)
-    assert generator.engine.waiting
-    stream.close()
-    assert generator.engine.idle
+def test_a_model_brings_its_own_defaults():
+    tokenizer = byte_tokenizer()
+    model = small_model(tokenizer.vocab_size)
+    defaults = pretrained.AnswerDefaults({"temperature": 0.3, "top_k": 7}, 20, "mmi")
+    generator = TextGenerator(model, tokenizer, "chatlm", 4, defaults=defaults)
+    assert (generator.sampling.temperature, generator.sampling.top_k) == (0.3, 7)
+    assert (generator.candidates, generator.default_pick, generator.engine.slots) == (20, "mmi", 20)
+    for wrong in ({"sampling": {"top_p": 7}}, {"pick": "best"}):
+        with pytest.raises(UserError, match=r"generation_config\.json: .*wanted"):
+            TextGenerator(model, tokenizer, "chatlm", defaults=replace(defaults, **wrong))
 
 
 def test_closing_a_stream_cancels_what_is_unfinished(generator):
@@ -440,16 +380,6 @@ def test_no_answer_holds_a_broken_character_however_hot_it_is_drawn(generator):
     assert any("\ufffd" in answer for answer in halves(generator, 0))
 
 
-def test_whole_characters_do_not_depend_on_the_neighbours(generator):
-    request = ask(generator, "hello", temperature=3.0, top_k=0, top_p=1.0)
-    requests = [
-        replace(request, sampling=replace(request.sampling, seed=i, whole_characters=i % 2))
-        for i in range(8)
-    ]
-    alone = [generator.complete([request])[0] for request in requests]
-    assert generator.complete(requests) == alone
-
-
 def test_a_greedy_answer_is_the_same_unless_it_would_break_a_character():
     class Wanted:
         """Forbids all ids but the next one of a text, and one that breaks every character."""
@@ -495,13 +425,3 @@ def test_a_loaded_directory_generates_text_only(tmp_path: Path, task: str):
 def test_a_missing_directory_is_a_users_mistake(tmp_path: Path):
     with pytest.raises(UserError, match="no such directory"):
         load_generator(tmp_path / "nowhere")
-
-
-def test_a_model_that_generates_stays_fit_for_training():
-    generator = small_generator("lm")
-    tokenizer = byte_tokenizer()
-    model = small_model(tokenizer.vocab_size)
-    before = [parameter.clone() for parameter in model.parameters()]
-    TextGenerator(model, tokenizer, "lm").complete([ask(generator, "hello")])
-    assert model.training and all(p.requires_grad for p in model.parameters())
-    assert all(map(torch.equal, model.parameters(), before))

@@ -320,7 +320,9 @@ def largest_difference(model: GPT2, dtype: str, *engines: dict[str, int]) -> flo
     for [first], [second] in zip(one, other, strict=True):
         assert [output.token for output in first] == [output.token for output in second]
         pairs = zip(first, second, strict=True)
-        difference = max([difference, *(abs(a.logprob - b.logprob) for a, b in pairs)])
+        difference = max(
+            [difference, *(abs(a.scored.logprob - b.scored.logprob) for a, b in pairs)]
+        )
     return difference
 
 

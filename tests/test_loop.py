@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from gptchat.inference.draw import Scored
 from gptchat.inference.engine import Output
 from handlers import loop as loop_module
 from handlers.loop import MAX_STEPS_AHEAD, DecodeLoop, Ticket
@@ -51,7 +52,7 @@ def running(monkeypatch, script, streams=(False, False), round_seconds=60):
 
 
 def token(*ids):
-    return [Output(id, 0, 7) for id in ids]
+    return [Output(id, 0, Scored(7)) for id in ids]
 
 
 def ids(results):

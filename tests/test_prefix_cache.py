@@ -353,11 +353,11 @@ def test_interleaved_conversations_answer_as_without_the_cache(
         for outputs, expected in zip(candidates, wanted, strict=True):
             for got, other in zip(outputs, expected, strict=False):
                 if got.token != other.token:
-                    best, second = (logprob for _, logprob in other.top)
+                    best, second = (logprob for _, logprob in other.scored.top)
                     assert best - second < ROUNDING
                     break
                 if other.token is not None:
-                    assert got.logprob == pytest.approx(other.logprob, abs=ROUNDING)
+                    assert got.scored.logprob == pytest.approx(other.scored.logprob, abs=ROUNDING)
                 n_equal += 1
     n_prompt = sum(len(request.input_ids) for request, _ in talk.finished)
     print(f"{len(talk.finished)} requests, {talk.n_cached} of {n_prompt} tokens cached")

@@ -213,7 +213,7 @@ def sampling_of(client, body, path="", number=0):
 def test_every_declared_sampling_setting_can_be_given_and_names_itself_when_out_of_range(chat):
     given = {}
     for name, declared in SETTINGS.items():
-        low, high = declared.metadata["low"], declared.metadata["high"]
+        low, high = declared.rules["min"], declared.rules.get("max", 10**9)
         given[name] = declared.type(low + 0.5 if declared.type is float else min(low + 3, high))
         for wrong in (low - 1, "much"):
             status, answer = chat.ask({"context": "a", name: wrong})

@@ -10,6 +10,7 @@ If that id is outside of top-p, another number follows. An id that may not be dr
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count
 from math import inf
@@ -20,8 +21,22 @@ import torch
 from torch import Tensor
 
 from gptchat.inference.blocks import best, block_sums, draw_place
-from gptchat.inference.sampling import Row, Sampling
+from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import BROKEN, CharacterFilter
+
+
+@dataclass
+class Row:
+    """What a draw needs to know of a sequence: its settings, and its ids so far.
+
+    The answer begins after `n_prompt` ids. A stop id would end it.
+    """
+
+    sampling: Sampling
+    candidate: int  # its number among those of its request
+    ids: list[int]
+    n_prompt: int = 0
+    stop_ids: Sequence[int] = ()
 
 
 class Scored(NamedTuple):

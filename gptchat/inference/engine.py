@@ -48,8 +48,14 @@ from torch import Tensor
 from gptchat.inference.draw import Scored, draw, score
 from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.prefix_cache import Prefix, PrefixCache
-from gptchat.inference.request import Ids, Output, Request, check_request
-from gptchat.inference.sequence import QueuedRequest, Sequence, accept
+from gptchat.inference.request import (
+    Candidate,
+    Ids,
+    Output,
+    QueuedRequest,
+    Request,
+    check_request,
+)
 from gptchat.inference.text import CharacterFilter
 from gptchat.model.gpt2 import GPT2
 
@@ -92,14 +98,14 @@ class Engine:
         self.cache = self.model.kv_cache(slots, self.length, cache_dtype)
         self.prefix_cache = PrefixCache(self.cache, slots, prefix_cache)
         self.waiting: deque[QueuedRequest] = deque()
-        self.running: list[Sequence] = []  # in the order of their slots
+        self.running: list[Candidate] = []  # in the order of their slots
         self.submitted = 0  # requests so far, and the id of the last one
         self.typed: bool | None = None  # whether requests have token types; None: no request yet
 
     @property
     def live(self) -> int:
         """Slots in use, or reserved for the candidates of a partially prefilled prompt."""
-        reserved = len(self.waiting[0].sequences) if self._n_partial else 0
+        reserved = len(self.waiting[0].candidates) if self._n_partial else 0
         return len(self.running) + reserved
 
     @property
@@ -116,11 +122,8 @@ class Engine:
         """Tokens in the slot of the partially prefilled prompt; 0 where there is none."""
         return self.waiting[0].n_prefilled if self.waiting else 0
 
-    def submit(self, request: Request, next_in_line: bool = False) -> int:
-        """Queue a request, at the end or the front, and return its id.
-
-        Raises ValueError if it could never be served.
-        """
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id. Raises ValueError if it could never be served."""
         check_request(request, self.slots, self.length, self.model.config)
         typed = request.token_type_ids is not None
         if self.typed not in (None, typed):
@@ -129,43 +132,38 @@ class Engine:
         self.submitted += 1
         prompt = request.input_ids
         max_length = min(len(prompt) + request.sampling.max_new_tokens, self.length)
-        sequences = [
-            Sequence(
-                request.sampling,
-                candidate,
-                list(prompt),
-                self.submitted,
-                request,
-                max_length,
+        candidates = [
+            Candidate(
+                sampling=request.sampling,
+                candidate=number,
+                ids=list(prompt),
                 n_prompt=len(prompt),
                 stop_ids=request.stop_ids,
+                request_id=self.submitted,
+                request=request,
+                max_length=max_length,
             )
-            for candidate in range(request.n)
+            for number in range(request.n)
         ]
-        queued = QueuedRequest(request, sequences)
-        if next_in_line:
-            self.waiting.insert(1 if self._n_partial else 0, queued)
-        else:
-            self.waiting.append(queued)
+        self.waiting.append(QueuedRequest(request, candidates))
         return self.submitted
 
     def cancel(self, request_id: int, candidate: int | None = None) -> None:
         """Forget one candidate of a request, or all, and free its slots, if it has not ended."""
 
-        def cancelled(sequence: Sequence) -> bool:
-            right_candidate = candidate is None or sequence.candidate == candidate
-            return sequence.request_id == request_id and right_candidate
+        def cancelled(one: Candidate) -> bool:
+            return one.request_id == request_id and candidate in (None, one.candidate)
 
         for slot in reversed(range(len(self.running))):
             if cancelled(self.running[slot]):
                 self._free(slot)
         for queued in self.waiting:
-            queued.sequences = [s for s in queued.sequences if not cancelled(s)]
-        if self._n_partial and not self.waiting[0].sequences:
+            queued.candidates = [one for one in queued.candidates if not cancelled(one)]
+        if self._n_partial and not self.waiting[0].candidates:
             request, done = self.waiting[0].request, slice(self._n_partial)
             ids, types = request.input_ids[done], request.types[done]
             self.prefix_cache.remember(len(self.running), ids, types)
-        self.waiting = deque(queued for queued in self.waiting if queued.sequences)
+        self.waiting = deque(queued for queued in self.waiting if queued.candidates)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -217,7 +215,7 @@ class Engine:
         group: list[QueuedRequest] = []
         free = self.slots - len(self.running)
         start = width = 0  # of a pass over the group: the farthest start, the longest row
-        while self.waiting and len(self.waiting[0].sequences) <= free:
+        while self.waiting and len(self.waiting[0].candidates) <= free:
             queued = self.waiting[0]
             slot = len(self.running) + len(group)
             prefix = self._find_prefix(queued, slot)
@@ -228,7 +226,7 @@ class Engine:
                 break
             self.prefix_cache.take(slot, prefix)
             queued.n_prefilled = queued.n_cached = prefix.length
-            free -= len(queued.sequences)
+            free -= len(queued.candidates)
             group.append(self.waiting.popleft())
         return group
 
@@ -291,13 +289,13 @@ class Engine:
         """
         first = len(self.running)
         prompt_of = list(range(len(group)))  # index into the group of each new sequence
-        self.running += [queued.sequences[0] for queued in group]
+        self.running += [queued.candidates[0] for queued in group]
         for index, queued in enumerate(group):
-            for sequence in queued.sequences[1:]:
+            for candidate in queued.candidates[1:]:
                 slot = len(self.running)
                 spare = self.prefix_cache.least_recently_used(slot)
                 self.prefix_cache.move(first + index, slot, queued.n_prefilled, spare)
-                self.running.append(sequence)
+                self.running.append(candidate)
                 prompt_of.append(index)
         outputs = self._draw(first, self.model.logits(last)[prompt_of])
         # The first outputs are those of each request's first candidate.
@@ -309,9 +307,9 @@ class Engine:
 
     def _draw(self, first_slot: int, logits: Tensor) -> list[Output]:
         """Draw a token for the live sequences from `first_slot` on; those that end leave."""
-        sequences = self.running[first_slot:]
-        drawn = draw(logits, sequences, self.suppress, self.characters)
-        outputs = [accept(*pair) for pair in zip(sequences, drawn, strict=True)]
+        candidates = self.running[first_slot:]
+        drawn = draw(logits, candidates, self.suppress, self.characters)
+        outputs = [one.take(scored) for one, scored in zip(candidates, drawn, strict=True)]
         for index in reversed(range(len(outputs))):
             if outputs[index].finish_reason:
                 self._free(first_slot + index, is_broken=drawn[index].token < 0)

@@ -1,49 +1,45 @@
 """From a model directory to text: what the terminal chat, the evaluation and the server share.
 
-`load_generator` reads a directory and starts an engine over its model. The `TextGenerator` that it
-returns turns encoded dialogues into requests (`request`) and runs requests to text: in pieces as
-they come (`stream`), as whole answers (`complete`), or with fixed settings and seeds
-(`sample_answers`). `CandidateText` is the text of one candidate while its tokens arrive. The server
-has a decoding loop of its own, and uses `CandidateText` and `prompt_room` directly.
+`load_generator` reads a directory and starts an engine over its model. A `TextGenerator` turns
+encoded dialogues into requests (`request`) and runs requests to text: in pieces (`stream`), as
+whole answers (`complete`), or with fixed seeds (`sample_answers`). Where a request has several
+candidates, all are completed before `pick` chooses one. The server has a decoding loop of its own,
+and uses `CandidateText`, `prompt_room` and `pick`.
 
-Promises and invariants:
-- Ids that stand for no text (special tokens, type rows, rows without a token) are never generated,
-  except the one that ends a text: [CLS] for a ChatLM, [EOS] for an LM.
+- Ids that are no text (special tokens, type rows, rows without a token) are never generated, except
+  the one that ends a text: [CLS] for a ChatLM, [EOS] for an LM.
 - A prompt leaves room for the answer (`prompt_room`): an LM's text that is longer is refused, a
   ChatLM's dialogue loses its oldest turns and is refused only if its last turn is too long.
 - Text holds whole characters and no stop string. What may become either is held back; an incomplete
   character at the end of an answer, which its length has cut, is left out.
-- No U+FFFD stands for broken characters in an answer, unless its setting `whole_characters` is 0 or
+- No U+FFFD for a broken character is in an answer, unless its setting `whole_characters` is 0 or
   its prompt is ids that end inside a character.
-- An answer depends on its prompt, settings and seed, not on the requests that run beside it, and
-  with `prefix_cache` not on earlier ones, except for rounding, which matters with bfloat16 and int8
-  (`engine` says how much).
+- An answer depends on its prompt, settings and seed, not on the requests that run beside it, nor
+  (with `prefix_cache`) on earlier ones, except for the rounding that `engine` describes.
 - A TextGenerator is for one thread, and for one stream at a time.
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from gptchat.console import UserError
 from gptchat.data.dialogue import Turn, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
-from gptchat.inference import rerank
+from gptchat.inference.draw import Scored
 from gptchat.inference.engine import Engine, Output, Request
-from gptchat.inference.request import Ids
+from gptchat.inference.pick import PICKS, last_turn, mutual_information, pick_median
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import CharacterFilter, StreamDecoder
 from gptchat.model import pretrained
 from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS
+from gptchat.model.pretrained import TRAINED_HERE, AnswerDefaults
 
 SLOTS = 16  # default number of sequences that are decoded at once
-# Default settings of the terminal chat, the evaluation and the original's API (but for the length,
-# which is a setting of the server); for small models.
-CHAT_SAMPLING = Sampling(
-    temperature=0.6, top_k=40, top_p=0.95, repetition_penalty=1.15, max_new_tokens=100
-)
+NEW_TOKENS = 100  # default length of an answer, but for the server's
+CHAT_SAMPLING = Sampling(**TRAINED_HERE.sampling, max_new_tokens=NEW_TOKENS)
 
 
 def prompt_room(n_ctx: int, max_new_tokens: int) -> int:
@@ -59,11 +55,10 @@ class CandidateText:
     the prompt, in which they do. `n_decoded` is the number of characters decoded so far, with those
     that are held back: where the text of the next token begins.
 
-    `n_tokens` counts the generated tokens. Where the request asked for log-probabilities, `logprob`
-    is the sum of `n_scored` of them, those of the tokens and of the id that ended the answer.
-    `finish_reason` is "" until the candidate has ended, then "stop" (also for a stop string) or
-    "length". `must_cancel` is true if a stop string ended the candidate while the engine, which
-    knows no text, goes on with it: the caller cancels it.
+    `drawn` is what the engine drew, with the id that ended the answer; `n_tokens` are the tokens
+    among it. `finish_reason` is "" until the candidate has ended, then "stop" (also for a stop
+    string) or "length". `must_cancel` is true if a stop string ended the candidate while the
+    engine, which knows no text, goes on with it: the caller cancels it.
     """
 
     def __init__(
@@ -77,9 +72,8 @@ class CandidateText:
         self.text = echo
         for id in beginning:
             self.text += self._decoder.push(id)
+        self.drawn: list[Scored] = []
         self.n_tokens = 0
-        self.n_scored = 0
-        self.logprob = 0.0
         self.finish_reason = ""
         self.must_cancel = False
 
@@ -92,9 +86,8 @@ class CandidateText:
         if self.finish_reason:
             return ""
         piece = ""
-        if output.logprob is not None:
-            self.n_scored += 1
-            self.logprob += output.logprob
+        if output.scored is not None:
+            self.drawn.append(output.scored)
         if output.token is not None:
             self.n_tokens += 1
             piece = self._decoder.push(output.token)
@@ -118,40 +111,17 @@ class Piece:
     last: bool
 
 
-@dataclass
-class _Pending:
-    """A request of a stream: its candidates, and the scores of those that have one.
-
-    `context` are the ids of the turn that a ChatLM answers.
-    """
-
-    index: int
-    context: Ids
-    candidates: list[CandidateText]
-    scores: dict[int, float] = field(default_factory=dict)  # by the candidate's number
-
-    @property
-    def has_ended(self) -> bool:
-        return all(candidate.finish_reason for candidate in self.candidates)
-
-    @property
-    def best(self) -> str:
-        """The text of the candidate with the highest score; one without text only if all are."""
-
-        def rank(number: int) -> tuple[bool, float]:
-            return self.candidates[number].text != "", self.scores[number]
-
-        return self.candidates[max(self.scores, key=rank)].text
-
-
 class TextGenerator:
     """A model, its tokenizer and its task ("lm" or "chatlm"), with an engine that runs the model.
 
-    `slots` is how many sequences are decoded at once, `dtype` (of `linear.DTYPES`) how the engine
-    packs a copy of the layers; with None it uses the model's own weights, which may then be trained
-    further. With `prefix_cache` (the engine's) a conversation's next turn starts sooner. Raises
-    UserError for a ChatLM whose tokenizer lacks a special token, or whose model lacks the rows of
-    token types.
+    `slots` is how many sequences are decoded at once, at least as many as the model wants
+    candidates. `dtype` (of `linear.DTYPES`) is how the engine packs a copy of the layers; with None
+    it uses the model's own weights, which may then be trained further. With `prefix_cache` (the
+    engine's) a conversation's next turn starts sooner.
+
+    `defaults` say how the model answers where nobody says otherwise: `sampling`, the number of
+    `candidates` and the rule `default_pick` come from there. Raises UserError for wrong ones, and
+    for a ChatLM whose tokenizer lacks a special token, or whose model lacks rows of token types.
     """
 
     def __init__(
@@ -162,6 +132,7 @@ class TextGenerator:
         slots: int = SLOTS,
         dtype: str | None = None,
         prefix_cache: bool = False,
+        defaults: AnswerDefaults = TRAINED_HERE,
     ):
         if task == "chatlm":
             tokenizer.require_specials()
@@ -170,6 +141,13 @@ class TextGenerator:
                     f"{tokenizer.source}: the model has no rows for token types; "
                     "wanted a ChatLM trained here"
                 )
+        try:
+            self.sampling = Sampling(**defaults.sampling, max_new_tokens=NEW_TOKENS)
+            self.check_pick(defaults.pick, task)
+        except ValueError as error:
+            raise UserError(f"{tokenizer.source}: generation_config.json: {error}") from None
+        self.candidates = defaults.candidates
+        self.default_pick = defaults.pick
         self.tokenizer = tokenizer
         self.task = task
         self.stop_ids = pretrained.stop_ids(model.config, tokenizer, task)
@@ -179,7 +157,7 @@ class TextGenerator:
         characters = CharacterFilter(tokenizer, model.config.vocab_size, model.wte.weight.device)
         self.engine = Engine(
             model,
-            slots,
+            max(slots, self.candidates),
             dtype=dtype,
             suppress=never_generated,
             characters=characters,
@@ -226,6 +204,14 @@ class TextGenerator:
         speaker, ids = turns[-1]
         return [*turns[:-1], (speaker, ids[-longest:])], len(ids) > longest
 
+    @staticmethod
+    def check_pick(pick: str, task: str) -> None:
+        """Raise ValueError for a rule that is not one of PICKS, or that an LM cannot have."""
+        if pick not in PICKS:
+            raise ValueError(f"pick: found {pick!r}; wanted one of {', '.join(PICKS)}")
+        if pick == "mmi" and task != "chatlm":
+            raise ValueError("pick mmi: found an LM; wanted a ChatLM, which answers a context")
+
     def stream(
         self, requests: Sequence[Request], stop: Sequence[str] = (), pick: str = "median"
     ) -> Generator[Piece]:
@@ -233,68 +219,63 @@ class TextGenerator:
 
         A piece may be empty: a step of the engine yields one for every live candidate. A request
         for several candidates has empty pieces until all of them have ended; its last piece is the
-        one of median length, or with `pick` = "mmi" the one that rerank.py says. Closing the
-        generator cancels the unfinished requests. Raises ValueError if the engine can never serve a
-        request (see `Engine.submit`), and for "mmi" of an LM or without `logprobs`.
+        text of the one that is picked. Closing the generator cancels the unfinished requests.
+        Raises ValueError if the engine can never serve a request (see `Engine.submit`), for a pick
+        that the task cannot have, and for "mmi" without `logprobs`.
         """
-        if pick == "mmi" and self.task != "chatlm":
-            raise ValueError("mmi is for a ChatLM, which answers a context")
+        self.check_pick(pick, self.task)
         if pick == "mmi" and any(r.n > 1 and r.sampling.logprobs is None for r in requests):
             raise ValueError("mmi needs log-probabilities; wanted logprobs of 0 or more")
-        unfinished: dict[int, _Pending] = {}  # by the engine's request id
-        scoring: dict[int, tuple[_Pending, int]] = {}  # and the number of the candidate
+        unfinished: dict[int, int] = {}  # the engine's id -> index of a request
+        candidates = [
+            [CandidateText(self.tokenizer, stop) for _ in range(request.n)] for request in requests
+        ]
         try:
             for index, request in enumerate(requests):
-                candidates = [CandidateText(self.tokenizer, stop) for _ in range(request.n)]
-                context = rerank.last_turn(request, self.tokenizer.sep_id)
-                pending = _Pending(index, context, candidates)
-                unfinished[self.engine.submit(request)] = pending
-            while unfinished or scoring:
+                unfinished[self.engine.submit(request)] = index
+            while unfinished:
                 for output in self.engine.step():
-                    if output.request_id in scoring:
-                        pending, number = scoring.pop(output.request_id)
-                        self._note_score(pending, number, output)
-                        last = len(pending.scores) == len(pending.candidates)
-                        yield Piece(pending.index, pending.best if last else "", last)
-                        continue
-                    pending = unfinished[output.request_id]
-                    candidate = pending.candidates[output.candidate]
+                    index = unfinished[output.request_id]
+                    candidate = candidates[index][output.candidate]
                     text = candidate.take(output)
                     if candidate.must_cancel:
                         self.engine.cancel(output.request_id, output.candidate)
-                    last = pending.has_ended
+                    last = all(one.finish_reason for one in candidates[index])
                     if last:
                         del unfinished[output.request_id]
-                    if len(pending.candidates) > 1:
+                    if len(candidates[index]) > 1:
                         text = ""
-                        if last and pick == "mmi":
-                            self._start_scoring(pending, scoring)
-                            last = False
-                        elif last:
-                            text = rerank.pick_median([c.text for c in pending.candidates])
-                    yield Piece(pending.index, text, last)
+                        if last:
+                            text = self.pick(pick, requests[index], candidates[index]).text
+                    yield Piece(index, text, last)
         finally:
-            for request_id in [*unfinished, *scoring]:
+            for request_id in unfinished:
                 self.engine.cancel(request_id)
 
-    def _start_scoring(self, pending: _Pending, scoring: dict[int, tuple[_Pending, int]]) -> None:
-        """Ask the engine for the context's log-probability after each candidate.
+    def pick(
+        self, rule: str, request: Request, candidates: Sequence[CandidateText]
+    ) -> CandidateText:
+        """The candidate that a rule of PICKS chooses among the completed ones of a request.
 
-        `scoring` gets each request's id at once, so that whoever stops can cancel it.
+        "mmi" runs the model, and needs log-probabilities. It picks a candidate without text only if
+        all are without.
         """
-        room = self.n_ctx - len(pending.context) - 1  # for [SEP]
-        for number, candidate in enumerate(pending.candidates):
-            # The text without a stop string. Broken characters take more ids than had been drawn.
-            said = self.tokenizer.encode(candidate.text)[:room]
-            request = rerank.context_request(said, pending.context, self.tokenizer.sep_id)
-            scoring[self.engine.submit(request, next_in_line=True)] = (pending, number)
-
-    def _note_score(self, pending: _Pending, number: int, output: Output) -> None:
-        candidate = pending.candidates[number]
-        context_logprob = rerank.context_logprob(output, pending.context)
-        pending.scores[number] = rerank.mutual_information(
-            candidate.logprob, candidate.n_scored, context_logprob
+        texts = [candidate.text for candidate in candidates]
+        if rule == "first" or len(candidates) == 1:
+            return candidates[0]
+        if rule == "median":
+            return candidates[texts.index(pick_median(texts))]
+        drawn = [candidate.drawn for candidate in candidates]
+        scores = mutual_information(
+            self.engine.model,
+            self.tokenizer.sep_id,
+            context=last_turn(request.input_ids, self.tokenizer.sep_id),
+            answers=[[scored.token for scored in one] for one in drawn],
+            logprobs=[sum(scored.logprob or 0.0 for scored in one) for one in drawn],
         )
+        has_text = [text != "" for text in texts]
+        best = max(range(len(candidates)), key=lambda number: (has_text[number], scores[number]))
+        return candidates[best]
 
     def complete(
         self, requests: Sequence[Request], stop: Sequence[str] = (), pick: str = "median"
@@ -306,15 +287,15 @@ class TextGenerator:
         return texts
 
     def sample_answers(self, dialogues: Iterable[Sequence[Turn]]) -> list[str]:
-        """An answer to each encoded dialogue (an LM's continuation), the same ones at every call.
+        """One answer to each encoded dialogue (an LM's continuation), the same at every call.
 
-        They are drawn with `CHAT_SAMPLING`; the seed is the dialogue's number. What is too long is
-        cut by `cut_to_fit`.
+        The settings are the model's, the seed is the dialogue's number. What is too long is cut by
+        `cut_to_fit`.
         """
         requests = []
         for seed, turns in enumerate(dialogues):
-            fitting, _ = self.cut_to_fit(turns, CHAT_SAMPLING.max_new_tokens)
-            requests.append(self.request(fitting, replace(CHAT_SAMPLING, seed=seed)))
+            fitting, _ = self.cut_to_fit(turns, self.sampling.max_new_tokens)
+            requests.append(self.request(fitting, replace(self.sampling, seed=seed)))
         return self.complete(requests)
 
 
@@ -328,8 +309,8 @@ def load_generator(
     """Read a model directory and start an engine over its model.
 
     `dtype` is one of `linear.DTYPES`, or "auto": int8 or bfloat16 where that is fast. The device is
-    that of `default_device` if none is given, `prefix_cache` that of `TextGenerator`. Raises
-    UserError for a directory that cannot be read.
+    that of `default_device` if none is given. Raises UserError for a directory that cannot be read.
     """
     model, tokenizer, task = pretrained.load_model(directory, device or default_device())
-    return TextGenerator(model, tokenizer, task, slots, dtype, prefix_cache=prefix_cache)
+    defaults = pretrained.answer_defaults(directory)
+    return TextGenerator(model, tokenizer, task, slots, dtype, prefix_cache, defaults)

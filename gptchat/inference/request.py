@@ -1,12 +1,12 @@
-"""What the engine is asked for, and what it gives: requests of token ids, and outputs.
+"""A request of token ids on its way: asked for, queued, decoded, put out.
 
 `check_request` is the home of the rule which requests can be served at all.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gptchat.inference.draw import Scored
+from gptchat.inference.draw import Row, Scored
 from gptchat.inference.sampling import Sampling
 from gptchat.model.gpt2 import NO_TYPE_ROWS, GPT2Config
 
@@ -18,7 +18,7 @@ class Request:
     """A prompt and how to answer it. Tokens that are drawn have the type of the prompt's last one.
 
     `token_type_ids` is as long as `input_ids`; None adds no types, which is not type 0. Drawing one
-    of `stop_ids` ends the answer; it is not emitted. `score_prompt` asks for `prompt_logprobs`.
+    of `stop_ids` ends the answer; it is no part of it. `score_prompt` asks for `prompt_logprobs`.
     """
 
     input_ids: Ids
@@ -36,23 +36,77 @@ class Request:
 
 @dataclass
 class Output:
-    """What a step gives a candidate: a token, or the reason why there are no more, or both.
+    """What a step gives a candidate: what was drawn, or the reason why it has ended, or both.
 
     `finish_reason` is "stop" (a stop id, or nothing left to draw), "length", or None: not the last.
-    `logprob` and `top` are those of `Scored`; where a stop id ended the answer, `logprob` is its
-    own. `prompt_logprobs` comes with the first output of a request that asked for it: an entry
-    per token, the first one without a log-probability. `n_cached` comes with the same output: how
-    many of the prompt's tokens were found in the cache.
+    With the first output of a request come `prompt_logprobs`, if it asked for them: an entry per
+    token, the first one without a log-probability; and `n_cached`: how many of the prompt's tokens
+    were found in the cache.
     """
 
     request_id: int
     candidate: int
-    token: int | None = None
-    logprob: float | None = None
-    top: Sequence[tuple[int, float]] = ()
+    scored: Scored | None = None  # also of a stop id
     finish_reason: str | None = None
     prompt_logprobs: list[Scored] | None = None
     n_cached: int = 0
+
+    @property
+    def token(self) -> int | None:
+        """The next id of the answer; None if it has ended before."""
+        if self.scored is None or self.finish_reason == "stop":
+            return None
+        return self.scored.token
+
+
+@dataclass(kw_only=True)
+class Candidate(Row):
+    """One candidate of a request while it is decoded. `ids` are its prompt and what was drawn."""
+
+    request_id: int
+    request: Request
+    max_length: int  # of ids, prompt and answer together
+
+    @property
+    def cached(self) -> tuple[Ids, Ids]:
+        """Ids and types of what is in the cache; no types where the request has none."""
+        ids, types = self.ids[:-1], list(self.request.types)
+        types += types[-1:] * (len(ids) - len(types))  # of the drawn ids
+        return ids, types[: len(ids)]
+
+    def take(self, drawn: Scored) -> Output:
+        """Append the drawn token, unless the candidate ends before it."""
+        output = Output(self.request_id, self.candidate)
+        if len(self.ids) < self.max_length:  # false if max_new_tokens is 0
+            if drawn.token >= 0:
+                output.scored = drawn
+            if drawn.token < 0 or drawn.token in self.stop_ids:
+                output.finish_reason = "stop"
+                return output
+            self.ids.append(drawn.token)
+        if len(self.ids) >= self.max_length:
+            output.finish_reason = "length"
+        return output
+
+
+@dataclass
+class QueuedRequest:
+    """A request in the queue, and the candidates that it will become, which share a prefill."""
+
+    request: Request
+    candidates: list[Candidate]
+    n_prefilled: int = 0  # tokens of its prompt in the cache
+    n_cached: int = 0  # of these, the ones that were there before it
+    prompt_logprobs: list[Scored] = field(default_factory=list)
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.n_prefilled == len(self.request.input_ids)
+
+    def next_chunk(self, size: int) -> tuple[Ids, Ids]:
+        """Ids and types of the next prompt tokens, at most `size`; () for no types."""
+        chunk = slice(self.n_prefilled, self.n_prefilled + size)
+        return self.request.input_ids[chunk], self.request.types[chunk]
 
 
 def check_request(request: Request, slots: int, length: int, config: GPT2Config) -> None:
@@ -63,17 +117,16 @@ def check_request(request: Request, slots: int, length: int, config: GPT2Config)
     longest = length - 1 if request.sampling.max_new_tokens else length
     if not 1 <= len(ids) <= longest:
         raise ValueError(f"the prompt has {len(ids)} tokens, wanted from 1 to {longest}")
-    for id in ids:
-        if type(id) is not int:  # a float would end the pass of all requests
-            raise ValueError(f"id {id!r} is no int")
-        if not 0 <= id < vocab_size:
-            raise ValueError(f"id {id} is not in the vocabulary of {vocab_size} entries")
-    for id in request.stop_ids:
-        if not 0 <= id < vocab_size:
-            raise ValueError(f"stop id {id} is not in the vocabulary of {vocab_size} entries")
-    for id in request.sampling.logit_bias:
-        if id >= vocab_size:
-            raise ValueError(f"id {id} of logit_bias is not in the vocabulary of {vocab_size}")
+    for name, some_ids in (
+        ("id", ids),
+        ("stop id", request.stop_ids),
+        ("logit_bias of id", request.sampling.logit_bias),
+    ):
+        for id in some_ids:
+            if type(id) is not int:  # a float would end the pass of all requests
+                raise ValueError(f"{name} {id!r} is no int")
+            if not 0 <= id < vocab_size:
+                raise ValueError(f"{name} {id} is not in the vocabulary of {vocab_size} entries")
     if types is not None and config.type_rows == NO_TYPE_ROWS:
         raise ValueError("the model has no rows for token types, wanted token_type_ids None")
     if types is not None and (len(types) != len(ids) or not set(types) <= {0, 1}):

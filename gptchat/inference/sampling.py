@@ -1,90 +1,69 @@
-"""What a request may choose about how its tokens are drawn: the settings, declared once, with
-range and help.
+"""How a request draws its tokens: the settings, declared once with default, range and help.
 
-They mean what they mean in transformers' `generate` and in OpenAI's API; `draw.py` applies them.
-(`whole_characters`, which neither has, is on unless it is 0: an answer is then the same wherever
-theirs has no U+FFFD.)
+They mean what they mean in transformers' `generate` and OpenAI's API; `draw.py` applies them. The
+terminal, the server and the page take names, defaults, ranges and help from `SETTINGS`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
-from typing import Any
 
 import numpy as np
 
 from gptchat.inference.text import WordFilter
+from gptchat.settings import Setting, check_all, declared, setting
 
 LARGEST_BIAS = 100  # as in OpenAI's API; more than that lies between no two logits that matter
-
-
-def _number(default: float, *, low: float, high: float, help: str) -> Any:
-    """A number that a user may choose, from `low` to `high`, both included."""
-    return field(default=default, metadata={"low": low, "high": high, "help": help})
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How one request draws its tokens. Raises ValueError for a setting of another type or range.
 
-    A number is an int where it is declared so, else an int or a float; True is neither, and numpy's
-    integers are not ints.
-
-    The terminal chat and the server take a number's range and help from its declaration here.
     `word_filter` forbids what may come next. `logit_bias` maps an id to what is added to its logit,
-    -100 to 100; an id that is suppressed stays so. The same `seed` gives the same answer, up to the
-    rounding that `engine` tells of. `logprobs` is how many of the best ids are listed with each
-    token's log-probability; None: not even that.
+    -100 to 100; it does not revive a suppressed id. The same `seed` gives the same answer, up to
+    the rounding that `engine` describes.
     """
 
-    temperature: float = _number(1.0, low=0, high=100, help="0 takes the likeliest token")
-    top_k: int = _number(
-        0, low=0, high=inf, help="draw from this many of the likeliest tokens; 0: from all"
+    temperature: float = setting(1.0, "0 takes the likeliest token", min=0, max=100)
+    top_k: int = setting(0, "draw from this many of the likeliest tokens; 0: from all", min=0)
+    top_p: float = setting(
+        1.0, "draw from the likeliest tokens that have this probability together", min=0, max=1
     )
-    top_p: float = _number(
-        1.0,
-        low=0,
-        high=1,
-        help="draw from the likeliest tokens that have this probability together",
+    min_p: float = setting(
+        0.0, "leave out tokens below this share of the likeliest one's probability", min=0, max=1
     )
-    min_p: float = _number(
-        0.0,
-        low=0,
-        high=1,
-        help="leave out tokens below this share of the likeliest one's probability",
+    repetition_penalty: float = setting(
+        1.0, "1 is none (Keskar et al. 2019); counts prompt and answer", min=0.01, max=100
     )
-    repetition_penalty: float = _number(
-        1.0, low=0.01, high=100, help="1 is none (Keskar et al. 2019); counts prompt and answer"
+    frequency_penalty: float = setting(
+        0.0, "taken from a token's logit for each time the answer has had it", min=-2, max=2
     )
-    frequency_penalty: float = _number(
-        0.0, low=-2, high=2, help="taken from a token's logit each time the answer has had it"
+    presence_penalty: float = setting(
+        0.0, "taken once from the logit of each token that the answer has had", min=-2, max=2
     )
-    presence_penalty: float = _number(
-        0.0, low=-2, high=2, help="taken once from the logit of each token that the answer has had"
+    min_tokens: int = setting(
+        0, "the model does not end an answer before; a stop string does", min=0
     )
-    min_tokens: int = _number(
-        0, low=0, high=inf, help="the model does not end an answer before; a stop string does"
+    max_new_tokens: int = setting(64, "of one answer", min=0)
+    whole_characters: int = setting(
+        1, "1: no token that would break a character is drawn; 0: any may be", min=0, max=1
     )
-    max_new_tokens: int = _number(64, low=0, high=inf, help="of one answer")
-    whole_characters: int = _number(
-        1, low=0, high=1, help="1: no id that would break a character is drawn; 0: any may be"
+    seed: int = setting(0, "the same seed gives the same answer")
+    logprobs: int | None = setting(
+        None, "how many of the best tokens are listed with each token's log-probability", min=0
     )
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     word_filter: WordFilter | None = None
-    seed: int = 0
-    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, declared in SETTINGS.items():
-            low, high = declared.metadata["low"], declared.metadata["high"]
-            _check_number(name, getattr(self, name), type(declared.default), low, high)
+        check_all(self)
         for id, bias in self.logit_bias.items():
-            _check_number("an id of logit_bias", id, int, 0, inf)
-            _check_number(f"logit_bias of {id}", bias, float, -LARGEST_BIAS, LARGEST_BIAS)
-        _check_number("seed", self.seed, int, -inf, inf)
-        if self.logprobs is not None:
-            _check_number("logprobs", self.logprobs, int, 0, inf)
+            try:
+                ID.check(id)
+                BIAS.check(bias)
+            except ValueError as error:
+                raise ValueError(f"logit_bias of {id!r}: {error}") from None
 
     @cached_property
     def bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -94,21 +73,16 @@ class Sampling:
         return ids, biases
 
 
-# The numbers among the settings: name -> field, whose metadata are "low", "high" and "help"
-SETTINGS = {declared.name: declared for declared in fields(Sampling) if "help" in declared.metadata}
-
-
-def _check_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
-    is_number = type(value) is int or (kind is float and isinstance(value, float))
-    if not is_number:  # True is an int for isinstance
-        wanted = "an int" if kind is int else "a number"
-        raise ValueError(f"{name} is {value!r}, wanted {wanted} from {low} to {high}")
-    if not low <= value <= high:  # NaN is nowhere
-        raise ValueError(f"{name} is {value}, wanted from {low} to {high}")
+# The settings that a person tunes, by name
+SETTINGS = {
+    name: one for name, one in declared(Sampling).items() if name not in ("seed", "logprobs")
+}
+ID = Setting("id", int, False, 0, "a token's id", {"min": 0})
+BIAS = Setting("bias", float, False, 0, "", {"min": -LARGEST_BIAS, "max": LARGEST_BIAS})
 
 
 def parse_biases(texts: Sequence[str], vocab_size: int) -> dict[int, float]:
-    """A `logit_bias` from texts ID=BIAS; an empty text is none. Raises ValueError for another."""
+    """A `logit_bias` from texts ID=BIAS; empty texts are skipped. Raises ValueError for others."""
     biases = {}
     for text in filter(None, texts):
         id, _, bias = text.partition("=")
@@ -119,17 +93,3 @@ def parse_biases(texts: Sequence[str], vocab_size: int) -> dict[int, float]:
         except ValueError:
             raise ValueError(f"logit_bias {text}: wanted ID=BIAS, such as 17=-2.5") from None
     return biases
-
-
-@dataclass
-class Row:
-    """A sequence to draw for: its settings, the number of its candidate, and prompt and answer.
-
-    The answer begins after `n_prompt` ids. A stop id would end it.
-    """
-
-    sampling: Sampling
-    candidate: int  # which of its request's
-    ids: list[int]
-    n_prompt: int = field(default=0, kw_only=True)
-    stop_ids: Sequence[int] = field(default=(), kw_only=True)

@@ -1,0 +1,110 @@
+"""Which of several complete answers is given.
+
+first: the first one. median: the one of median length, as in the original program. mmi: the one
+with the highest mutual information with the context that it answers. A likely answer fits many
+contexts; mmi looks for one that is likelier after this context than after none, and that makes the
+context likely in turn:
+
+    (log p(answer | context) - 0.7 log p(answer)) / (tokens + 5) + 0.1 log p(context | answer)
+
+These are the two objectives of Li et al., "A Diversity-Promoting Objective Function for Neural
+Conversation Models" (2016), with weights chosen for the default model. p(answer) is the probability
+of the answer as the reply to an empty turn, p(context | answer) that of the context's last turn as
+the reply to the answer. The latter needs a ChatLM that has learned the turns of both speakers
+(`targets = "turns"` or "all"), or both of whom speak alike.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gptchat.inference.request import Ids
+from gptchat.model.gpt2 import GPT2
+
+PICKS = ("first", "median", "mmi")
+CANDIDATES = 5  # where one is picked and the model does not say among how many; the original's
+PRIOR_WEIGHT = 0.7
+CONTEXT_WEIGHT = 0.1
+LENGTH_OFFSET = 5  # tokens
+TOKENS_AT_ONCE = 4096  # of padded rows in one pass
+LOGITS_AT_ONCE = 256  # rows of the vocabulary's size that are in memory together
+
+
+def pick_median(texts: Sequence[str]) -> str:
+    """The text of median length in characters; of two in the middle the longer one."""
+    return sorted(texts, key=len)[len(texts) // 2]
+
+
+def last_turn(prompt: Ids, sep_id: int) -> Ids:
+    """The turn that a ChatLM's prompt asks an answer to: the one before its last [SEP]."""
+    end = len(prompt) - 1 - list(reversed(prompt)).index(sep_id)
+    start = end
+    while start > 0 and prompt[start - 1] != sep_id:
+        start -= 1
+    return prompt[start:end]
+
+
+def mutual_information(
+    model: GPT2, sep_id: int, context: Ids, answers: Sequence[Ids], logprobs: Sequence[float]
+) -> list[float]:
+    """The score of each answer: the higher, the better.
+
+    `answers` are ids with the one that ended the answer, `logprobs` their log-probabilities after
+    the context.
+    """
+    prior = reply_logprobs(model, sep_id, [()] * len(answers), answers)
+    backward = reply_logprobs(model, sep_id, answers, [context] * len(answers))
+    scores = []
+    for answer, logprob, alone, of_context in zip(answers, logprobs, prior, backward, strict=True):
+        information = (logprob - PRIOR_WEIGHT * alone) / (len(answer) + LENGTH_OFFSET)
+        scores.append(information + CONTEXT_WEIGHT * of_context)
+    return scores
+
+
+@torch.inference_mode()
+def reply_logprobs(
+    model: GPT2, sep_id: int, turns: Sequence[Ids], replies: Sequence[Ids]
+) -> list[float]:
+    """log p(reply | turn) of each pair, where the turn [SEP] reply fits into the model's context.
+
+    All pairs are computed together, as rows that are padded at their end.
+    """
+    lengths = [len(turn) + 1 + len(reply) for turn, reply in zip(turns, replies, strict=True)]
+    sums: list[float] = []
+    for part in _parts(lengths):
+        sums += _score_rows(model, sep_id, turns[part], replies[part], max(lengths[part]))
+    return sums
+
+
+def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+    """Rows that are computed together: as many as TOKENS_AT_ONCE allows."""
+    size = max(1, TOKENS_AT_ONCE // max(lengths))
+    for first in range(0, len(lengths), size):
+        yield slice(first, first + size)
+
+
+def _score_rows(
+    model: GPT2, sep_id: int, turns: Sequence[Ids], replies: Sequence[Ids], width: int
+) -> list[float]:
+    device = model.wte.weight.device
+    input_ids = torch.zeros(len(turns), width, dtype=torch.int64)
+    types = torch.zeros_like(input_ids)
+    is_reply = torch.zeros(input_ids.shape, dtype=torch.bool)
+    for row, (turn, reply) in enumerate(zip(turns, replies, strict=True)):
+        start, end = len(turn) + 1, len(turn) + 1 + len(reply)
+        input_ids[row, :end] = torch.tensor([*turn, sep_id, *reply])
+        types[row, len(turn) :] = 1
+        is_reply[row, start:end] = True
+    rows, positions = is_reply.nonzero(as_tuple=True)  # of the ids to be scored
+    targets = input_ids[rows, positions].to(device)
+    hidden = model.hidden(input_ids.to(device), types.to(device))  # (N, T, C)
+    states = hidden[rows.to(device), (positions - 1).to(device)]
+    scored: list[Tensor] = []
+    for some, ids in zip(states.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True):
+        logprobs = model.logits(some).float().log_softmax(-1)
+        scored.append(logprobs.gather(1, ids[:, None])[:, 0])
+    sums = torch.zeros(len(turns), dtype=torch.float64)
+    if scored:
+        sums.index_add_(0, rows, torch.cat(scored).double().cpu())
+    return sums.tolist()
