@@ -145,7 +145,7 @@ def test_handler_file_holds_exactly_one_class():
 def test_shipped_settings_are_the_defaults():
     assert build_server_settings(CONFIG, "") == ServerSettings()
     assert CONFIG["gptchat"].keys() == vars(ServerSettings()).keys()
-    choices = ServerSettings.__dataclass_fields__["dtype"].metadata["choices"]
+    choices = ServerSettings.__dataclass_fields__["dtype"].metadata["rules"]["choices"]
     assert choices == ("auto", *DTYPES)
 
 

@@ -89,23 +89,6 @@ def eventually(condition, seconds=30):
         time.sleep(0.05)
 
 
-def test_original_requests_and_answers(server, reference):
-    for name, context in (
-        ("chatlm", ["hi", "good morning", "where do you live?"]),
-        ("lm", "where do you"),
-    ):
-        body = {"context": context, "temperature": 0, "max_new_tokens": 12}
-        status, answer = server.post(name, body)
-        assert status == 200 and set(answer) == {"response", "request", "model_info"}
-        assert answer["request"] == {"context": context}
-        assert answer["model_info"]["output"] == reference[name]("", body)
-        assert len(answer["model_info"]["output"]) == 5
-    status, answer = server.post(
-        "chatlm", {"context": "hi", "response": "I am", "max_new_tokens": 4}
-    )
-    assert answer["response"].startswith("I am") and answer["request"]["response"] == "I am"
-
-
 def test_stream_arrives_in_pieces_the_first_of_them_at_once(server):
     body = {
         "context": "hello",
@@ -125,111 +108,69 @@ def test_openai_client_completes_a_chat(server, reference):
     client = client_of(server)
     assert [model.id for model in client.models.list()] == ["chatlm"]
     assert client.models.retrieve("chatlm").id == "chatlm"
-    arguments = {
-        "model": "chatlm",
-        "messages": [
-            {"role": "system", "content": "Be kind."},
-            {"role": "user", "content": "hello"},
-        ],
-        "max_tokens": 10,
-        "temperature": 0,
-    }
-    expected = reference["chatlm"]("v1/chat/completions", dict(arguments))[0]
-    answer = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2)
-    assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason in (
-        "stop",
-        "length",
-    )
-    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content)
-    assert all(len(token.top_logprobs) == 2 for token in answer.choices[0].logprobs.content)
-    chunks = list(
-        client.chat.completions.create(
-            **arguments, stream=True, stream_options={"include_usage": True}
-        )
-    )
-    assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-        == expected
-    )
-    assert (
-        chunks[-1].usage == answer.usage
-        and chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason
-    )
-    two = client.chat.completions.create(**arguments | {"temperature": 1}, n=2, seed=1, stop=["e"])
-    assert [choice.index for choice in two.choices] == [0, 1] and not any(
-        "e" in c.message.content for c in two.choices
-    )
-
-
-def test_openai_client_completes_texts(server, reference):
-    client = client_of(server, "lm")
-    arguments = {"model": "lm", "prompt": ["where do", "good"], "max_tokens": 8, "temperature": 0}
-    expected = reference["lm"]("v1/completions", dict(arguments))
-    assert [choice.text for choice in client.completions.create(**arguments).choices] == expected
-    texts = ["", ""]
-    for chunk in client.completions.create(**arguments, stream=True):
-        for choice in chunk.choices:
-            texts[choice.index] += choice.text
-    assert texts == expected
-
-
-def test_openai_client_sends_what_front_ends_send(server, reference):
-    """Lengths that do not fit, fields that mean nothing here: answered as without them."""
-    client = client_of(server)
-    asked = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
-    expected = reference["chatlm"]("v1/chat/completions", asked | {"max_tokens": 127})[0]
-    silent = {"role": "assistant", "content": None}
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
+    asked = {"model": "chatlm", "messages": messages, "max_tokens": 10, "temperature": 0}
+    expected = reference["chatlm"]("v1/chat/completions", asked)[0]
     besides = {
-        "model": "chatlm",
-        "messages": [silent, *asked["messages"]],
-        "max_tokens": 300,
-        "max_completion_tokens": 4096,
         "reasoning_effort": "low",
         "tool_choice": "auto",
-        "parallel_tool_calls": False,
         "response_format": {"type": "text"},
-        "user": "u",
         "extra_body": {"cache_prompt": True, "typical_p": 1, "of_no_server": [1]},
     }
-    answer = client.chat.completions.create(**asked | besides)
+    create = client.chat.completions.create
+    answer = create(**asked, logprobs=True, top_logprobs=2)
     assert answer.choices[0].message.content == expected
+    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content)
+    assert all(len(token.top_logprobs) == 2 for token in answer.choices[0].logprobs.content)
     options = {"include_usage": True, "include_obfuscation": False}
-    stream = client.chat.completions.create(**asked | besides, stream=True, stream_options=options)
-    *chunks, last = stream
+    *chunks, last = create(**asked | besides, stream=True, stream_options=options)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason
     assert last.usage == answer.usage
+    two = create(**asked | {"temperature": 1}, n=2, seed=1, stop=["e"])
+    assert [choice.index for choice in two.choices] == [0, 1]
+    assert not any("e" in choice.message.content for choice in two.choices)
     for field in ("reasoning_effort", "include_obfuscation", "cache_prompt", "other"):
         line = f'gptchat_ignored_fields{{ModelName="chatlm",Field="{field}",'
         eventually(lambda line=line: line in server.metrics())
     assert "of_no_server" not in server.metrics() + server.log.read_text()
-    for wrong in (
-        {"response_format": {"type": "json_object"}},
-        {"tool_choice": "required"},
-        {"modalities": ["text", "audio"]},
-    ):
-        with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
-            client.chat.completions.create(**asked | {"model": "chatlm"} | wrong)
 
 
-def test_openai_client_sets_penalties_biases_and_a_minimum(server, reference):
-    stop_id, answers = 4, []  # [CLS]
-    messages = [{"role": "user", "content": "good morning"}]
-    asked = {"messages": messages, "max_tokens": 40, "temperature": 0}
-    for settings in (
-        {"logit_bias": {str(stop_id): -100}},
-        {"logit_bias": {str(stop_id): -100}, "frequency_penalty": 1.5},
-        {"logit_bias": {str(stop_id): -100}, "presence_penalty": 2.0},
-        {"logit_bias": {str(stop_id): 100}},
-        {"logit_bias": {str(stop_id): 100}, "min_tokens": 9},
-    ):
-        expected = reference["chatlm"]("v1/chat/completions", asked | settings)[0]
-        for_body = {"extra_body": {"min_tokens": settings.pop("min_tokens", 0)}}
-        answer = client_of(server).chat.completions.create(
-            model="chatlm", **asked | settings | for_body
-        )
-        assert answer.choices[0].message.content == expected
-        answers.append((expected, answer.usage.completion_tokens))
-    assert [n for _, n in answers] == [40, 40, 40, 0, 9] and len(set(answers)) == 5
+def test_openai_client_completes_texts(server, reference):
+    client = client_of(server, "lm")
+    prompts = ["where do", "good", "good"]
+    arguments = {"model": "lm", "prompt": prompts, "max_tokens": 8, "seed": 1}
+    expected = reference["lm"]("v1/completions", arguments)
+    answer = client.completions.create(**arguments)
+    assert [choice.text for choice in answer.choices] == expected
+    assert expected[1] != expected[2]  # each prompt draws its own noise
+    texts = [""] * 3
+    for chunk in client.completions.create(**arguments, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == expected
+    seeds = {"seed": -1, "temperature": 2, "max_tokens": 20}
+    drawn = [client.completions.create(**arguments | seeds).choices[0].text for _ in range(2)]
+    assert drawn[0] != drawn[1]
+
+
+def test_openai_client_gets_offsets_behind_text_that_is_held_back(server):
+    bias = {str(ord("x") - ord("!") + 6): 100}  # the tokenizer's id of "x"
+    answer = client_of(server, "lm").completions.create(
+        model="lm", prompt="A", max_tokens=4, logprobs=0, temperature=0, logit_bias=bias, stop="xz"
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs.tokens == ["x"] * 4 and logprobs.text_offset == [0, 1, 2, 3]
+
+
+def test_openai_client_continues_the_assistants_message(server):
+    body = {"context": "hello", "response": "I am", "temperature": 0, "n": 1, "max_tokens": 9}
+    status, answer = server.post("chatlm", body | {"repetition_penalty": 1})
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am"}]
+    continued = client_of(server).chat.completions.create(
+        model="chatlm", messages=said, temperature=0, max_tokens=9
+    )
+    assert "I am" + continued.choices[0].message.content == answer["response"]
 
 
 def test_openai_clients_conversations_share_what_was_computed(server, reference):
@@ -260,19 +201,25 @@ def test_openai_clients_conversations_share_what_was_computed(server, reference)
 
 def test_openai_client_gets_its_errors(server):
     client = client_of(server)
-    with pytest.raises(openai.BadRequestError, match="temperature") as error:
-        client.chat.completions.create(
-            model="chatlm", messages=[{"role": "user", "content": "a"}], temperature=-1
-        )
-    assert error.value.param == "temperature" and error.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(
-            model="chatlm",
-            messages=[{"role": "user", "content": "a"}],
-            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
-        )
+    messages = [{"role": "user", "content": "a"}]
+    create = client.chat.completions.create
+    for wrong in (
+        {"temperature": -1},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"guided_regex": "a+"}},
+    ):
+        name = next(iter(wrong.get("extra_body", wrong)))
+        with pytest.raises(openai.BadRequestError, match=name) as error:
+            create(**{"model": "chatlm", "messages": messages} | wrong)
+        assert error.value.param == name and error.value.type == "invalid_request_error"
+    with pytest.raises(
+        openai.BadRequestError, match="maximum context length is 128 tokens"
+    ) as error:
+        create(model="chatlm", messages=[{"role": "user", "content": "x " * 100}])
+    assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError, match="this is chatlm"):
-        client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "a"}])
+        create(model="gpt-5", messages=messages)
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="chatlm", input="a")
 
