@@ -26,7 +26,8 @@ HTML = "text/html; charset=utf-8"
 # How large answers may become, in bytes of JSON. Java holds the answer of a client that does not
 # read in direct memory until the connection ends; without memory it drops its worker.
 LARGEST_ANSWER = 8 * 2**20
-JAVA_MEMORY = 2**30  # resident; jvm.options allows as much direct memory
+LIVE_ANSWERS = 128 * 2**20  # all together that are being generated
+JAVA_MEMORY = 2**30  # resident, with what nobody reads; jvm.options allows as much direct memory
 SMALL_ANSWER = 2**16  # is always let in, so that small answers go on while others wait
 
 NOTES = (
@@ -120,8 +121,10 @@ def check_size(generation: Generation, live: Iterable[Generation]) -> None:
         message = f"the answer could have {own / 2**20:.1f} MB, wanted at most"
         message += f" {LARGEST_ANSWER >> 20} MB: fewer prompts, tokens or log-probabilities"
         raise Refusal(message)
-    held = java_bytes() + sum(map(answer_bytes, live))
-    if own > SMALL_ANSWER and held + own > JAVA_MEMORY:
+    if own <= SMALL_ANSWER:
+        return
+    together = own + sum(map(answer_bytes, live))
+    if together > LIVE_ANSWERS or java_bytes() + own > JAVA_MEMORY:
         raise Refusal("the server holds too many large answers; try later", 503)
 
 

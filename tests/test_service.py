@@ -412,6 +412,7 @@ def test_one_answer_too_large_is_a_400_that_says_how_to_make_it_smaller(chat, mo
 @pytest.mark.parametrize("held, statuses", [(0, [200, 503, 503, 200]), (2**20, [503] * 3 + [200])])
 def test_large_answers_wait_while_small_ones_go_on(chat, monkeypatch, held, statuses):
     """What other live requests may become counts, and what Java holds."""
+    monkeypatch.setattr(routes, "LIVE_ANSWERS", 2**20)
     monkeypatch.setattr(routes, "JAVA_MEMORY", 2**20)
     monkeypatch.setattr(routes, "java_bytes", lambda: held)
     large = {"prompt": [[7] * 100] * 3, "echo": True, "logprobs": 20, "max_tokens": 20} | LONG
