@@ -34,7 +34,7 @@ SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     # An answer without a token would be no turn.
-    large = {"n_embd": 384, "n_layer": 10, "n_positions": 256, "ends": False}
+    large = {"n_embd": 256, "n_layer": 6, "n_positions": 256, "ends": False}
     server = Server(
         folder / "run",
         {
@@ -183,7 +183,7 @@ def problem(browser):
 
 def messages(browser):
     """(role, content) of each message that the page holds."""
-    pairs = browser.execute_script("return chat.messages.map(m => [m.role, m.content])")
+    pairs = browser.execute_script("return state.chat.messages.map(m => [m.role, m.content])")
     return [tuple(pair) for pair in pairs]
 
 
@@ -232,30 +232,36 @@ def picture(browser, name):
         browser.save_screenshot(f"{folder}/{name}.png")
 
 
-@pytest.mark.parametrize(
-    "size, dark", [("desktop", False), ("phone", True), ("desktop", True), ("phone", False)]
-)
+@pytest.mark.parametrize("size, dark", [("desktop", False), ("phone", True)])
 def test_several_turns_by_keyboard(browser, server, size, dark):
+    browser.get_log("performance")
     show(browser, server, size, dark)
-    picture(browser, f"{size}-{'dark' if dark else 'light'}-empty")
-    assert (
-        browser.title == "chatlm" and browser.switch_to.active_element.get_attribute("id") == "text"
-    )
+    picture(browser, f"{size}-empty")
+    assert browser.title == "chatlm"
+    assert browser.switch_to.active_element.get_attribute("id") == "text"
     say(browser, "Good morning, how are <b>you</b>?")
-    say(browser, "Tell me more.")
+    say(browser, "שלום, מה שלומך?")
     said = turns(browser)
-    assert (
-        said[0] == "Good morning, how are <b>you</b>?"
-        and said[2] == "Tell me more."
-        and len(said) == 4
-    )
+    assert len(said) == 4 and said[0] == "Good morning, how are <b>you</b>?"
     assert not browser.find_elements("css selector", ".turn b")
     assert [role for role, _ in messages(browser)] == ["user", "assistant"] * 2
+    mine = "[...talk.querySelectorAll('.mine')].map(turn => getComputedStyle(turn).direction)"
+    assert browser.execute_script(f"return {mine}") == ["ltr", "rtl"]
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, color[4:-1].split(","))) < 64) == dark
     find(browser, "#tune").click()
-    picture(browser, f"{size}-{'dark' if dark else 'light'}-talk")
+    picture(browser, f"{size}-talk")
+    shown = (
+        "button, input, select, textarea" if size == "desktop" else "#settings :is(button, input)"
+    )
+    for control in browser.find_elements("css selector", shown):
+        assert control.accessible_name or not control.is_displayed()
+    for entry in browser.get_log("performance"):
+        message = entry["message"]
+        if '"Network.requestWillBeSent"' in message:
+            assert f"127.0.0.1:{server.port}" in message or '"url":"data:' in message
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def test_answer_streams_and_can_be_stopped_and_tried_again(browser, server):
@@ -319,8 +325,8 @@ MAX_BYTES = 1_000_000  # of messages in a request, as the page counts: JSON in U
 LARGEST = MAX_BYTES - len('{"role":"assistant","content":""}')
 
 
-@pytest.mark.parametrize("words", ["x" * (LARGEST + 1), "é" * (LARGEST // 2 + 1), '"' * 500_000])
-def test_message_too_large_to_be_read_is_not_sent_and_the_chat_goes_on(browser, server, words):
+def test_message_too_large_to_be_read_is_not_sent_and_the_chat_goes_on(browser, server):
+    words = "é" * (LARGEST // 2 + 1)
     show(browser, server)
     say(browser, "hello")
     before = turns(browser)
@@ -328,10 +334,12 @@ def test_message_too_large_to_be_read_is_not_sent_and_the_chat_goes_on(browser, 
     browser.execute_script("text.value = arguments[0]; submit()", words)
     assert "too long" in problem(browser) and turns(browser) == before
     assert browser.execute_script("return text.value === arguments[0]", words)
-    browser.execute_script("text.value = ''; edit(0); editing.draft = arguments[0]; draw()", words)
+    browser.execute_script(
+        "text.value = ''; edit(0); state.editing.draft = arguments[0]; draw()", words
+    )
     browser.execute_script("sendEdited()")
     assert "too long" in problem(browser) and messages(browser)[0] == ("user", "hello")
-    assert browser.execute_script("return editing.draft === arguments[0]", words)
+    assert browser.execute_script("return state.editing.draft === arguments[0]", words)
     assert asked(browser) == []
     browser.execute_script("stopEditing()")
     say(browser, "and now?")
@@ -349,45 +357,16 @@ def test_largest_message_is_read_by_the_server_and_comes_back_into_the_box(brows
     assert asked(browser) == [400]  # not 413: it is longer than the context
     assert "too long" in problem(browser) and turns(browser) == before
     assert browser.execute_script("return text.value.length") == LARGEST
-    browser.execute_script("text.value = ''; refresh()")
-    say(browser, "and now?")
-    assert turns(browser)[:3] == [*before, "and now?"] and len(turns(browser)) == 4
-    assert asked(browser) == [200]
 
 
 def test_earlier_messages_that_no_longer_fit_into_a_request_are_left_out(browser, server):
     show(browser, server)
     say(browser, "hello")
-    browser.execute_script("for (const m of chat.messages) m.content = 'x '.repeat(300_000)")
+    browser.execute_script("for (const m of state.chat.messages) m.content = 'x '.repeat(300_000)")
     asked(browser)
     browser.execute_script("text.value = 'and now?'; submit()")
     wait_for_the_answer(browser)
     assert asked(browser) == [200] and len(messages(browser)) == 4
-
-
-def test_page_asks_nothing_of_other_hosts_and_has_names_for_everything(browser, server):
-    browser.get_log("performance")
-    show(browser, server)
-    say(browser, "hello")
-    asked = [
-        entry["message"]
-        for entry in browser.get_log("performance")
-        if '"Network.requestWillBeSent"' in entry["message"]
-    ]
-    assert asked and all(
-        f"127.0.0.1:{server.port}" in message or '"url":"data:' in message for message in asked
-    )
-    assert not [
-        entry
-        for entry in browser.get_log("browser")
-        if entry["level"] == "SEVERE"
-        and "404" not in entry["message"]
-        and "400" not in entry["message"]
-        and "INTERNET_DISCONNECTED" not in entry["message"]
-    ]
-    find(browser, "#tune").click()
-    for control in browser.find_elements("css selector", "button, input, select, textarea"):
-        assert control.accessible_name or not control.is_displayed()
 
 
 def test_reload_keeps_the_conversation_and_the_settings(browser, server):
@@ -410,6 +389,24 @@ def test_reload_keeps_the_conversation_and_the_settings(browser, server):
     assert find(browser, "#setting-temperature").get_attribute("value") == ""
 
 
+def test_reload_keeps_what_was_typed_and_not_sent(browser, server):
+    show(browser, server)
+    say(browser, "hello")
+    find(browser, "#text").send_keys("half a thou")
+    browser.execute_script("edit(0)")
+    browser.switch_to.active_element.send_keys(" you")
+    browser.refresh()
+    assert find(browser, "#text").get_attribute("value") == "half a thou"
+    assert find(browser, ".editor textarea").get_attribute("value") == "hello you"
+    press(browser, "Cancel")
+    find(browser, "#text").send_keys("ght\n")
+    wait_for_the_answer(browser)
+    browser.refresh()
+    assert find(browser, "#text").get_attribute("value") == ""
+    assert not browser.find_elements("css selector", ".editor")
+    assert turns(browser)[2] == "half a thought"
+
+
 def test_message_whose_answer_the_reload_cut_off_can_be_answered(browser, server):
     show(browser, server)
     choose(browser, max_new_tokens=60, temperature=2)
@@ -422,7 +419,7 @@ def test_message_whose_answer_the_reload_cut_off_can_be_answered(browser, server
     assert len(turns(browser)) == 2
 
 
-def test_conversations_are_listed_opened_deleted_and_restored(browser, server):
+def test_conversations_are_listed_opened_and_deleted(browser, server):
     show(browser, server)
     for words in ("first", "second"):
         find(browser, "#fresh").click()
@@ -434,12 +431,13 @@ def test_conversations_are_listed_opened_deleted_and_restored(browser, server):
     browser.back()
     eventually(lambda: turns(browser)[0] == "second")
     find(browser, "#list li:last-child .delete").click()
-    assert len(kept_chats(browser)) == 1 and turns(browser)[0] == "second"
-    find(browser, "#list li .delete").click()
-    assert kept_chats(browser) == [] and turns(browser) == []
-    press(browser, "Undo")
-    press(browser, "second")
-    assert len(turns(browser)) == 2
+    browser.switch_to.alert.dismiss()
+    assert len(kept_chats(browser)) == 2
+    for left in (1, 0):
+        find(browser, "#list li:last-child .delete").click()
+        browser.switch_to.alert.accept()
+        assert len(kept_chats(browser)) == left
+        assert turns(browser)[:1] == ["second"][:left]
 
 
 def test_export_is_read_by_training(browser, server, tmp_path):
@@ -455,8 +453,8 @@ def test_export_is_read_by_training(browser, server, tmp_path):
         for words in mine:
             browser.execute_script("text.value = arguments[0]; submit()", words)
             wait_for_the_answer(browser)
-    browser.execute_script("chat.messages.pop(); keep(chat)")
-    half = "chat.messages[1].content += '\\ud83d\\0'; writeChat(chat)"
+    browser.execute_script("state.chat.messages.pop(); keep(state.chat)")
+    half = "state.chat.messages[1].content += '\\ud83d\\0'; writeChat(state.chat)"
     browser.execute_script(f"go(readChats()[1].id); {half}")
     browser.execute_cdp_cmd(
         "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
@@ -509,7 +507,7 @@ def test_edited_message_replaces_what_followed(browser, server):
     browser.switch_to.active_element.send_keys(" more\n")
     wait_for_the_answer(browser)
     assert turns(browser)[0] == "one more" and len(messages(browser)) == 2
-    browser.execute_script("edit(0); editing.draft = 'x '.repeat(400); sendEdited()")
+    browser.execute_script("edit(0); state.editing.draft = 'x '.repeat(400); sendEdited()")
     wait_for_the_answer(browser)
     assert "too long" in find(browser, ".note.bad").text and len(messages(browser)) == 2
     assert len(find(browser, ".editor textarea").get_attribute("value")) == 799
@@ -524,9 +522,7 @@ def test_settings_are_those_of_the_server_and_are_checked(browser, server):
     for name, wrong in {"top_p": "2", "top_k": "1.5", "seed": "x"}.items():
         find(browser, f"#setting-{name}").send_keys(wrong)
         assert "wanted" in find(browser, f"#setting-{name}-help").text
-    field = find(browser, "#setting-temperature")
-    field.send_keys("\ue013\ue013")  # the arrow up
-    assert field.get_attribute("value") == "0.7"
+    find(browser, "#setting-temperature").send_keys("0,7")
     browser.get_log("performance")
     say(browser, "hello")
     body = last_body(browser)
@@ -595,9 +591,17 @@ def test_busy_server_and_lost_connection_can_be_tried_again(browser, proxy):
     proxy.breaks_off = True
     press(browser, "Try again")
     eventually(lambda: "lost in the middle" in problem(browser))
+    (_, (_, part)) = messages(browser)
+    proxy.refusal = (503, {})
+    press(browser, "Try again")
+    eventually(lambda: "busy" in problem(browser))
+    assert messages(browser)[1][1] == part
     press(browser, "Try again")
     wait_for_the_answer(browser)
-    assert len(messages(browser)) == 2 and not browser.find_elements("css selector", ".note.bad")
+    shown = [row.text for row in browser.find_elements("css selector", ".candidate")]
+    assert len(shown) == 2 and len(messages(browser)) == 2
+    assert shown[1].split() == part.split() != messages(browser)[1][1].split()
+    assert not browser.find_elements("css selector", ".note.bad")
 
 
 def test_refused_as_too_large_by_a_proxy_comes_back_into_the_box(browser, proxy):
@@ -622,14 +626,6 @@ def test_enter_that_ends_a_composition_does_not_send(browser, server):
     assert turns(browser) == [] and "おはよう" in find(browser, "#text").get_attribute("value")
     say(browser, "")
     assert turns(browser)[0] == "おはよう"
-
-
-def test_text_from_right_to_left_stands_on_the_right(browser, server):
-    show(browser, server)
-    for words in ("שלום, מה שלומך?", "hello"):
-        say(browser, words)
-    mine = "[...talk.querySelectorAll('.mine')].map(turn => getComputedStyle(turn).direction)"
-    assert browser.execute_script(f"return {mine}") == ["rtl", "ltr"]
 
 
 def test_full_storage_is_told_and_the_conversation_goes_on(browser, server):

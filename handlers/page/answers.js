@@ -2,65 +2,81 @@
 // From a message to its answer: sent, edited, stopped, tried again, regenerated.
 
 function submit() {
-  if (running) return running.controller.abort();
+  if (state.request) return state.request.controller.abort();
   const words = cleaned(text.value).trim();
   if (!words || tellIfTooLong(words)) return;
   text.value = "";
-  say(words, chat.messages.length);
+  say(words, state.chat.messages.length);
 }
 
 function tellIfTooLong(words) {
   if (bytesOf(words) <= MAX_BYTES) return false;
-  notice = { words: TOO_LONG, isBad: true, actions: [] };
+  state.notice = { words: TOO_LONG, isBad: true, actions: [] };
   draw();
   scrollToEnd();
   announce(TOO_LONG);
   return true;
 }
 
-// Put a message at `index`, in the place of what stood there and after it, and ask for an answer.
+// Put a message at `index`, in place of what was there and after it, and ask for an answer.
 function say(words, index) {
+  const { chat } = state;
   const before = chat.messages;
   const earlier = before.slice(0, index).map(({ role, content }) => ({ role, content }));
   chat.messages = [...earlier, { role: "user", content: words }];
-  editing = null;
+  state.editing = null;
   showAddress(chat.id, history.replaceState);
   keep(chat);
-  answer({ sent: { before, index, words } });
+  keepDraft();
+  ask({ sent: { before, index, words } });
 }
 
-// Ask for `n` answers to the conversation. `earlier` is the answer that they are alternatives to,
-// `sent` what is to be taken back if the message is too long.
-async function answer({ n = 1, earlier = null, sent = null }) {
-  const mine = { chat, controller: new AbortController(), bubbles: [] };
-  for (let i = 0; i < n; i++) mine.bubbles.push(drawBubble("", "theirs live"));
-  running = mine;
-  notice = null;
+// Ask again for the last answer, `n` of them. What there was of it is one more to pick from.
+function askAgain(n) {
+  if (state.request) return;
+  const { messages } = state.chat;
+  const earlier = messages.at(-1)?.role === "assistant" ? messages.pop() : null;
+  ask({ n, earlier });
+}
+
+const tryAgain = () => askAgain(1);
+const regenerate = () => askAgain(candidates());
+
+// Ask for `n` answers to the conversation that is shown. `earlier` is the answer that they are
+// alternatives to; `sent` is what to take back if the message is too long.
+async function ask({ n = 1, earlier = null, sent = null }) {
+  const request = { chat: state.chat, controller: new AbortController(), bubbles: [] };
+  for (let i = 0; i < n; i++) request.bubbles.push(drawBubble("", "theirs live"));
+  state.request = request;
+  state.notice = null;
   draw();
   scrollToEnd();
   announce("Writing an answer");
-  const outcome = await attempt(mine, n);
-  takeIn(mine, earlier);
-  if (running !== mine) return;  // another conversation is shown by now
-  running = null;
+  const outcome = await attempt(request);
+  takeIn(request, earlier);
+  if (state.request !== request) return;  // another conversation is shown by now
+  state.request = null;
   if (outcome.problem?.kind === "long" && sent) takeBack(sent);
-  notice = noticeOf(outcome, earlier ? regenerate : tryAgain);
+  state.notice = noticeOf(outcome);
   draw();
   scrollToEnd();
-  announce(outcome.problem ? notice.words : spoken(chat.messages.at(-1)));
+  announce(outcome.problem ? state.notice.words : spoken(state.chat.messages.at(-1)));
   if (document.activeElement === document.body) focusText();
 }
 
 // How the request went: {figures} of an answer that is whole, {problem}, or {} if it was stopped.
-async function attempt({ chat, controller, bubbles }, n) {
+async function attempt({ chat, controller, bubbles }) {
   const addPiece = (index, piece) => {
     const follow = isAtEnd();
     bubbles[index].append(piece);
     if (follow) scrollToEnd();
   };
   try {
-    const values = settingsToSend();
-    return { figures: await requestAnswers(chat.messages, n, values, controller.signal, addPiece) };
+    const { messages } = chat;
+    const { signal } = controller;
+    return {
+      figures: await requestAnswers(messages, bubbles.length, settingsToSend(), signal, addPiece),
+    };
   } catch (error) {
     if (controller.signal.aborted) return {};
     if (!(error instanceof Problem)) console.error(error);
@@ -68,7 +84,7 @@ async function attempt({ chat, controller, bubbles }, n) {
   }
 }
 
-// Add what was written to its conversation, also where it was stopped or broken off.
+// Add what was written to its conversation, also if it was stopped or broke off.
 function takeIn({ chat, bubbles }, earlier) {
   const texts = bubbles.map(bubble => bubble.textContent).filter(words => words.trim());
   if (texts.length) {
@@ -83,19 +99,19 @@ function takeIn({ chat, bubbles }, earlier) {
   keep(chat);
 }
 
-// What is told below the conversation when an answer has ended.
-function noticeOf({ problem, figures }, again) {
-  const last = chat.messages.at(-1);
-  const retry = last?.role === "user" ? [["Try again", again]] : [];
-  if (!problem) {
-    let words = "Stopped.";
-    if (figures) words = last.role === "user" ? "No answer came to mind." : summary(figures);
-    return { words, isBad: false, actions: retry };
+// What to say below the conversation when an answer has ended.
+function noticeOf({ problem, figures }) {
+  const last = state.chat.messages.at(-1);
+  const retry = [["Try again", tryAgain]];
+  if (problem) {
+    const actions = problem.kind === "long" ? [] : retry;
+    if (problem.kind === "key") actions.unshift(["Enter the key", enterKey]);
+    return { words: problem.message, isBad: true, actions };
   }
-  let actions = [["Try again", again]];
-  if (problem.kind === "long") actions = [];
-  if (problem.kind === "key") actions.unshift(["Enter the key", enterKey]);
-  return { words: problem.message, isBad: true, actions };
+  const unanswered = last?.role === "user";
+  let words = "Stopped.";
+  if (figures) words = unanswered ? "No answer came to mind." : summary(figures);
+  return { words, isBad: false, actions: unanswered ? retry : [] };
 }
 
 // The rate counts the tokens of all answers and the time from sending to the end.
@@ -113,29 +129,20 @@ function spoken(message) {
 
 // A message that cannot be sent goes back to where it was typed, the conversation to what it was.
 function takeBack({ before, index, words }) {
+  const { chat } = state;
   chat.messages = before;
-  if (index < before.length) editing = { index, draft: words };
-  else text.value = words;
+  if (index < before.length) state.editing = { index, draft: words };
+  else text.value = [words, text.value].filter(typed => typed).join("\n");
   if (before.length) keep(chat);
   else forget(chat.id);
-}
-
-// Ask again; what there is of an answer that broke off is written anew.
-function tryAgain() {
-  if (running) return;
-  if (chat.messages.at(-1)?.role === "assistant") chat.messages.pop();
-  answer({});
-}
-
-function regenerate() {
-  if (!running) answer({ n: candidates(), earlier: chat.messages.pop() });
+  keepDraft();
 }
 
 // --- an earlier message
 
 function edit(index) {
-  editing = { index, draft: chat.messages[index].content };
-  notice = null;
+  state.editing = { index, draft: state.chat.messages[index].content };
+  state.notice = null;
   draw();
   const box = talk.querySelector(".editor textarea");
   growWithText(box);
@@ -144,12 +151,13 @@ function edit(index) {
 }
 
 function sendEdited() {
-  const words = cleaned(editing.draft).trim();
-  if (words && !running && !tellIfTooLong(words)) say(words, editing.index);
+  const words = cleaned(state.editing.draft).trim();
+  if (words && !state.request && !tellIfTooLong(words)) say(words, state.editing.index);
 }
 
 function stopEditing() {
-  editing = null;
+  state.editing = null;
+  keepDraft();
   draw();
   focusText();
 }

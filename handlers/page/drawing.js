@@ -1,27 +1,22 @@
 "use strict";
 // The conversation as elements. `draw` builds them anew after each change; only the pieces of an
-// answer that is being written are added to what stands there.
+// answer that is being written are added to what is there.
 
 const [talk, scroll, text, send] = ["talk", "scroll", "text", "send"].map($);
 
-let chat = newChat();  // the conversation that is shown
-let running = null;    // the answer that is being written: {chat, controller, bubbles}
-let editing = null;    // the message that is being edited: {index, draft}
-let notice = null;     // a line below the conversation: {words, isBad, actions}
-
 function draw() {
-  const parts = chat.messages.map(drawMessage);
-  if (running) parts.push(drawLive());
-  const told = notice ?? unanswered();
-  if (told && !isBesideActions(told)) parts.push(drawNotice(told));
+  const parts = state.chat.messages.map(drawMessage);
+  if (state.request) parts.push(drawLive());
+  const notice = state.notice ?? unanswered();
+  if (notice && !isBesideActions(notice)) parts.push(drawNotice(notice));
   if (!parts.length) parts.push(drawEmpty());
   talk.replaceChildren(...parts);
   refresh();
 }
 
 function refresh() {
-  send.textContent = running ? "Stop" : "Send";
-  send.disabled = !running && !text.value.trim();
+  send.textContent = state.request ? "Stop" : "Send";
+  send.disabled = !state.request && !text.value.trim();
   growWithText(text);
 }
 
@@ -35,13 +30,13 @@ function drawEmpty() {
 // --- messages
 
 function drawMessage(message, index) {
-  if (editing?.index === index) return drawEditor();
-  const isLast = index === chat.messages.length - 1;
+  if (state.editing?.index === index) return drawEditor();
+  const isLast = index === state.chat.messages.length - 1;
   const isMine = message.role === "user";
   const node = element("div", isMine ? "message from-me" : "message from-model");
   if (isLast && message.candidates) node.append(drawCandidates(message));
   else node.append(drawBubble(message.content, isMine ? "mine" : "theirs"));
-  if (!running) node.append(drawActions(message, index, isLast));
+  if (!state.request) node.append(drawActions(message, index, isLast));
   return node;
 }
 
@@ -56,16 +51,19 @@ function drawActions(message, index, isLast) {
   actions.append(button("Copy", event => copy(message.content, event.target)));
   if (message.role === "user") actions.append(button("Edit", () => edit(index)));
   else if (isLast) actions.append(button("Regenerate", regenerate));
-  if (isLast && notice && isBesideActions(notice)) actions.append(drawNotice(notice));
+  if (isLast && state.notice && isBesideActions(state.notice)) {
+    actions.append(drawNotice(state.notice));
+  }
   return actions;
 }
 
 function drawEditor() {
-  const box = element("textarea", "", editing.draft);
+  const box = element("textarea", "", state.editing.draft);
   box.dir = "auto";
   box.setAttribute("aria-label", "Edited message");
   box.oninput = () => {
-    editing.draft = box.value;
+    state.editing.draft = box.value;
+    keepDraft();
     growWithText(box);
   };
   box.onkeydown = event => onSendKey(event, sendEdited);
@@ -80,7 +78,7 @@ function drawEditor() {
 
 function drawLive() {
   const node = element("div", "message from-model");
-  node.append(...running.bubbles);
+  node.append(...state.request.bubbles);
   return node;
 }
 
@@ -96,10 +94,10 @@ function drawCandidate(message, candidate) {
   radio.type = "radio";
   radio.name = "candidate";
   radio.checked = candidate === message.content;
-  radio.disabled = running !== null;
+  radio.disabled = state.request !== null;
   radio.onchange = () => {
     message.content = candidate;
-    keep(chat);
+    keep(state.chat);
   };
   const words = element("span", "", candidate);
   words.dir = "auto";
@@ -108,7 +106,7 @@ function drawCandidate(message, candidate) {
   return label;
 }
 
-// --- what is told below them, or beside the actions of an answer that has come
+// --- what is said below them, or beside the actions of an answer that has come
 
 function drawNotice({ words, isBad, actions }) {
   const node = element("div", isBad ? "note bad" : "note");
@@ -117,13 +115,14 @@ function drawNotice({ words, isBad, actions }) {
   return node;
 }
 
-function isBesideActions(told) {
-  return !told.isBad && chat.messages.at(-1)?.role === "assistant";
+function isBesideActions(notice) {
+  return !notice.isBad && state.chat.messages.at(-1)?.role === "assistant";
 }
 
 // Of a message that has no answer, because the page was closed meanwhile.
 function unanswered() {
-  if (running || editing || chat.messages.at(-1)?.role !== "user") return null;
+  const { request, editing, chat } = state;
+  if (request || editing || chat.messages.at(-1)?.role !== "user") return null;
   return { words: "No answer yet.", isBad: false, actions: [["Try again", tryAgain]] };
 }
 

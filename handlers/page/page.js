@@ -5,14 +5,12 @@ const wide = matchMedia("(min-width: 62rem)");  // as in page.css
 const panels = [$("chats"), $("settings")];
 const NOTHING_TO_EXPORT = "No answer to export yet";
 
-let deleted = null;  // the conversation deleted last, for Undo
-
 // --- conversations
 
 // Keep a conversation in the browser.
-function keep(kept) {
-  if (kept === deleted) return;
-  tellWhetherKept(writeChat(kept));
+function keep(chat) {
+  if (chat.isDeleted) return;
+  tellWhetherKept(writeChat(chat));
   drawChats();
 }
 
@@ -34,8 +32,8 @@ function drawChat({ id, messages }) {
   const title = (messages[0]?.content ?? "").slice(0, 80);
   const open = button(title, () => go(id), "open");
   open.dir = "auto";
-  if (id === chat.id) open.setAttribute("aria-current", "true");
-  const remove = button("×", () => deleteChat(id), "delete");
+  if (id === state.chat.id) open.setAttribute("aria-current", "true");
+  const remove = button("×", () => deleteChat(id, title), "delete");
   remove.title = "Delete";
   remove.setAttribute("aria-label", "Delete: " + title);
   const row = element("li", "");
@@ -46,7 +44,7 @@ function drawChat({ id, messages }) {
 // Show a conversation, a new one for the id "", and put it into the address, so that a reload and
 // the browser's back button find it.
 function go(id) {
-  if (id !== chat.id) {
+  if (id !== state.chat.id) {
     showAddress(id, history.pushState);
     showChat(id);
   }
@@ -58,38 +56,31 @@ function showAddress(id, change) {
 }
 
 function showChat(id) {
-  running?.controller.abort();  // what was written so far stays in its conversation
-  running = null;
-  chat = readChat(id) ?? newChat();
-  editing = null;
-  notice = null;
+  state.request?.controller.abort();  // what was written so far stays in its conversation
+  state.request = null;
+  state.chat = readChat(id) ?? newChat();
+  state.editing = null;
+  state.notice = null;
   draw();
   drawChats();
   scrollToEnd();
   focusText();
 }
 
-function deleteChat(id) {
-  deleted = id === chat.id ? chat : readChat(id);
+function deleteChat(id, title) {
+  if (!confirm("Delete this chat?\n\n" + title)) return;
   removeChat(id);
-  if (id === chat.id) {
+  if (id === state.chat.id) {
+    state.chat.isDeleted = true;  // an answer to it may still be on its way
     showAddress("", history.replaceState);
     showChat("");
   }
   drawChats();
-  $("deleted").hidden = false;
-  $("undo").focus();
-}
-
-function undoDelete() {
-  const back = deleted;
-  deleted = null;
-  $("deleted").hidden = true;
-  keep(back);
 }
 
 function exportChats() {
-  const chats = [chat, ...readChats().filter(({ id }) => id !== chat.id)];  // this may be too new
+  const { chat } = state;  // it may be too new to be kept
+  const chats = [chat, ...readChats().filter(({ id }) => id !== chat.id)];
   const lines = chats.reverse().map(lineOf).filter(line => line);
   $("export").textContent = lines.length ? "Export as JSONL" : NOTHING_TO_EXPORT;
   if (!lines.length) return announce(NOTHING_TO_EXPORT);
@@ -136,13 +127,13 @@ function enterKey() {
 function onSendKey(event, act) {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
-  if (!running) act();
+  if (!state.request) act();
 }
 
 function onEscape(event) {
   if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog:modal")) return;
-  if (running) running.controller.abort();
-  else if (editing) stopEditing();
+  if (state.request) state.request.controller.abort();
+  else if (state.editing) stopEditing();
 }
 
 // Not where the finger would only bring up the keyboard.
@@ -175,7 +166,10 @@ function listen() {
     event.preventDefault();
     submit();
   };
-  text.oninput = refresh;
+  text.oninput = () => {
+    keepDraft();
+    refresh();
+  };
   text.onkeydown = event => onSendKey(event, submit);
   document.onkeydown = onEscape;
   $("fresh").onclick = () => go("");
@@ -183,7 +177,6 @@ function listen() {
   $("tune").onclick = toggleSettings;
   $("reset").onclick = resetSettings;
   $("export").onclick = exportChats;
-  $("undo").onclick = undoDelete;
   for (const panel of panels) {
     panel.onclose = showWhetherOpen;
     panel.querySelector(".close").onclick = () => panel.close();
@@ -199,9 +192,24 @@ function listen() {
 // Another tab has changed what is kept.
 function onOtherTab() {
   drawChats();
+  const { chat, request, editing } = state;
   const kept = readChat(chat.id);
-  if (!kept || kept.changed <= chat.changed || running || editing) return;
-  chat = kept;
+  if (!kept || kept.changed <= chat.changed || request || editing) return;
+  state.chat = kept;
+  draw();
+}
+
+// --- drafts: what was typed and not sent, for a reload
+
+function keepDraft() {
+  const { chat, editing } = state;
+  writeDraft({ words: text.value, id: chat.id, editing });
+}
+
+function showDraft() {
+  const { words = "", id, editing } = readDraft();
+  text.value = words;
+  if (id === state.chat.id && state.chat.messages[editing?.index]) state.editing = editing;
   draw();
 }
 
@@ -211,3 +219,4 @@ drawSettings();
 drawKey();
 arrangePanels();
 showChat(location.hash.slice(1));
+showDraft();

@@ -1,9 +1,6 @@
 "use strict";
-// The server: what it has told the page about itself, and the requests for answers.
+// The requests for answers.
 
-// {name, models, settings, max_messages}: `models` are the names of all that have such a page,
-// `settings` is JSON Schema by the name of a setting.
-const server = JSON.parse($("server").textContent);
 const address = location.pathname.replace(/(\/1\.0)?\/*$/, "");  // ".../predictions/NAME"
 const MAX_BYTES = 1e6;  // of all messages: the server reads a body of 1,048,576
 

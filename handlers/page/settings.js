@@ -1,6 +1,6 @@
 "use strict";
 // The form of settings, built from the JSON Schema that the server puts into the page, so that it
-// shows whatever this server's model can do. An empty field stands for the default.
+// shows whatever this server's model can do. An empty field means the default.
 
 const NAMES = { n: "Candidates" };  // where the setting's own name would tell too little
 const HELP = {
@@ -9,9 +9,6 @@ const HELP = {
   stop: "what ends the answer, one a line; \\n is a line break",
   bad_words: "what the answer must not contain, one a line",
 };
-const STEP = 0.05;  // of the arrow keys, in a field for any number
-
-let chosen = readEntry("settings") ?? {};  // by name, only those that are not the default
 
 // --- a setting: its kind, its text in a field, its value
 
@@ -66,7 +63,7 @@ function candidates() {
 // What the person chose, if this server takes it: it may have been chosen for another model.
 function chosenValue(name) {
   try {
-    return valueOf(textOf(chosen[name]), server.settings[name]);
+    return valueOf(textOf(state.chosen[name]), server.settings[name]);
   } catch {
     return undefined;
   }
@@ -93,7 +90,6 @@ function drawSetting(name, schema) {
   if (isWords) field.rows = 2;
   else field.inputMode = schema.minimum < 0 ? "text" : "decimal";  // some phones' decimals lack "-"
   field.oninput = () => choose(name, schema, field, help);
-  if (!isWords) field.onkeydown = event => stepByArrow(event, schema);
   const setting = element("div", isWords ? "setting words" : "setting");
   setting.append(label, field, help);
   return setting;
@@ -108,33 +104,19 @@ function readable(name) {
 function choose(name, schema, field, help) {
   let problem = "";
   try {
-    chosen[name] = valueOf(field.value, schema);  // undefined is left out of JSON
+    state.chosen[name] = valueOf(field.value, schema);  // undefined is left out of JSON
   } catch (error) {
     problem = error.message;
-    delete chosen[name];
+    delete state.chosen[name];
   }
   field.setAttribute("aria-invalid", problem !== "");
   help.textContent = problem || (HELP[name] ?? schema.description ?? "");
-  tellWhetherKept(writeEntry("settings", chosen));
-}
-
-// Up and down change a number by a step, within its range.
-function stepByArrow(event, schema) {
-  const direction = { ArrowUp: 1, ArrowDown: -1 }[event.key];
-  if (!direction || event.isComposing) return;
-  event.preventDefault();
-  const field = event.target;
-  const step = schema.type === "integer" ? 1 : STEP;
-  const old = Number(field.value || schema.default || 0);
-  if (Number.isNaN(old)) return;
-  const value = Math.min(Math.max(old + direction * step, schema.minimum), schema.maximum);
-  field.value = +value.toFixed(2);
-  field.dispatchEvent(new Event("input"));
+  tellWhetherKept(writeEntry("settings", state.chosen));
 }
 
 function resetSettings() {
-  chosen = {};
-  tellWhetherKept(writeEntry("settings", chosen));
+  state.chosen = {};
+  tellWhetherKept(writeEntry("settings", state.chosen));
   drawSettings();
 }
 

@@ -1,5 +1,5 @@
 "use strict";
-// What is kept in this browser: conversations, settings and the key. Nothing of it is sent anywhere
+// What is kept in this browser: conversations, settings, drafts and the key. Nothing of it is sent anywhere
 // but to the server, with a request.
 //
 // A conversation is {id, changed, messages}, a message {role, content} in OpenAI's roles; the last
@@ -86,6 +86,22 @@ function lineOf(chat) {
     if (line.length <= LONGEST_LINE) return line + "\n";
   }
   return "";
+}
+
+// --- the draft, for this tab
+
+function writeDraft(draft) {
+  try {
+    sessionStorage.setItem(PREFIX + "draft", JSON.stringify(draft));
+  } catch { /* storage is full or turned off: the draft is in the page only */ }
+}
+
+function readDraft() {
+  try {
+    return JSON.parse(sessionStorage.getItem(PREFIX + "draft")) ?? {};
+  } catch {
+    return {};
+  }
 }
 
 // --- the key: for this tab, or for this browser if the person wants that
