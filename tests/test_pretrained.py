@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import command, run_process
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 from transformers import GPT2Config as TheirConfig
 
+from gptchat.config import ServerSettings
 from gptchat.console import UserError
+from gptchat.data import check, shard_writer
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.model import convert, weights
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.pretrained import (
+    TRAINED_HERE,
     AnswerDefaults,
     adapt,
     answer_defaults,
@@ -28,9 +32,12 @@ from gptchat.model.pretrained import (
     save_static,
     save_weights,
 )
+from gptchat.model.weights import hugging_face_state
+from handlers.served_model import load_served_model
 from tests.hf_models import SMALL, byte_tokenizer, close, random_gpt2, shake, write
 
 torch.set_num_threads(1)
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 IDS = torch.randint(6, 262, (2, 30), generator=torch.Generator().manual_seed(0))
 KINDS: list[dict[str, Any]] = [
     {},
@@ -631,3 +638,88 @@ def random_texts(n: int) -> list[str]:
         "".join(chr(draw.randint(*draw.choice(blocks))) for _ in range(draw.randint(1, 60)))
         for _ in range(n)
     ]
+
+
+# What Hugging Face's config.json of openai-community/gpt2 holds
+OPENAI_CONFIG = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+
+
+@pytest.fixture
+def openai_layout(canonical: Path, tmp_path: Path) -> Path:
+    """A working folder with models/gpt2 as openai-community/gpt2 is, but small, and data/chatlm."""
+    directory = tmp_path / "models/gpt2"
+    shutil.copytree(canonical, directory)
+    values = OPENAI_CONFIG | {"n_layer": 2, "n_embd": 48, "n_head": 2}
+    torch.manual_seed(0)
+    sizes = {key: values[key] for key in ("n_layer", "n_embd", "n_head")}
+    state = hugging_face_state(GPT2(GPT2Config(**sizes)))
+    tensors = {name.removeprefix("transformer."): value for name, value in state.items()}
+    tensors |= {f"h.{n}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for n in range(2)}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    generation = {"bos_token_id": 50256, "eos_token_id": 50256, "_from_model_config": True}
+    for name, content in (
+        ("config.json", values),
+        ("tokenizer_config.json", {"model_max_length": 1024}),
+        ("generation_config.json", generation),
+    ):
+        (directory / name).write_text(json.dumps(content))
+    (tmp_path / "data/chatlm").mkdir(parents=True)
+    for split in ("train", "valid", "test", "test-whole"):
+        lines = [f"How is {split} {n}?\tIt is [SEP] {n * n}, caf\u00e9.\tGood!" for n in range(40)]
+        text = "\n".join(lines) + "\n"
+        (tmp_path / f"data/chatlm/{split}.tsv").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_config_gpt2_makes_a_chatlm_of_openai_s_directory(
+    openai_layout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(openai_layout)
+    settings = ["--config", str(CONFIGS / "gpt2/chatlm.toml"), "train.device=cpu"]
+    check.main(settings)
+    assert "verdict: fine" in capsys.readouterr().out
+    shard_writer.main(settings)
+    settings += ["train.num_epochs=0", "train.batch_size=2"]
+    for steps in (2, 3):  # the second command goes on with the run
+        arguments = command("train", *settings, f"train.num_steps={steps}")
+        done = run_process(arguments, timeout=300, cwd=openai_layout)
+        assert done.returncode == 0, done.stderr
+    assert "goes on" in done.stderr
+    folder = openai_layout / "out/gpt2/chatlm/model"
+    model, tokenizer, task = load_model(folder)
+    assert task == "chatlm" and model.config.type_rows == (50262, 50263)
+    assert (tokenizer.eos_id, tokenizer.cls_id) == (50256, 50260)
+    before = load_model("models/gpt2")[0]
+    assert not torch.equal(model.wpe.weight, before.wpe.weight)
+    assert answer_defaults("models/gpt2") == AnswerDefaults()
+    assert answer_defaults(folder) == TRAINED_HERE
+    back = GPT2LMHeadModel.from_pretrained(folder)
+    assert close(their_logits(back), our_logits(model), 1e-5)
+    generator = load_served_model(folder, "gpt2", ServerSettings(dtype="float32")).generator
+    [answer] = generator.sample_answers([[(0, tokenizer.encode("How are you?"))]])
+    assert answer
