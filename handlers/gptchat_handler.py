@@ -1,10 +1,9 @@
-"""TorchServe's face of the server, in the one class that TorchServe demands; `service.py` does the
-work.
+"""The class that TorchServe calls; `service.py` does the work. This file may hold no other class.
 
-TorchServe (continuous batching) calls `handle` again and again with every live request. A request's
-body comes with its first call only, a client that has left is missing from the next one, and status
-and content type go out with the first chunk. `handle` must never raise, for that would end every
-live request.
+With continuous batching TorchServe calls `handle` again and again with every live request. A
+request's body comes only with its first call. A client that has left is missing from the next one.
+Status and content type go out with the first chunk. `handle` must never raise: that would end
+every live request.
 """
 
 import logging
@@ -46,7 +45,7 @@ class GptchatHandler:
         log.info("worker of %s: process %d", model.name, os.getpid())
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
-        """One result per request, in order; "" where there is nothing to send yet."""
+        """One result per request, in order; "" if there is nothing to send yet."""
         ids = [context.request_ids[i] for i in range(len(data))]
         arrivals = {
             id: Arrival(context.get_all_request_header(i), data[i].get("body"))

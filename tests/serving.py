@@ -184,7 +184,8 @@ class Server:
         command = [
             sys.executable,
             "-m",
-            "gptchat.serve",
+            "gptchat",
+            "serve",
             *models,
             "--run",
             str(run),

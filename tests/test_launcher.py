@@ -47,7 +47,7 @@ def options(run: Path, **values) -> Options:
 
 def refused(*arguments: object) -> str:
     """The one line with which the launcher ends at once."""
-    command = [sys.executable, "-m", "gptchat.serve", *map(str, arguments)]
+    command = [sys.executable, "-m", "gptchat", "serve", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     return done.stderr
@@ -215,7 +215,7 @@ def test_sigterm_while_archiving_ends_the_launcher(model, tmp_path):
         "if 'model_archiver.model_packaging' in ' '.join(sys.orig_argv): time.sleep(2)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, "-m", "gptchat.serve", "--model", f"lm={model}"]
+    command = [sys.executable, "-m", "gptchat", "serve", "--model", f"lm={model}"]
     command += ["--run", str(tmp_path / "run"), "--port", str(free_ports())]
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     launcher = psutil.Process(process.pid)

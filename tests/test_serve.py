@@ -510,7 +510,7 @@ def test_sole_client_that_left_costs_no_more_steps_and_delays_no_stop(tmp_path):
 
 
 def test_taken_port_is_one_line(server, models, tmp_path):
-    command = [sys.executable, "-m", "gptchat.serve", "--model", f"lm={models['lm']}"]
+    command = [sys.executable, "-m", "gptchat", "serve", "--model", f"lm={models['lm']}"]
     command += ["--port", str(server.port - 1)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

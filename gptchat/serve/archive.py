@@ -1,8 +1,7 @@
 """Model directories -> TorchServe's archives, with this package and the handlers inside.
 
-`check_settings` refuses a wrong model-config.yaml before the first archive is made. `archive` links
-its parts into RUN/staging, from where TorchServe's own archiver puts them into RUN/store: as a .mar
-file or, where the weights are large, as a folder. An archive of the same name is replaced.
+`archive` links the parts into RUN/staging, from where TorchServe's own archiver puts them into
+RUN/store: as a .mar file or, if the weights are large, as a folder.
 """
 
 import json
@@ -47,9 +46,9 @@ def check_settings(path: Path) -> None:
 
 
 def archive(name: str, model: Path, options: Options) -> str:
-    """Archive a model directory with this package and the handlers.
+    """Archive a model directory, in place of an archive of the same name.
 
-    Returns the archive's name in RUN/store: a .mar file, or a folder where the weights are large.
+    Returns the archive's name in RUN/store.
     """
     weights = model / "model.safetensors"
     if not weights.is_file():
@@ -80,8 +79,8 @@ def archive(name: str, model: Path, options: Options) -> str:
 def chat_models(models: Mapping[str, Path]) -> list[str]:
     """The names of the ChatLMs among model directories, which have a chat page.
 
-    This looks where `pretrained.save_static` writes a model's task, since the launcher does without
-    torch. A config that cannot be read counts as no ChatLM's: the worker will say what is wrong.
+    The task is in the config; `pretrained` would need torch, which the launcher does without. A
+    config that cannot be read counts as no ChatLM's: the worker will say what is wrong.
     """
     names = []
     for name, directory in models.items():

@@ -1,11 +1,8 @@
 """The chat page: page.html with its style and scripts put in, and what it must know of the server.
 
-The sources are several files because one of 1,300 lines would be hard to read. They go out as one
-file because TorchServe serves no files of its own, and because a page that needs no second request
-is whole even where a key or a proxy stands before the server. Nothing is built: what a browser gets
-is these files as they are.
-
-The page's Content-Security-Policy admits these styles and scripts by their SHA-256, and no other.
+It goes out as one file: TorchServe serves no files, and a page that needs no second request works
+behind any key or proxy. Its Content-Security-Policy admits these styles and scripts by their
+SHA-256, and no others.
 """
 
 import json
@@ -27,8 +24,8 @@ NOT_SETTINGS = {"context", "response", "stream"}  # keys of the original's API t
 def render_page(name: str, models: Sequence[str], description: Mapping[str, Any]) -> str:
     """The HTML of the page for the model `name`.
 
-    `models` are the names of all models with such a page, between which a person may choose, and
-    `description` is the OpenAPI description of this one, whose settings the page shows.
+    A person can choose between `models`, the names of all that have such a page. The settings that
+    the page shows come from this model's OpenAPI `description`.
     """
     html = (FOLDER / "page.html").read_text(encoding="utf-8")
     html, styles = _put_in(html, STYLE, "style")
@@ -45,7 +42,7 @@ def render_page(name: str, models: Sequence[str], description: Mapping[str, Any]
 
 
 def _put_in(html: str, reference: re.Pattern[str], tag: str) -> tuple[str, str]:
-    """The HTML with the files put in that it refers to, and their hashes as a policy lists them."""
+    """The HTML with the files that it refers to put in, and their hashes for the policy."""
     hashes = []
 
     def inline(match: re.Match[str]) -> str:
