@@ -25,6 +25,8 @@ help:  ## this list
 setup: $(VENV)/.base  ## a virtual environment with what training needs
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'error: PYTHON=$(PYTHON): wanted Python 3.11 or newer' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.base: pyproject.toml configs/constraints.txt | $(VENV)/bin/python

@@ -106,6 +106,21 @@ def test_a_config_in_the_working_folder_comes_first(site: Path, home: Path) -> N
     assert told.startswith("error: configs/ml.toml: cannot be read: No such file")
 
 
+def test_make_setup_says_which_python_it_wants(tmp_path: Path) -> None:
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\nexit 1\n")  # as Python does where it is asked whether it is too old
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert f"error: PYTHON={old}: wanted Python 3.11 or newer\n" in done.stderr
+
+
 @pytest.mark.server
 def test_the_installed_server_answers(site: Path, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "chatlm", ends=False)
