@@ -28,7 +28,6 @@ they were said in this session.
 import argparse
 import glob
 import os
-import random
 import re
 import readline  # line editing and history for input()
 import signal
@@ -47,7 +46,7 @@ from gptchat.inference.engine import Request
 from gptchat.inference.generate import SLOTS, TextGenerator, load_generator
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.pick import CANDIDATES, PICKS
-from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling, parse_biases
+from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling, chosen_seed, parse_biases
 from gptchat.inference.text import WordFilter
 from gptchat.runtime import tune_memory
 
@@ -75,7 +74,10 @@ def settings_parser() -> SettingsParser:
     add = parser.add_argument
     for name, declared in SETTINGS.items():
         add(option(name), type=declared.type, help=f"{declared.help} (default: the model's)")
-    seed_help = "gives the same answer again; -1: another one each time (default)"
+    seed_help = (
+        "gives the same answer again; -1: another one each time (default). Line i of --input, "
+        "counted from 0, has the seed + i"
+    )
     add("--seed", type=int, default=-1, help=seed_help)
     forbid_help = "never said; may be repeated"
     add("--forbid", action="append", default=[], metavar="WORD", help=forbid_help)
@@ -115,9 +117,6 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
     """
     use_model_defaults(generator, settings)
     numbers = {name: getattr(settings, name) for name in SETTINGS}
-    seed = settings.seed
-    if seed < 0:
-        seed = random.getrandbits(63)
     word_filter = None
     words = [word for word in settings.forbid if word]
     if words:
@@ -128,7 +127,7 @@ def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sam
         logit_bias = parse_biases(settings.logit_bias, vocab_size)
         return Sampling(
             **numbers,
-            seed=seed,
+            seed=chosen_seed(settings.seed),
             word_filter=word_filter,
             logit_bias=logit_bias,
             logprobs=0 if settings.pick == "mmi" else None,
@@ -157,10 +156,13 @@ def encode_turns(generator: TextGenerator, turns: Sequence[TextTurn]) -> list[Tu
 
 
 def encoded_request(
-    generator: TextGenerator, turns: Sequence[Turn], settings: argparse.Namespace
+    generator: TextGenerator, turns: Sequence[Turn], settings: argparse.Namespace, number: int = 0
 ) -> Request:
-    """The request for an answer to encoded turns. Raises UserError as `make_request` does."""
-    sampling = make_sampling(generator, settings)
+    """The request for an answer to encoded turns, which are item `number` of a list.
+
+    Raises UserError as `make_request` does.
+    """
+    sampling = make_sampling(generator, settings).for_item(number)
     n = 1
     if settings.pick != "first":
         n = generator.candidates if generator.candidates > 1 else CANDIDATES
@@ -323,12 +325,12 @@ def answer_file(
     prompts = list(read_prompts(path))
     requests = []
     cut_rows = []  # their numbers
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(prompts):
         turns = encode_turns(generator, prompt.turns)
         turns, was_cut = generator.cut_to_fit(turns, settings.max_new_tokens)
         if was_cut:
-            cut_rows.append(number)
-        requests.append(encoded_request(generator, turns, settings))
+            cut_rows.append(number + 1)
+        requests.append(encoded_request(generator, turns, settings, number))
     if cut_rows:
         first = cut_rows[0]
         print(

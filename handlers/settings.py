@@ -4,12 +4,11 @@ Numbers, ranges and help are those of `sampling.SETTINGS`. The limits here are c
 what one request can cost, and are far above what people ask for.
 """
 
-import secrets
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 
-from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling
+from gptchat.inference.sampling import ANOTHER_SEED, LARGEST_BIAS, SETTINGS, Sampling, chosen_seed
 from gptchat.inference.text import WordFilter
 from handlers.body import SYNONYMS, Refusal
 from handlers.served_model import ServedModel
@@ -100,18 +99,17 @@ class SamplingMaker:
             if int(id) >= tokenizer.vocab_size:
                 message = f"logit_bias names token {id}; wanted ids below {tokenizer.vocab_size}"
                 raise Refusal(message, param="logit_bias")
-        if asked.seed is UNSET or asked.seed == -1:
-            asked.seed = secrets.randbits(31)
+        asked.seed = chosen_seed(ANOTHER_SEED if asked.seed is UNSET else asked.seed)
         forbidden = words(asked.bad_words)
         self.most_new_tokens = min(asked.max_new_tokens, model.most_new_tokens)
         self.values = {name: getattr(asked, name) for name in SETTINGS} | {
             "logit_bias": {int(id): bias for id, bias in asked.logit_bias.items()},
             "word_filter": WordFilter(tokenizer, forbidden) if forbidden else None,
             "logprobs": logprobs,
+            "seed": asked.seed,
         }
-        self.seed = asked.seed
 
     def make(self, room: int, number: int = 0) -> Sampling:
         """For prompt `number`, beside which `room` tokens are left of the context."""
         values = self.values | {"max_new_tokens": min(self.most_new_tokens, room)}
-        return Sampling(**values, seed=self.seed + number)
+        return Sampling(**values).for_item(number)

@@ -272,15 +272,17 @@ def test_a_file_of_prompts(bot, tmp_path, monkeypatch, capsys):
     rows = [
         ["hello"],
         ["hi", "hello", "a tab:\\t, a line\\nand more"],
-        *([f"number {i}"] for i in range(30)),
+        *(["the same"] for _ in range(30)),
     ]
     prompts.write_text("".join("\t".join(row) + "\n" for row in rows))
-    common = ("--model", bot, "--seed", 1, "--max-new-tokens", 20)
-    run(monkeypatch, capsys, *common, "--input", prompts, "--output", output)
+    common = ("--model", bot, "--max-new-tokens", 20, "--seed")
+    run(monkeypatch, capsys, *common, 1, "--input", prompts, "--output", output)
     answered = read_rows(output)
     assert [row[:-1] for row in answered] == read_rows(prompts) and len(answered) == 32
     assert all(re.fullmatch("[a-z ]{20}", row[-1]) for row in answered)
-    assert run(monkeypatch, capsys, *common, "--prompt", "number 29") == answered[-1][-1] + "\n"
+    assert len({row[-1] for row in answered}) == 32  # each line draws its own noise
+    alone = run(monkeypatch, capsys, *common, 1 + 31, "--prompt", "the same")
+    assert alone == answered[-1][-1] + "\n"
 
 
 @pytest.mark.parametrize("task", ["chatlm", "lm"])
@@ -314,15 +316,15 @@ def test_a_jsonl_file_of_prompts(bot, tmp_path, monkeypatch, capsys):
     sharegpt = {"conversations": [{"from": "human", "value": "hello"}], "note": "\ud800"}
     lines = [json.dumps(openai, ensure_ascii=False), "", json.dumps(sharegpt)]
     prompts.write_text("\n".join(lines), encoding="utf-8")
-    common = ("--model", bot, "--seed", 1, "--max-new-tokens", 20)
-    run(monkeypatch, capsys, *common, "--input", prompts, "--output", output)
+    common = ("--model", bot, "--max-new-tokens", 20, "--seed")
+    run(monkeypatch, capsys, *common, 1, "--input", prompts, "--output", output)
 
     assert "日本" in output.read_text(encoding="utf-8")
     first, second = map(json.loads, output.read_text(encoding="utf-8").splitlines())
     answers = [first["messages"].pop(), second["conversations"].pop()]
     assert [first, second] == [openai, sharegpt]
     assert answers[0]["role"] == "assistant" and re.fullmatch("[a-z ]{20}", answers[0]["content"])
-    alone = run(monkeypatch, capsys, *common, "--prompt", "hello").removesuffix("\n")
+    alone = run(monkeypatch, capsys, *common, 2, "--prompt", "hello").removesuffix("\n")
     assert answers[1] == {"from": "gpt", "value": alone}
     assert [len(dialogue) for dialogue in read_dialogues(output)] == [5, 2]  # it can be trained on
 

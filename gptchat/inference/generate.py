@@ -20,7 +20,7 @@ and uses `CandidateText`, `prompt_room` and `pick`.
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -289,13 +289,13 @@ class TextGenerator:
     def sample_answers(self, dialogues: Iterable[Sequence[Turn]]) -> list[str]:
         """One answer to each encoded dialogue (an LM's continuation), the same at every call.
 
-        The settings are the model's, the seed is the dialogue's number. What is too long is cut by
+        The settings are the model's, dialogue number i has the seed i. What is too long is cut by
         `cut_to_fit`.
         """
         requests = []
-        for seed, turns in enumerate(dialogues):
+        for number, turns in enumerate(dialogues):
             fitting, _ = self.cut_to_fit(turns, self.sampling.max_new_tokens)
-            requests.append(self.request(fitting, replace(self.sampling, seed=seed)))
+            requests.append(self.request(fitting, self.sampling.for_item(number)))
         return self.complete(requests)
 
 

@@ -4,8 +4,9 @@ They mean what they mean in transformers' `generate` and OpenAI's API; `draw.py`
 terminal, the server and the page take names, defaults, ranges and help from `SETTINGS`.
 """
 
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -65,12 +66,24 @@ class Sampling:
             except ValueError as error:
                 raise ValueError(f"logit_bias of {id!r}: {error}") from None
 
+    def for_item(self, number: int) -> "Sampling":
+        """The settings for item `number` of a list, which draws noise of its own: seed + number."""
+        return replace(self, seed=self.seed + number)
+
     @cached_property
     def bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n,), int64, and biases (n,), float32: those that `logit_bias` has at first use."""
         ids = np.fromiter(self.logit_bias.keys(), np.int64, len(self.logit_bias))
         biases = np.fromiter(self.logit_bias.values(), np.float32, len(self.logit_bias))
         return ids, biases
+
+
+ANOTHER_SEED = -1  # as people write it: another one each time
+
+
+def chosen_seed(given: int) -> int:
+    """The seed that a person asks for, or a random one for ANOTHER_SEED."""
+    return secrets.randbits(31) if given == ANOTHER_SEED else given
 
 
 # The settings that a person tunes, by name
