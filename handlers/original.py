@@ -100,8 +100,8 @@ class Original(Generation):
             ids = model.prompt(asked.context)
             room = model.n_ctx - len(ids)
             if given(body, "max_new_tokens") and asked.max_new_tokens > room:
-                wanted = f"the context has {len(ids)}, {asked.max_new_tokens} are to be generated"
-                raise model.too_long(wanted)
+                found = f"it has {len(ids)} tokens, with {asked.max_new_tokens} to be generated"
+                raise model.too_long(found)
             request = model.continuation(ids, maker.make(room), asked.n, score=False)
         super().__init__(model, id, asked, [request], words(asked.stop), beginning=beginning)
 

@@ -60,8 +60,10 @@ class ServedModel:
         return self.n_ctx * longest_token
 
     def too_long(self, found: str) -> Refusal:
-        """Clients know this mistake by these words of OpenAI's, or by the code."""
-        message = f"This model's maximum context length is {self.n_ctx} tokens; {found}"
+        """Clients know this mistake by its code, or by these words: litellm by the first ones, as
+        OpenAI's, langchain by "prompt is too long"."""
+        length = f"This model's maximum context length is {self.n_ctx} tokens"
+        message = f"{length} and the prompt is too long: {found}"
         return Refusal(message, code="context_length_exceeded")
 
     def encode(self, text: str) -> list[int]:
@@ -76,7 +78,7 @@ class ServedModel:
         if not ids and not 0 <= eos_id < self.generator.n_vocab:
             raise Refusal("a prompt is empty, and the model has no [EOS] to start from")
         if len(ids) > self.n_ctx:
-            raise self.too_long(f"a prompt has {len(ids)} tokens")
+            raise self.too_long(f"it has {len(ids)} tokens")
         return ids or [eos_id]
 
     def continuation(self, ids: list[int], sampling: Sampling, n: int, score: bool) -> Request:
@@ -106,7 +108,7 @@ class ServedModel:
         try:
             return self.generator.request(encoded[::-1], sampling, n, beginning)
         except UserError as error:
-            raise self.too_long(str(error)) from None
+            raise self.too_long(str(error).removeprefix("prompt: ")) from None
 
 
 def slots_that_fit(config: GPT2Config, settings: ServerSettings) -> int:

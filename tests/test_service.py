@@ -109,7 +109,7 @@ def test_wrong_request_is_a_400_that_says_where_what_and_what_is_wanted(chat, bo
 def test_a_prompt_too_long_is_refused_in_the_words_that_clients_look_for(chat, body, path):
     status, answer = chat.ask(body, path)
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
-    words = "This model's maximum context length is 128 tokens; "
+    words = "This model's maximum context length is 128 tokens and the prompt is too long: "
     assert answer["error"]["message"].startswith(words)
 
 
