@@ -7,6 +7,7 @@ exception is a bug of ours and keeps its traceback. Nothing here imports torch.
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import time
@@ -28,7 +29,10 @@ def cli(main: Callable[[], None]) -> None:
     """Run a command's `main`.
 
     UserError: one line, exit status 2. RunFailed: one line, exit status 1. Ctrl-C: exit status 130.
+    What stdout cannot encode, such as file names that are not UTF-8, is printed as escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

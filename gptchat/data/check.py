@@ -29,7 +29,7 @@ import numpy as np
 from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data.dialogue import TextTurn, excerpts, fit, input_length
-from gptchat.data.dialogue_files import format_of, read_dialogues
+from gptchat.data.dialogue_files import TSV, format_of, read_dialogues
 from gptchat.data.encoding import read_documents
 from gptchat.data.reading import PIECE, read_text
 from gptchat.data.splits import (
@@ -50,6 +50,13 @@ SAMPLED_ROWS = 1000  # dialogues of a sampled file; of text it is PIECE bytes
 BYTES_PER_TOKEN = 4  # of UTF-8, where there is no tokenizer yet
 MANY = 0.01  # share of duplicates or cut rows from which on they are a warning
 SHOWN = 20  # lines of refusals
+# Names of a spreadsheet's columns.
+HEADER = re.compile(
+    r"\W*(?:context|response|prompt|completion|question|answer|query|reply|input|output|instruction"
+    r"|user|assistant|human|bot|speaker|message|text|turn|utterance|source|target|id|index)"
+    r"[\s_]*\w?\W*",
+    re.IGNORECASE,
+)
 
 
 class Document(NamedTuple):
@@ -77,6 +84,7 @@ class Report:
     long_rows: int = 0  # dialogues that do not fit into the context
     cut_rows: int = 0  # those of them that are not read in several parts, but cut
     cut_tokens: int = 0  # what is cut of them, estimated
+    unread_keys: Counter[str] = field(default_factory=Counter)  # of JSON, that nothing reads
     warnings: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
 
@@ -101,6 +109,33 @@ class Report:
         self.long_rows += 1
         self.cut_rows += cut_tokens > 0
         self.cut_tokens += cut_tokens
+
+
+class TableSigns:
+    """What shows that rows are a spreadsheet's: a header, numbered rows, quoted fields."""
+
+    def __init__(self) -> None:
+        self.n_rows = self.n_numbered = self.n_quoted = 0
+        self.header: list[str] = []  # the first row, if it looks like one
+
+    def add(self, texts: list[str]) -> None:
+        if self.n_rows == 0 and all(HEADER.fullmatch(text) for text in texts):
+            self.header = texts
+        self.n_rows += 1
+        # Rows count from 0 or 1, the header left out.
+        is_number = texts[0].isdecimal() and len(texts[0]) < 10
+        self.n_numbered += is_number and abs(int(texts[0]) - self.n_rows) <= 2
+        self.n_quoted += any(text[:1] == text[-1:] == '"' and len(text) > 1 for text in texts)
+
+    def signs(self) -> list[str]:
+        signs = []
+        if self.header:
+            signs.append(f"the first row looks like a header ({', '.join(self.header)})")
+        if 2 * self.n_numbered > self.n_rows > 2:
+            signs.append("the first column numbers the rows")
+        if 2 * self.n_quoted > self.n_rows:
+            signs.append('most rows have a field in quotes ("), which are learned')
+        return signs
 
 
 class Refusals:
@@ -138,7 +173,7 @@ def check(config: Config) -> Report:
         for split, listed in files.items():
             report.documents[split] = 0
             for path in listed:
-                for document in _documents(path, config, refusals):
+                for document in _documents(path, config, report, refusals):
                     in_split = split if document.split in ("", "train") else document.split
                     report.documents[in_split] += 1
                     report.n_characters += document.n_characters
@@ -207,13 +242,15 @@ def _characters_per_token(config: Config, paths: Sequence[Path]) -> float:
     return BYTES_PER_TOKEN * len(sample) / len(sample.encode())
 
 
-def _documents(path: Path, config: Config, refusals: Refusals) -> Iterator[Document]:
+def _documents(
+    path: Path, config: Config, report: Report, refusals: Refusals
+) -> Iterator[Document]:
     """The documents or dialogues of a file; what is none goes to `refusals`."""
     try:
         if config.task == "lm":
             yield from _text_documents(path, config)
         else:
-            yield from _dialogues(path, config.data.held_out, refusals)
+            yield from _dialogues(path, config.data.held_out, report, refusals)
     except UserError as error:  # the file cannot be read, or has an endless line
         refusals.add(error, str(path))
 
@@ -236,8 +273,11 @@ def _text_documents(path: Path, config: Config) -> Iterator[Document]:
             beginning = ""
 
 
-def _dialogues(path: Path, held_out: float, refusals: Refusals) -> Iterator[Document]:
+def _dialogues(
+    path: Path, held_out: float, report: Report, refusals: Refusals
+) -> Iterator[Document]:
     format = format_of(path)
+    table = TableSigns()
     for number, entry in format.entries(path):
         place = f"{path}:{number}"
         try:
@@ -245,9 +285,15 @@ def _dialogues(path: Path, held_out: float, refusals: Refusals) -> Iterator[Docu
         except UserError as error:
             refusals.add(error, place)
             continue
+        report.unread_keys.update(format.unread_keys(entry))
+        if not turns:
+            continue
         texts = [text for _, text in turns]
+        table.add(texts)
         split = split_of_dialogue(texts, held_out) if held_out else ""
         yield Document(split, hash_of("\0".join(texts)), sum(map(len, texts)), turns)
+    if format is TSV:
+        report.warnings += [f"{path}: {sign}" for sign in table.signs()]
 
 
 def _compare(report: Report, hashes: dict[str, np.ndarray]) -> None:
@@ -295,6 +341,9 @@ def lines_of(report: Report, config_file: str) -> Iterable[str]:
         )
     elif report.task == "chatlm":
         yield "long rows: unknown until the model is there that the run starts from"
+    if report.unread_keys:
+        keys = (f"{key} {count:,}" for key, count in report.unread_keys.most_common())
+        yield f"keys that nothing reads: {', '.join(keys)}"
     yield from (f"refused: {line}" for line in report.refusals[:SHOWN])
     yield verdict(report)
 

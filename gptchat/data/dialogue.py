@@ -31,6 +31,8 @@ A prompt is truncated by dropping whole turns, oldest first; its last turn is ne
 
 Speakers. OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0.
 Turns without roles, as in a TSV row, alternate backwards from the response, which is speaker 1's.
+UNLEARNED is added to the speaker of a turn that is not to be learned: no token of it is a target,
+whatever the targets are. The last turn is always learned.
 """
 
 from collections.abc import Sequence
@@ -45,6 +47,7 @@ from gptchat.console import UserError
 Turn = tuple[int, Sequence[int]]  # (speaker, token ids)
 TextTurn = tuple[int, str]  # (speaker, text)
 SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI's roles
+UNLEARNED = 2  # added to the speaker of a turn that is not to be learned
 IGNORE = -100  # the target of a position that has none
 
 
@@ -94,7 +97,7 @@ def _concatenate(turns: Sequence[Turn], sep_id: int) -> tuple[np.ndarray, np.nda
     for speaker, turn in turns:
         ids.append(sep_id)
         ids.extend(turn)
-        types += [speaker] * (1 + len(turn))
+        types += [speaker % UNLEARNED] * (1 + len(turn))
     return np.array(ids, np.int64), np.array(types, np.int64)
 
 
@@ -141,13 +144,15 @@ def encode_example(
     ids, types = _concatenate(kept, sep_id)
     if targets == "all":
         following = np.append(ids[1:], cls_id)
+        is_unlearned = [speaker >= UNLEARNED for speaker, _ in kept]
+        following[np.repeat(is_unlearned, [1 + len(turn) for _, turn in kept])] = IGNORE
     else:
         following = np.full(len(ids), IGNORE, np.int64)
         end = 0
         for i, (speaker, turn) in enumerate(kept):
             start, end = end, end + 1 + len(turn)  # of the turn behind its [SEP]
             is_chosen = targets == "turns" or (targets == "responder" and speaker == 1)
-            if i == len(kept) - 1 or (i > 0 and is_chosen):
+            if i == len(kept) - 1 or (i > 0 and is_chosen and speaker < UNLEARNED):
                 following[start:end] = [*turn, cls_id]
     start = 1 + skipped  # the first turn has no [SEP] before it
     stop = start + length

@@ -6,17 +6,21 @@ any other character, or at the end of a column, stands for itself. Empty columns
 row are skipped (a table whose rows have histories of different lengths). Any other empty column is
 an error, and so is a turn of white space alone.
 
-JSON. A line holds one dialogue as an object, in OpenAI's or in ShareGPT's form:
+JSON. A line, or an item of one array, is a dialogue in OpenAI's or in ShareGPT's form:
 
     {"messages": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]}
     {"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Hello."}]}
 
 Every message has one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, and text that is not white
 space alone. Roles need not alternate. In training the last message is the response and must be the
-responder's ("assistant" or "gpt"). Other keys are ignored.
+responder's ("assistant" or "gpt"). A message with `"weight": 0` or `"train": false` is not learned;
+if no response is, the dialogue is passed over. A row's `system` is a first turn. Other keys are
+ignored. Answers to an array's dialogues are written as lines.
 
-A file is JSON if its name ends in `.jsonl` or `.jsonl.gz`, else TSV. Empty lines are skipped. NULs
-and lines of more than 1,000,000 characters are errors. reading.py has the rules for all text.
+A file is JSON if it begins like objects or an array of them, or if its name ends in `.jsonl` or
+`.json`. Else it is TSV. `.gz` behind an ending does not count. Empty lines are skipped. NULs and
+lines or objects of more than 1,000,000 characters are errors. reading.py has the rules for all
+text.
 
 A format is an entry of FORMATS. Whatever reads or writes dialogues finds it there by `format_of`.
 """
@@ -28,11 +32,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptchat.console import UserError
-from gptchat.data.dialogue import SPEAKERS, TextTurn, alternate
-from gptchat.data.reading import Source, first_line, read_lines, read_text
+from gptchat.data.dialogue import SPEAKERS, UNLEARNED, TextTurn, alternate
+from gptchat.data.json_files import (
+    check_characters,
+    has_texts,
+    is_json,
+    json_entries,
+    parse_object,
+    read_texts,
+    show,
+)
+from gptchat.data.reading import Source, filled_lines, read_text
 
 SHAREGPT_SPEAKERS = {"gpt": 1, "human": 0, "system": 0}
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which UTF-8 cannot hold
 _ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}  # character -> its escape
 _CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 
@@ -43,9 +55,10 @@ class Format:
 
     An entry is one dialogue as the file has it, such as a line. `entries` yields each with the
     number of its line. `turns(entry, place, is_prompt)` are its turns. The last one is the
-    response, or with `is_prompt` what is to be answered. It raises UserError, which begins with
-    `place`, if there are fewer than two turns, or than one of a prompt. `answered(entry, answer)`
-    is what a file holds for the entry with an answer behind it.
+    response, or with `is_prompt` what is to be answered. There are none if nothing of the dialogue
+    is to be learned. It raises UserError, which begins with `place`, if there are too few.
+    `answered(entry, answer)` is what a file holds for the entry with an answer behind it.
+    `unread_keys(entry)` are the names of what `turns` ignores.
     """
 
     name: str
@@ -53,6 +66,7 @@ class Format:
     entries: Callable[[Source], Iterator[tuple[int, Any]]]
     turns: Callable[[Any, str, bool], list[TextTurn]]
     answered: Callable[[Any, str], str]
+    unread_keys: Callable[[Any], list[str]]
 
 
 class Prompt(NamedTuple):
@@ -65,7 +79,7 @@ class Prompt(NamedTuple):
 
 def format_of(path: Source) -> Format:
     """The format of a file of dialogues."""
-    return format_named(path) or TSV
+    return JSON if is_json(path) else format_named(path) or TSV
 
 
 def format_named(path: Source) -> Format | None:
@@ -81,7 +95,9 @@ def read_dialogues(path: Source) -> Iterator[list[TextTurn]]:
     """
     format = format_of(path)
     for number, entry in format.entries(path):
-        yield format.turns(entry, f"{path}:{number}", False)
+        turns = format.turns(entry, f"{path}:{number}", False)
+        if turns:
+            yield turns
 
 
 def read_prompts(path: Source) -> Iterator[Prompt]:
@@ -98,20 +114,16 @@ def read_prompts(path: Source) -> Iterator[Prompt]:
 def texts_of(path: Source) -> Iterator[str]:
     """The text that a vocabulary is trained on: of dialogues the turns, else pieces of a file.
 
-    A file is one of dialogues if its ending names their format.
+    A file is one of dialogues if its ending names their format, or if it is JSON without texts.
     """
-    if not format_named(path):
+    if is_json(path) and has_texts(path):
+        yield from read_texts(path)
+        return
+    if not (format_named(path) or is_json(path)):
         yield from read_text(path)
         return
     for prompt in read_prompts(path):
         yield "\n".join(text for _, text in prompt.turns)
-
-
-def filled_lines(path: Source) -> Iterator[tuple[int, str]]:
-    """(number, line) of every line that is not empty."""
-    for number, line in enumerate(read_lines(path), first_line(path)):
-        if line:
-            yield number, line
 
 
 # --- TSV
@@ -176,18 +188,33 @@ _FORMS = (
 
 
 def _message_turns(line: str, place: str, is_prompt: bool) -> list[TextTurn]:
-    form, messages = _find_messages(line, place)
+    form, messages, system = _find_messages(line, place)
     field = f"{place}: {form.messages}"
     turns = [_message_turn(message, form, f"{field}[{i}]") for i, message in enumerate(messages)]
     wanted = 1 if is_prompt else 2
     if len(turns) < wanted:
         raise UserError(f"{field}: found {len(turns)}; wanted {wanted} or more")
-    if not is_prompt and turns[-1][0] != form.speakers[form.responder]:
+    if not is_prompt and turns[-1][0] % UNLEARNED != form.speakers[form.responder]:
         raise UserError(
             f"{field}[{len(turns) - 1}].{form.role}: found {messages[-1][form.role]!r}; "
             f"wanted {form.responder!r}, the response last"
         )
-    return turns
+    turns = [*system, *turns]
+    if is_prompt:
+        return [(speaker % UNLEARNED, text) for speaker, text in turns]
+    learned = [i for i, (speaker, _) in enumerate(turns) if speaker == 1 and i > 0]
+    return turns[: learned[-1] + 1] if learned else []
+
+
+def _unread_keys(line: str) -> list[str]:
+    values = json.loads(line)
+    (form,) = (form for form in _FORMS if form.messages in values)
+    read = {form.role, form.text, "weight", "train"}
+    inside = {key for message in values[form.messages] for key in message.keys() - read}
+    return [
+        *(values.keys() - {form.messages, "system"}),
+        *(f"{form.messages}[].{key}" for key in inside),
+    ]
 
 
 def _answered_messages(line: str, answer: str) -> str:
@@ -199,19 +226,10 @@ def _answered_messages(line: str, answer: str) -> str:
     return json.dumps(values, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 
-def _find_messages(line: str, place: str) -> tuple[_Form, list[Any]]:
-    """The form of an object, and its messages, which are not checked yet."""
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place}: column {error.colno}: found no JSON ({error.msg}); wanted an object a line"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
-        raise UserError(f"{place}: found JSON that cannot be read ({error})") from None
+def _find_messages(line: str, place: str) -> tuple[_Form, list[Any], list[TextTurn]]:
+    """The form of an object, its messages, which are not checked yet, and the turn of `system`."""
     names = " or ".join(form.messages for form in _FORMS)
-    if not isinstance(values, dict):
-        raise UserError(f"{place}: found {_show(values)}; wanted an object with {names}")
+    values = parse_object(line, place, names)
     forms = [form for form in _FORMS if form.messages in values]
     if len(forms) != 1:
         problem = "both keys" if forms else "neither key"
@@ -219,32 +237,36 @@ def _find_messages(line: str, place: str) -> tuple[_Form, list[Any]]:
     messages = values[forms[0].messages]
     if not isinstance(messages, list):
         field = f"{place}: {forms[0].messages}"
-        raise UserError(f"{field}: found {_show(messages)}; wanted a list of messages")
-    return forms[0], messages
+        raise UserError(f"{field}: found {show(messages)}; wanted a list of messages")
+    system = values.get("system") or ""
+    if not isinstance(system, str):
+        raise UserError(f"{place}: system: found {show(system)}; wanted some text")
+    if not system.strip():
+        return forms[0], messages, []
+    return forms[0], messages, [(0, check_characters(system, f"{place}: system"))]
 
 
 def _message_turn(message: Any, form: _Form, field: str) -> TextTurn:
     if not isinstance(message, dict):
         wanted = f"an object with {form.role} and {form.text}"
-        raise UserError(f"{field}: found {_show(message)}; wanted {wanted}")
+        raise UserError(f"{field}: found {show(message)}; wanted {wanted}")
     role, text = message.get(form.role), message.get(form.text)
     if not isinstance(role, str) or role not in form.speakers:
         wanted = f"one of {', '.join(form.speakers)}"
-        raise UserError(f"{field}.{form.role}: found {_show(role)}; wanted {wanted}")
+        raise UserError(f"{field}.{form.role}: found {show(role)}; wanted {wanted}")
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{field}.{form.text}: found {_show(text)}; wanted some text")
-    if "\0" in text:
-        raise UserError(f"{field}.{form.text}: found a NUL character; wanted text without it")
-    if _SURROGATE.search(text):
-        raise UserError(f"{field}.{form.text}: found half a surrogate pair; wanted Unicode text")
-    return form.speakers[role], text
+        raise UserError(f"{field}.{form.text}: found {show(text)}; wanted some text")
+    check_characters(text, f"{field}.{form.text}")
+    weight, train = message.get("weight", 1), message.get("train", True)
+    if weight not in (0, 1):
+        raise UserError(f"{field}.weight: found {show(weight)}; wanted 0 or 1")
+    if not isinstance(train, bool):
+        raise UserError(f"{field}.train: found {show(train)}; wanted true or false")
+    return form.speakers[role] + (0 if weight and train else UNLEARNED), text
 
 
-def _show(value: Any) -> str:
-    """A JSON value in an error: short, in one line."""
-    return "nothing" if value is None else f"{value!r:.60}"
-
-
-TSV = Format("TSV", (".tsv",), filled_lines, _row_turns, _answered_row)
-JSON = Format("JSON", (".jsonl",), filled_lines, _message_turns, _answered_messages)
+TSV = Format("TSV", (".tsv",), filled_lines, _row_turns, _answered_row, lambda entry: [])
+JSON = Format(
+    "JSON", (".jsonl", ".json"), json_entries, _message_turns, _answered_messages, _unread_keys
+)
 FORMATS = (TSV, JSON)

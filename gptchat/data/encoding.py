@@ -35,6 +35,7 @@ import numpy as np
 from gptchat.config import Config
 from gptchat.data.dialogue import TextTurn
 from gptchat.data.dialogue_files import read_dialogues
+from gptchat.data.json_files import is_json, read_texts
 from gptchat.data.reading import Source, read_text
 from gptchat.data.scripts import WORDS
 from gptchat.data.splits import DocumentPiece, dialogues_of, pieces_of
@@ -73,8 +74,12 @@ def read_documents(path: Source, document: str, size: int) -> Iterator[DocumentP
 
     A document longer than `size` comes in several pieces, cut where white space begins, or else
     before a sign behind a letter, which no token of our patterns spans; anywhere if there is none.
-    Raises UserError with file and byte for invalid UTF-8.
+    In a file of JSON each object is a document, whatever `document` says. Raises UserError with
+    file and byte for invalid UTF-8.
     """
+    if is_json(path):
+        yield from ((text, True) for text in read_texts(path) if not text.isspace() and text)
+        return
     at_start = True  # whether the next piece begins a document
     separator = re.compile(SEPARATORS[document])
     for text, ends in _cut(read_text(path, size), separator, size):

@@ -24,6 +24,17 @@ from gptchat.console import UserError
 
 PIECE = 1 << 16  # bytes read at once
 LONGEST_LINE = 1_000_000  # characters
+# What files begin with that are no UTF-8 text.
+MAGIC = {
+    b"\x1f\x8b": "gzip data; wanted text, or a name that ends in .gz of text compressed once",
+    b"\xfd7zXZ": "xz data; wanted text, or gzip (.gz)",
+    b"BZh91AY": "bzip2 data; wanted text, or gzip (.gz)",
+    b"\x28\xb5\x2f\xfd": "zstd data; wanted text, or gzip (.gz)",
+    b"PK\x03\x04": "a zip archive; wanted the files in it",
+    b"%PDF-": "a PDF document; wanted its text",
+    b"\xff\xfe": "UTF-16; wanted UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "UTF-16; wanted UTF-8 (iconv -f UTF-16 -t UTF-8)",
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ def read_text(path: Source, size: int = PIECE) -> Iterator[str]:
             if isinstance(path, Span):
                 size = min(size, path.stop - file.tell())
             data = file.read(size)
+            if file.tell() == len(data):
+                _refuse_other_formats(path, data)
             is_last = not data
             try:
                 text = decoder.decode(data, is_last)
@@ -113,7 +126,8 @@ def read_text(path: Source, size: int = PIECE) -> Iterator[str]:
                 before = error.object[: error.start]
                 n_lines += before.count(b"\n") + before.count(b"\r") - before.count(b"\r\n")
                 raise UserError(
-                    f"{path}: byte {position}: found invalid UTF-8 in line {n_lines}"
+                    f"{path}: byte {position}: found invalid UTF-8 in line {n_lines}; "
+                    "wanted UTF-8 (iconv converts from others, such as Latin-1)"
                 ) from None
             n_lines += text.count("\n")
             lines, line_feed, end = text.rpartition("\n")
@@ -125,6 +139,15 @@ def read_text(path: Source, size: int = PIECE) -> Iterator[str]:
                 rest = ""
     if rest:
         yield rest
+
+
+def _refuse_other_formats(path: Source, data: bytes) -> None:
+    """Raise UserError if a file that begins with `data` is no UTF-8 text."""
+    for magic, problem in MAGIC.items():
+        if data.startswith(magic):
+            raise UserError(f"{path}: found {problem}")
+    if data[:1000].count(0) > 100:  # half of UTF-16's bytes in English
+        raise UserError(f"{path}: found NULs; wanted UTF-8 (iconv converts from others)")
 
 
 def read_lines(path: Source) -> Iterator[str]:
@@ -146,6 +169,13 @@ def read_lines(path: Source) -> Iterator[str]:
         number += len(lines)
     if rest:
         yield rest
+
+
+def filled_lines(path: Source) -> Iterator[tuple[int, str]]:
+    """(number, line) of every line that is not empty."""
+    for number, line in enumerate(read_lines(path), first_line(path)):
+        if line:
+            yield number, line
 
 
 def first_line(path: Source) -> int:

@@ -222,6 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"NAME: found {args.name!r}; wanted letters, digits, _ and -")
     if not (args.text or args.chat):
         raise UserError("wanted --text FILES, --chat FILES or both")
+    for pattern in (*args.text, *args.chat):
+        if pattern != pattern.encode(errors="replace").decode():
+            raise UserError(
+                f"FILES: found {pattern!r}, which is not UTF-8; wanted a glob pattern for it"
+            )
     folder = Path("configs", args.name)
     existing = [path for path in (folder / "lm.toml", folder / "chatlm.toml") if path.exists()]
     if existing:
