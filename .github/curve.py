@@ -1,13 +1,15 @@
 """Draw curve.svg, the losses of the default run: `python .github/curve.py` after `make lm chatlm`.
 
-Reads `log.jsonl` of each run folder named on the command line (default: out/lm out/chatlm). The
-picture has a background of its own, so that it is readable on a light and on a dark page.
+Reads the TensorBoard files of each run folder named on the command line (default: out/lm
+out/chatlm). The picture has a background of its own, so that it is readable on a light and on a
+dark page.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
 WIDTH, HEIGHT = 760, 340
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 58, 46  # margins
@@ -34,32 +36,32 @@ STYLE = """
 """
 
 
-def read_log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def read_run(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{words}</text>'
 
 
-def draw_run(title: str, log: list[dict], left: float, width: float, y_of) -> list[str]:
+def draw_run(title: str, run: EventAccumulator, left: float, width: float, y_of) -> list[str]:
     """A run's part of the picture, from x = `left` on: its two curves, labels and steps."""
-    n_steps = max(entry["step"] for entry in log)
+    losses, held_out = run.Scalars("train/loss"), run.Scalars("valid/loss")
+    n_steps = max(event.step for event in losses)
 
-    def points_of(kind: str) -> list[tuple[float, float]]:
-        entries = [entry for entry in log if entry["kind"] == kind]
-        return [(left + width * e["step"] / n_steps, y_of(e["loss"])) for e in entries]
+    def points_of(events: list[ScalarEvent]) -> list[tuple[float, float]]:
+        return [(left + width * event.step / n_steps, y_of(event.value)) for event in events]
 
-    def path_of(kind: str) -> str:
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in points_of(kind))
+    def path_of(events: list[ScalarEvent]) -> str:
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in points_of(events))
 
     parts = [text(left, TOP - 8, title, "title")]
-    parts.append(f'<polyline class="train" points="{path_of("train")}"/>')
-    parts.append(f'<polyline class="link" points="{path_of("valid")}"/>')
-    evaluations = [entry for entry in log if entry["kind"] == "valid"]
-    for (x, y), entry in zip(points_of("valid"), evaluations, strict=True):
+    parts.append(f'<polyline class="train" points="{path_of(losses)}"/>')
+    parts.append(f'<polyline class="link" points="{path_of(held_out)}"/>')
+    bits = run.Scalars("valid/bits_per_byte")
+    for (x, y), event in zip(points_of(held_out), bits, strict=True):
         parts.append(f'<circle class="valid" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        parts.append(text(x, y - 10, f"{entry['bits_per_byte']:.2f}", "valid", "middle"))
+        parts.append(text(x, y - 10, f"{event.value:.2f}", "valid", "middle"))
     for step in (0, n_steps // 2, n_steps):
         x = left + width * step / n_steps
         parts.append(text(x, HEIGHT - BOTTOM + 18, str(step), "soft", "middle"))
@@ -67,12 +69,15 @@ def draw_run(title: str, log: list[dict], left: float, width: float, y_of) -> li
     return parts
 
 
-def draw(logs: dict[str, list[dict]]) -> str:
-    losses = [entry["loss"] for log in logs.values() for entry in log]
+def draw(runs: dict[str, EventAccumulator]) -> str:
+    losses = []
+    for run in runs.values():
+        for tag in ("train/loss", "valid/loss"):
+            losses += [event.value for event in run.Scalars(tag)]
     low = math.floor(min(losses))
     high = math.ceil(2 * max(losses)) / 2
     plot_height = HEIGHT - TOP - BOTTOM
-    run_width = (WIDTH - LEFT - RIGHT - GAP * (len(logs) - 1)) / len(logs)
+    run_width = (WIDTH - LEFT - RIGHT - GAP * (len(runs) - 1)) / len(runs)
 
     def y_of(loss: float) -> float:
         return TOP + plot_height * (high - loss) / (high - low)
@@ -85,9 +90,9 @@ def draw(logs: dict[str, list[dict]]) -> str:
     for loss in range(low, int(high) + 1):
         parts.append(f'<path class="grid" d="M{LEFT} {y_of(loss):.1f} H{WIDTH - RIGHT}"/>')
         parts.append(text(LEFT - 10, y_of(loss) + 4, str(loss), "soft", "end"))
-    for number, (name, log) in enumerate(logs.items()):
+    for number, (name, run) in enumerate(runs.items()):
         left = LEFT + number * (run_width + GAP)
-        parts += draw_run(TITLES.get(name, name), log, left, run_width, y_of)
+        parts += draw_run(TITLES.get(name, name), run, left, run_width, y_of)
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     body = "\n".join(parts)
     return (
@@ -97,7 +102,7 @@ def draw(logs: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     runs = [Path(name) for name in sys.argv[1:] or ("out/lm", "out/chatlm")]
-    picture = draw({run.name: read_log(run) for run in runs})
+    picture = draw({run.name: read_run(run) for run in runs})
     Path(__file__).with_name("curve.svg").write_text(picture, encoding="utf-8")
 
 

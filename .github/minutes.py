@@ -1,15 +1,13 @@
 """Draw minutes.svg, held-out bits per byte over minutes, of the default run and of the evening:
 `python .github/minutes.py` after `make lm chatlm` and `make lm chatlm CONFIGS=configs/evening`.
 
-Reads the logs of the four runs in out/; another folder than out/ may be named.
+Reads the TensorBoard files of the four runs in out/; another folder than out/ may be named.
 """
 
 import sys
 from pathlib import Path
 
-from curve import STYLE, text
-
-from gptchat.training.run_log import read_run
+from curve import STYLE, read_run, text
 
 WIDTH, HEIGHT = 760, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 66, 46  # margins
@@ -20,8 +18,11 @@ Points = list[tuple[float, float]]  # minutes, bits per byte
 
 
 def read_points(run: Path) -> Points:
-    entries = read_run(run).of_kind("valid")
-    return [(entry["minutes"], entry["bits_per_byte"]) for entry in entries]
+    """Held-out bits per byte over the minutes since the start of a run that was not stopped."""
+    events = read_run(run)
+    start = events.FirstEventTimestamp()
+    bits = events.Scalars("valid/bits_per_byte")
+    return [((event.wall_time - start) / 60, event.value) for event in bits]
 
 
 def draw_part(title: str, default: Points, evening: Points, left: float, width: float) -> list[str]:

@@ -19,8 +19,6 @@ COMMANDS = {  # name: (module with `main(argv)`, summary)
     "evaluate": ("gptchat.evaluate", "measure loss, perplexity and bits per byte on held-out text"),
     "paths": ("gptchat.paths", "print what configs name as variables for make"),
     "clean": ("gptchat.clean", "remove what was made from configs, and nothing else"),
-    "runs": ("gptchat.runs", "list training runs with the figures of their best models"),
-    "plot": ("gptchat.plot", "draw the curves of training runs into a PNG or SVG file"),
     "convert": ("gptchat.model.convert", "adapt a Hugging Face GPT-2 directory to gptchat"),
     "chat": ("gptchat.chat", "talk to a model in the terminal, or answer a file of dialogues"),
     "serve": ("gptchat.serve", "serve models over HTTP with TorchServe"),

@@ -38,8 +38,6 @@ MODEL_FILES = (
 TEMPORARY = ".*.[0-9]*.tmp"  # what a killed `atomic_write` leaves
 RUN_FILES = (
     "checkpoint.safetensors",
-    "log.jsonl",
-    "speed.jsonl",
     "test.txt",
     "prompts.tsv",  # of older runs
     "answers.tsv",

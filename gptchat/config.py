@@ -12,6 +12,7 @@ a UserError of one line that says where it is, what was found and what is wanted
 files, folders and devices exist is checked by the command that uses them.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class DataConfig:
         above=0,
     )
     valid: tuple[str, ...] = setting((), "held-out files that choose the best model")
-    test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`")
+    test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`", may_change=True)
     held_out: float = setting(
         0.0,
         "share of the documents of `train` that is valid, and as large a one that is test; "
@@ -61,7 +62,9 @@ class DataConfig:
         min=0,
         below=0.5,
     )
-    shards: str = setting("", "folder of the encoded data; empty: `out/shards/<task>`")
+    shards: str = setting(
+        "", "folder of the encoded data; empty: `out/shards/<task>`", may_change=True
+    )
     document: str = setting(
         "block",
         "LM: what a document is; blocks stand between blank lines",
@@ -71,9 +74,6 @@ class DataConfig:
         "response",
         "ChatLM: what is learned: the last turn, its speaker's turns, all turns, or all tokens",
         choices=("response", "responder", "turns", "all"),
-    )
-    packed: bool = setting(
-        True, "ChatLM: pack several dialogues into a row; false: one a row, padded"
     )
 
     @property
@@ -105,8 +105,12 @@ class TrainConfig:
     """`[train]`: the training run."""
 
     seed: int = setting(0, "of weights, order of the data and dropout", min=0)
-    num_epochs: float = setting(0.0, "passes over the data; set either this or `num_steps`", min=0)
-    num_steps: int = setting(0, "optimizer steps; set either this or `num_epochs`", min=0)
+    num_epochs: float = setting(
+        0.0, "passes over the data; set either this or `num_steps`", min=0, may_change=True
+    )
+    num_steps: int = setting(
+        0, "optimizer steps; set either this or `num_epochs`", min=0, may_change=True
+    )
     batch_size: int = setting(8, "rows of a micro-batch", min=1)
     gradient_accumulation_steps: int = setting(
         1, "micro-batches of a step, of all processes together", min=1
@@ -116,14 +120,14 @@ class TrainConfig:
         "`muon` takes the matrices of the blocks, AdamW the rest",
         choices=("adamw", "muon"),
     )
-    learning_rate: float = setting(1e-3, "peak learning rate of AdamW", above=0)
+    learning_rate: float = setting(1e-3, "peak learning rate of AdamW", above=0, may_change=True)
     embedding_learning_rate: float = setting(
-        0.0, "peak learning rate of the token embedding; 0: that of AdamW", min=0
+        0.0, "peak learning rate of the token embedding; 0: that of AdamW", min=0, may_change=True
     )
-    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", above=0)
+    muon_learning_rate: float = setting(
+        0.02, "peak learning rate of Muon", above=0, may_change=True
+    )
     weight_decay: float = setting(0.1, "of matrices; biases and LayerNorms have none", min=0)
-    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", min=0, below=1)
-    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", min=0, below=1)
     warmup_ratio: float = setting(
         0.05, "share of all steps in which the rate grows to its peak", min=0, below=1
     )
@@ -135,31 +139,32 @@ class TrainConfig:
     min_lr_ratio: float = setting(
         0.0, "where the schedule ends, as a share of the peak rate", min=0
     )
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never", min=0)
-    eval_interval: int = setting(200, "steps between evaluations, each with a checkpoint", min=1)
-    log_interval: int = setting(20, "steps between lines of the training log", min=1)
+    max_grad_norm: float = setting(
+        1.0, "gradients are clipped to this norm; 0: never", min=0, may_change=True
+    )
+    eval_interval: int = setting(
+        200, "steps between evaluations, each with a checkpoint", min=1, may_change=True
+    )
+    log_interval: int = setting(
+        20, "steps between lines of the training log", min=1, may_change=True
+    )
     patience: int = setting(
         0,
         "evaluations in a row without a better loss that end the run; 0: it never ends early",
         min=0,
-    )
-    keep_type_rows: bool = setting(
-        False, "ChatLM from an LM: keep its two token-type rows instead of drawing new ones"
+        may_change=True,
     )
     precision: str = setting(
         "auto",
         "of the forward pass, weights stay in fp32; `auto`: bf16 if the device multiplies that, "
         "else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
+        may_change=True,
     )
-    tf32: bool = setting(
-        False, "let a GPU round the factors of fp32 products to TF32: faster, less exact"
+    compile: bool = setting(False, "compile the model with `torch.compile`", may_change=True)
+    device: str = setting(
+        "auto", "`cpu`, `cuda` or another device; `auto`: CUDA if there is one", may_change=True
     )
-    compile: bool = setting(False, "compile the model with `torch.compile`")
-    activation_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, more time"
-    )
-    device: str = setting("auto", "`cpu`, `cuda` or another device; `auto`: CUDA if there is one")
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class Config:
     task: str = setting(
         "lm", "`lm` continues text, `chatlm` answers dialogues", choices=("lm", "chatlm")
     )
-    run: str = setting("out/lm", "folder of everything that the run writes")
+    run: str = setting("out/lm", "folder of everything that the run writes", may_change=True)
     init_from: str = setting(
         "", "model directory to start from, ours or any Hugging Face GPT-2; empty: new weights"
     )
@@ -201,6 +206,20 @@ class ServerSettings:
     hosts: tuple[str, ...] = setting(
         (), "names in a request's Host header, besides localhost, any IP address and --host"
     )
+
+
+def keys_that_may_change(cls: type, prefix: str = "") -> set[str]:
+    """The keys of a config that a resumed run may have other values of, as "section.key"."""
+    keys = set()
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("may_change"):
+            keys.add(prefix + field.name)
+        elif dataclasses.is_dataclass(field.default):
+            keys |= keys_that_may_change(type(field.default), f"{field.name}.")
+    return keys
+
+
+FREE_KEYS = keys_that_may_change(Config)
 
 
 def build_server_settings(values: Any, source: str) -> ServerSettings:

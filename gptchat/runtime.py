@@ -1,16 +1,11 @@
-"""Process settings that commands share: garbage collector, allocator, signals, parent process, and
-what a hanging process can be asked."""
+"""Process settings that commands share: garbage collector, allocator, signals, parent process."""
 
-import contextlib
 import ctypes
 import gc
 import os
 import signal
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FrameType
 
 # Parameters of glibc's mallopt (malloc.h).
@@ -20,8 +15,6 @@ M_MMAP_MAX = -4
 PR_SET_PDEATHSIG = 1  # of Linux's prctl (linux/prctl.h)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS_TO_REPEAT = 1.0  # from a stop signal to the next of its kind that counts
-
-_actions: dict[int, Callable[[int], None]] = {}  # of `_act_on_signals`, by the signal's number
 
 
 def tune_memory() -> None:
@@ -43,36 +36,6 @@ def tune_memory() -> None:
     mallopt(M_TOP_PAD, 2**28)
 
 
-def dump_threads_on_signal() -> None:
-    """Let SIGUSR1 print the stacks of all threads to stderr; the process goes on.
-
-    It works while the main thread is stuck in C code, unless that holds Python's lock. (The module
-    faulthandler needs no lock, but it reads the frames of threads that run meanwhile: it crashed
-    three of four trainings within 32 to 97 signals.) Without SIGUSR1 (Windows) nothing is set.
-    """
-    if not hasattr(signal, "SIGUSR1"):
-        return
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    signal.siginterrupt(signal.SIGUSR1, False)  # C code that waits in a system call goes on waiting
-    # In one more thread: nobody might read what it prints, which must not delay a stop signal.
-    _act_on_signals(
-        (signal.SIGUSR1,),
-        lambda number: threading.Thread(target=_print_threads, daemon=True).start(),
-    )
-
-
-def _print_threads() -> None:
-    """Print the stacks of all threads but this one to stderr."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    lines = []
-    for ident, frame in sys._current_frames().items():
-        if ident != threading.get_ident():
-            lines.append(f"Thread {names.get(ident, ident)} (most recent call last):\n")
-            lines += traceback.format_stack(frame)
-    with contextlib.suppress(OSError, ValueError):  # stderr is closed
-        print("".join(lines), file=sys.stderr, flush=True)
-
-
 def handle_stop_signals(
     handler: Callable[[int, FrameType | None], object] | signal.Handlers,
 ) -> None:
@@ -87,7 +50,7 @@ def handle_stop_signals(
 
 
 def on_stop_signals(stop: Callable[[], None]) -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP call `stop`, in a thread of their own.
+    """From now on SIGINT, SIGTERM and SIGHUP call `stop`, between two steps of the main thread.
 
     One that comes SECONDS_TO_REPEAT or more after the first of its kind ends the process at once,
     with exit status 128 + its number. What comes sooner asks for the same again, since signals come
@@ -96,38 +59,13 @@ def on_stop_signals(stop: Callable[[], None]) -> None:
     """
     first_times: dict[int, float] = {}
 
-    def act(number: int) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         stop()
         now = time.monotonic()
         if now - first_times.setdefault(number, now) >= SECONDS_TO_REPEAT:
             os._exit(128 + number)
 
-    handle_stop_signals(lambda number, frame: None)
-    _act_on_signals(STOP_SIGNALS, act)
-
-
-def _act_on_signals(numbers: Iterable[int], action: Callable[[int], None]) -> None:
-    """From now on each such signal calls `action`, with its number, in a thread for all signals.
-
-    The signals need handlers, which may do nothing. Python runs handlers between two bytecodes of
-    the main thread only, which may be stuck in a sum over processes that never ends; but the C code
-    below them writes the number into a pipe at once.
-    """
-    if not _actions:
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=_watch_signals, args=(reader,), daemon=True).start()
-    _actions.update(dict.fromkeys(numbers, action))
-
-
-def _watch_signals(reader: int) -> None:
-    """Act on the numbers of signals, a byte each, that are read from a pipe."""
-    while True:
-        (number,) = os.read(reader, 1)
-        action = _actions.get(number)
-        if action:
-            action(number)
+    handle_stop_signals(handle)
 
 
 def end_with_parent() -> None:

@@ -37,10 +37,14 @@ RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {  # name -> (test, i
 }
 
 
-def setting(default: Any, help: str, **rules: Any) -> Any:
-    """A field of a dataclass: default, meaning in one line, and `choices` or bounds from RULES."""
+def setting(default: Any, help: str, may_change: bool = False, **rules: Any) -> Any:
+    """A field of a dataclass: default, meaning in one line, and `choices` or bounds from RULES.
+
+    `may_change` says of a config key that a resumed run may have another value.
+    """
     assert rules.keys() <= {"choices", *RULES}
-    return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
+    metadata = {"help": help, "rules": rules, "may_change": may_change}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

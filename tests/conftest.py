@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gptchat.inference.engine import Output
 from tests.forked import Forked
@@ -164,6 +165,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("lm", "chatlm"):
         run("shards", "--config", folder / f"{task}.toml")
     return folder
+
+
+def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of a figure that a run gave to TensorBoard so far, such as "train/loss"."""
+    if not (run / "tensorboard").exists():
+        return []
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    if tag not in events.Tags()["scalars"]:
+        return []
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def count_equal_greedy(alone: list[Output], company: list[Output], rounding: float) -> int:

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from gptchat import config
-from gptchat.config import Config, load_config
+from gptchat.config import FREE_KEYS, Config, load_config
 from gptchat.console import UserError
 from gptchat.settings import build, check_all, declared, setting, table, update_tables
 from gptchat.training.metrics import PRECISIONS
 from gptchat.training.optim import SCHEDULES
-from gptchat.training.saved_config import FREE_KEYS
 
 ROOT = Path(__file__).parent.parent
 GOOD = "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 8\n[train]\nnum_steps = 1\n"

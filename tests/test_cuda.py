@@ -6,7 +6,6 @@ Elsewhere all tests are skipped. GPTCHAT_CUDA_TESTS_ON=cpu runs their bodies on 
 only that the tests themselves work.
 """
 
-import json
 import os
 import random
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, count_equal_greedy
+from conftest import command, count_equal_greedy, scalars
 from torch import Tensor
 
 from gptchat.config import TrainConfig, load_config
@@ -25,9 +24,10 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.train import Run
+from gptchat.train import train, train_step
 from gptchat.training.distributed import World, wrap_model
 from gptchat.training.metrics import autocast
+from gptchat.training.start import Run, start
 from tests.hf_models import close, random_gpt2, write
 
 ON_CPU = os.environ.get("GPTCHAT_CUDA_TESTS_ON") == "cpu"
@@ -58,12 +58,11 @@ def deterministic() -> Iterator[None]:
 def make_run(small: Path, task: str, folder: Path, device: torch.device, *overrides: str) -> Run:
     settings = [f"run={folder}", f"train.device={device.type}", *STEPS, *overrides]
     config = load_config(str(small / f"{task}.toml"), settings)
-    return Run(config, World(config.train.device))
+    return start(config, World(config.train.device))
 
 
 def losses(folder: Path, kind: str = "train") -> list[float]:
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if entry["kind"] == kind]
+    return [value for _, value in scalars(folder, f"{kind}/loss")]
 
 
 # --- the model
@@ -139,16 +138,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     settings = ["train.optimizer=muon", "train.precision=bf16"]
     whole = make_run(small, task, tmp_path / "whole", device, *settings)
-    whole.train()
+    train(whole)
     stopped = make_run(small, task, tmp_path / "parts", device, *settings)
     stopped.stop()
-    stopped.train()
+    train(stopped)
     assert stopped.lock and stopped.state.step == 1
     stopped.lock.close()
     resumed = make_run(small, task, tmp_path / "parts", device, *settings)
-    resumed.train()
-    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
+    train(resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
@@ -159,7 +157,7 @@ def test_float16_with_its_scaler_learns_as_float32_does(
     for precision in ("fp32", "fp16"):
         settings = ["train.num_steps=20", "model.dropout=0", f"train.precision={precision}"]
         trained = make_run(small, "chatlm", tmp_path / precision, device, *settings)
-        trained.train()
+        train(trained)
     assert trained.state.scaler["scale"] > 1
     wanted, found = (losses(tmp_path / name, "valid")[-1] for name in ("fp32", "fp16"))
     assert found == pytest.approx(wanted, rel=0.02)
@@ -170,7 +168,7 @@ def test_a_compiled_run_learns_as_an_eager_one(
 ) -> None:
     for compiled in ("false", "true"):
         settings = ["model.dropout=0", f"train.compile={compiled}"]
-        make_run(small, "chatlm", tmp_path / compiled, device, *settings).train()
+        train(make_run(small, "chatlm", tmp_path / compiled, device, *settings))
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
@@ -178,7 +176,7 @@ def test_one_process_of_torchrun_trains_as_one_without(
     small: Path, tmp_path: Path, device: torch.device
 ) -> None:
     """On a GPU this is DDP over NCCL."""
-    make_run(small, "lm", tmp_path / "alone", device, "model.dropout=0").train()
+    train(make_run(small, "lm", tmp_path / "alone", device, "model.dropout=0"))
     arguments = command("train", "--config", small / "lm.toml", f"run={tmp_path / 'torchrun'}")
     settings = [*STEPS, "model.dropout=0", f"train.device={device.type}"]
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 1".split()
@@ -197,11 +195,11 @@ def test_a_training_step_does_not_wait_for_the_gpu(
     small: Path, tmp_path: Path, device: torch.device, task: str
 ) -> None:
     trained = make_run(small, task, tmp_path, device, "train.optimizer=muon")
-    trained.step([trained.train_batches.micro_batch(0)])  # makes the optimizers' state
+    train_step(trained, [trained.train_batches.micro_batch(0)])  # makes the optimizers' state
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        trained.step([trained.train_batches.micro_batch(1)])
+        train_step(trained, [trained.train_batches.micro_batch(1)])
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")

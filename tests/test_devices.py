@@ -25,10 +25,11 @@ from gptchat.inference import draw, linear
 from gptchat.inference.engine import Engine, Request
 from gptchat.inference.sampling import Sampling
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.train import Run
+from gptchat.train import train_step
 from gptchat.training import distributed, optim, start
 from gptchat.training.distributed import World, has_compiler, usable_device, wrap_model
 from gptchat.training.metrics import resolve_precision
+from gptchat.training.monitor import Monitor
 from gptchat.training.muon import Muon
 
 META = torch.device("meta")
@@ -103,11 +104,11 @@ def test_a_step_of_muon_makes_no_tensor_on_another_device(is_packed: bool) -> No
     arguments = packed_arguments(META, 70)
     if not is_packed:
         del arguments["segments"], arguments["position_ids"]
-    _, muon = unfused_optimizers(model, TrainConfig(optimizer="muon"))
+    optimizer = unfused_optimizers(model, TrainConfig(optimizer="muon"))
     with DeviceWatch() as watch:
         model(**arguments).backward()
         optim.clip_gradients(model, 1.0)
-        muon.step()
+        optimizer.optimizers[1].step()
     assert not watch.strangers
     assert not watch.reads
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -174,7 +175,7 @@ def test_a_decoding_step_reads_from_the_device_as_often_for_many_rows_as_for_one
     assert watch.reads.total() == n_reads
 
 
-def unfused_optimizers(model: GPT2, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def unfused_optimizers(model: GPT2, config: TrainConfig) -> optim.Optimizers:
     """AdamW, which has no fused kernel for "meta", and Muon."""
 
     class Unfused(torch.optim.AdamW):
@@ -192,17 +193,18 @@ def test_a_training_step_reads_nothing_from_the_device_but_for_the_log(
 ) -> None:
     settings = [f"run={tmp_path}", "train.device=meta", "train.gradient_accumulation_steps=2"]
     config = load_config(str(small / f"{task}.toml"), [*settings, "train.optimizer=muon"])
-    monkeypatch.setattr("gptchat.train.make_optimizers", unfused_optimizers)
-    trained = Run(config, World(config.train.device))
+    monkeypatch.setattr("gptchat.training.start.make_optimizers", unfused_optimizers)
+    trained = start.start(config, World(config.train.device))
+    watched = Monitor(trained)
     steps = [[trained.train_batches.micro_batch(2 * n + i) for i in range(2)] for n in range(3)]
     with DeviceWatch() as watch:
         for micro_batches in steps:
-            grad_norm = trained.step(micro_batches)
-            trained.health.count_step(grad_norm)
+            loss_sum, grad_norm = train_step(trained, micro_batches)
+            watched.count_step(micro_batches, loss_sum, grad_norm)
         assert not watch.reads
-        trained.take_mean_loss()
+        watched.report_training(grad_norm)
     assert set(watch.reads) == {"aten._local_scalar_dense.default"}
-    assert watch.reads.total() == 2  # the loss and the largest gradient norm
+    assert watch.reads.total() == 3  # the loss, the largest gradient norm and the last one
 
 
 # --- compilation
@@ -305,7 +307,7 @@ def test_auto_trains_in_bfloat16_where_the_cpu_multiplies_it(
     config = replace(Config(), train=TrainConfig(optimizer="muon"))
     assert start.choose_precision(config, World("cpu")).train.precision == precision
     model = GPT2(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    _, muon = optim.make_optimizers(model, config.train)
+    _, muon = optim.make_optimizers(model, config.train).optimizers
     assert isinstance(muon, Muon) and muon.dtype == dtype
 
 

@@ -4,28 +4,22 @@ Each agent has one process of a tiny model. They meet on 127.0.0.1 and share the
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from conftest import command, start_process, wait_until
-from test_train import config_of, finish, start
+from conftest import command, scalars, start_process, wait_until
+from test_train import finish, n_reports, start, trained
 from test_trust_processes import children_of
-
-from gptchat.data.batches import Batch
-from gptchat.train import Run
-from gptchat.training.distributed import World
 
 pytestmark = pytest.mark.slow
 SETTINGS = ["train.gradient_accumulation_steps=2", "train.eval_interval=50"]
-SETTINGS += ["train.log_interval=1", "model.dropout=0"]
+SETTINGS += ["train.log_interval=1", "model.dropout=0", "train.warmup_ratio=0"]
+SETTINGS += ["train.schedule=constant"]
 
 
 class Agents:
@@ -57,15 +51,11 @@ class Agents:
         self.started.append(agent)
         return agent
 
-    def log(self) -> list[dict[str, Any]]:
-        """The training lines of the run's log, in its order."""
-        path = self.folder / "run/log.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        return [line for line in map(json.loads, lines) if line["kind"] == "train"]
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait until the first agent's run has made a step."""
-        wait_until(lambda: self.log() and self.log()[-1]["step"] >= step, self.started[0], 300)
+    def wait_for_reports(self, number: int) -> None:
+        """Wait until the first agent's run has written this many more lines of its log."""
+        run = self.folder / "run"
+        wanted = n_reports(run) + number
+        wait_until(lambda: n_reports(run) >= wanted, self.started[0], 300)
 
     def wait_for_processes(self, number: int) -> None:
         """Wait until the first agent's run goes on with this many processes."""
@@ -84,73 +74,30 @@ class Agents:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("agent-*.log")))
 
 
-LONG = pytest.mark.skipif(
-    "GPTCHAT_LONG" not in os.environ, reason="torch waits for minutes; GPTCHAT_LONG=1 runs it"
-)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "the agent",
-        pytest.param("the machine", marks=LONG),
-        pytest.param("asked to stop", marks=LONG),
-    ],
-)
 def test_a_run_goes_on_when_an_agent_is_killed_and_when_it_comes_back(
-    small: Path, tmp_path: Path, how: str
+    small: Path, tmp_path: Path
 ) -> None:
     agents = Agents(small, tmp_path, n_steps=100_000)
     first, second = agents.start(), agents.start()
     agents.wait_for_processes(2)
-    agents.wait_for_step(120)
-
-    workers = children_of(second.pid)
-    second.send_signal(signal.SIGTERM if how == "asked to stop" else signal.SIGKILL)
-    if how == "the machine":
-        for pid in workers:
-            os.kill(pid, signal.SIGKILL)
+    agents.wait_for_reports(60)
+    second.kill()
     agents.wait_for_processes(1)
-    alone = agents.log()[-1]["step"]
-    agents.wait_for_step(alone + 50)
-
+    agents.wait_for_reports(30)
     third = agents.start()
     agents.wait_for_processes(2)
-    together = agents.log()[-1]["step"]
-    agents.wait_for_step(together + 50)
+    agents.wait_for_reports(30)
     for agent in (first, third):
         agent.send_signal(signal.SIGTERM)
     for agent in (first, third):
         agent.wait(60)
 
-    steps = [line["step"] for line in agents.log()]
-    assert steps == list(range(1, len(steps) + 1)), agents.output()  # none twice, none left out
-    # A worker whose agent alone is killed or leaves saves its last step; one that is killed cannot.
-    lost = "another process of the run has ended" in agents.output()
-    assert lost == (how == "the machine"), agents.output()
-    assert_losses_are_those_of_one_process(small, tmp_path, agents.log())
-
-
-def assert_losses_are_those_of_one_process(
-    small: Path, folder: Path, log: list[dict[str, Any]]
-) -> None:
-    """However many processes there were: each step had the batches of an undisturbed run."""
-    settings = [*SETTINGS, "train.num_steps=100000"]
-    run = Run(config_of(small, "lm", folder / "undisturbed", *settings), World("cpu"))
-    plain_step = run.step
-
-    def step(micro_batches: list[Batch]) -> torch.Tensor:
-        if run.state.step + 1 == len(log):
-            run.stop()
-        return plain_step(micro_batches)
-
-    run.step = step  # type: ignore[method-assign]
-    run.train()
-    lines = (folder / "undisturbed/log.jsonl").read_text().splitlines()
-    undisturbed = [line for line in map(json.loads, lines) if line["kind"] == "train"]
-    assert [line["tokens"] for line in log] == [line["tokens"] for line in undisturbed]
-    losses = [line["loss"] for line in undisturbed]
-    assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-3)
+    losses = scalars(tmp_path / "run", "train/loss")
+    assert [step for step, _ in losses] == list(range(1, len(losses) + 1)), agents.output()
+    # However many processes there were: each step had the batches of an undisturbed run.
+    trained(small, "lm", tmp_path / "alone", *SETTINGS, f"train.num_steps={len(losses)}")
+    alone = scalars(tmp_path / "alone", "train/loss")
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in alone], rel=1e-3)
 
 
 def test_processes_with_folders_of_their_own_are_refused_in_one_line(

@@ -18,7 +18,7 @@ from gptchat.model.gpt2 import GPT2
 from gptchat.model.kv_cache import KVCache
 from gptchat.model.loss import summed_cross_entropy
 from gptchat.model.weights import conv1d_layout
-from gptchat.training.optim import make_optimizers
+from gptchat.training.optim import BETAS, make_optimizers
 from tests.hf_models import close, random_gpt2, write
 
 torch.set_num_threads(1)
@@ -133,7 +133,7 @@ def assert_parameters_agree(pair: Pair, bound: float, gradients: bool) -> None:
 def test_three_adamw_steps_give_equal_losses_and_weights(pair: Pair) -> None:
     pair = Pair(copy.deepcopy(pair.theirs), copy.deepcopy(pair.ours), pair.dtype)
     config = TrainConfig(learning_rate=1e-3, weight_decay=0.1)
-    optimizers = [*make_optimizers(pair.ours, config), their_optimizer(pair.theirs, config)]
+    optimizers = [make_optimizers(pair.ours, config), their_optimizer(pair.theirs, config)]
     for step in range(3):
         ids, types, labels = batch(step)
         losses = [our_loss(pair.ours, ids, types, labels), their_loss(pair, ids, types, labels)]
@@ -157,9 +157,7 @@ def their_optimizer(model: GPT2LMHeadModel, config: TrainConfig) -> torch.optim.
         }
         for group in (True, False)
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=False
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=False)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

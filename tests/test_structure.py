@@ -14,7 +14,7 @@ ROWS = (
     ("data",),
     ("model",),
     ("inference", "training"),
-    ("train", "evaluate", "chat", "serve", "bench", "new", "runs", "plot", "paths", "clean"),
+    ("train", "evaluate", "chat", "serve", "bench", "new", "paths", "clean"),
 )
 LAZY = {"gptchat", "gptchat.__main__"}  # they import other modules by name, on first use
 TRACKED = {  # what may stand at the top beside hidden files

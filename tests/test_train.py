@@ -1,87 +1,69 @@
 """The loop: every target weighs the same, a resumed run is the same run, many processes are one."""
 
-import dataclasses
-import json
 import os
-import random
-import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import command, run, start_process, wait_until
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from conftest import command, run, scalars, start_process, wait_until
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptchat.config import Config, load_config
-from gptchat.console import UserError
+from gptchat import train as loop
+from gptchat.config import FREE_KEYS, load_config
+from gptchat.console import RunFailed, UserError
 from gptchat.data.batches import Batch, Batches
+from gptchat.data.dialogue import encode_example
 from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import tokenizer_for
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.train import Run
 from gptchat.training import checkpoint
-from gptchat.training.checkpoint import TrainState
 from gptchat.training.distributed import World
-from gptchat.training.monitor import step_flops
-from gptchat.training.optim import (
-    lr_scale,
-    make_optimizers,
-    optimizer_state,
-    set_learning_rate,
-)
-from gptchat.training.saved_config import resolve_config
+from gptchat.training.monitor import Monitor, step_flops
+from gptchat.training.optim import lr_scale, make_optimizers, optimizer_state, set_learning_rate
+from gptchat.training.start import Run
+from gptchat.training.start import start as start_run
 
-TASKS = ("lm", "chatlm")
-CONFIG = resolve_config(Config(), {"init": []})  # of a checkpoint that no command made
+SHORT = ("train.num_steps=20", "train.eval_interval=10", "train.log_interval=5")
+NEW_SIZE = ("model.n_layer=0", "model.n_head=0", "model.n_embd=0")
 
 
-def config_of(small: Path, task: str, folder: Path, *overrides: str) -> Config:
-    return load_config(str(small / f"{task}.toml"), [f"run={folder}", *overrides])
+def make_run(small: Path, task: str, folder: Path, *overrides: str) -> Run:
+    config = load_config(str(small / f"{task}.toml"), [f"run={folder}", *overrides])
+    return start_run(config, World("cpu"))
 
 
-def mixture(small: Path, task: str) -> list[str]:
-    """Settings of a run on two sources with weights, all turns of dialogues being targets."""
-    ending = "txt" if task == "lm" else "tsv"
-    sources = ", ".join(f'"{small}/data/{task}/{split}.{ending}"' for split in ("train", "valid"))
-    settings = [
-        f"data.train=[{sources}]",
-        "data.weights=[0.3, 0.7]",
-        f"data.shards={small}/mixed-{task}",
-    ]
-    if task == "chatlm":
-        settings += ["data.targets=turns"]
-    run("shards", "--config", small / f"{task}.toml", *settings)
-    return settings
+def trained(small: Path, task: str, folder: Path, *overrides: str) -> Run:
+    """A run that was trained in this process; its folder is free again."""
+    made = make_run(small, task, folder, *overrides)
+    if not made.done:
+        loop.train(made)
+    assert made.lock
+    made.lock.close()
+    return made
 
 
 def start(
     small: Path, task: str, folder: Path, *overrides: str, processes: int = 1
 ) -> subprocess.Popen:
+    """`gptchat train` as a process, or several under torchrun."""
     arguments = command("train", "--config", small / f"{task}.toml", f"run={folder}", *overrides)
     if processes > 1:
-        arguments = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            *arguments[1:],
-        ]
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--nproc-per-node", str(processes)]
+        arguments = [sys.executable, *torchrun, *arguments[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return start_process(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return start_process(arguments, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -90,47 +72,63 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
     return output
 
 
-def small_model(vocab_size: int = 50, **changes: object) -> GPT2:
+def n_reports(folder: Path) -> int:
+    """How many lines of its log a run has written, with those that were lost."""
+    files = (folder / "tensorboard").glob("*")
+    return sum(path.read_bytes().count(b"train/loss") for path in files) - 1  # one in the settings
+
+
+def mixture(small: Path) -> list[str]:
+    """Settings of a ChatLM that learns all turns of two sources with weights."""
+    sources = ", ".join(f'"{small}/data/chatlm/{split}.tsv"' for split in ("train", "valid"))
+    settings = [f"data.train=[{sources}]", "data.weights=[0.3, 0.7]", "data.targets=turns"]
+    settings += [f"data.shards={small}/mixed"]
+    run("shards", "--config", small / "chatlm.toml", *settings)
+    return settings
+
+
+def small_model(vocab_size: int = 50, n_positions: int = 256) -> GPT2:
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=256,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
-    model = GPT2(dataclasses.replace(config, **changes)).double()
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+    pdrop = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = GPT2Config(vocab_size=vocab_size, n_positions=n_positions, **sizes, **pdrop)
+    model = GPT2(config).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """A copy of the gradients, which are cleared."""
     copies = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return copies
 
 
-def assert_close(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: float
-) -> None:
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], bound: float) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).abs().max() <= bound * max(1e-3, tensor.abs().max()), name
 
 
+def files_of(folder: Path) -> list[dict[str, Tensor]]:
+    names = ("checkpoint.safetensors", "model/model.safetensors")
+    return [load_file(folder / name) for name in names]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, optimizer state, best model and held-out losses are equal to the bit."""
+    assert scalars(folder, "valid/loss") == scalars(other, "valid/loss")
+    for ours, theirs in zip(files_of(folder), files_of(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 # --- the loss
 
 
-@pytest.mark.parametrize(
-    ("split", "targets"),
-    [("valid", "response"), ("train", "responder"), ("train", "turns"), ("valid", "all")],
-)
+@pytest.mark.parametrize(("split", "targets"), [("valid", "response"), ("train", "turns")])
 def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(
     small: Path, split: str, targets: str
 ) -> None:
@@ -138,25 +136,48 @@ def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(
     tokenizer = tokenizer_for(config)
     shards = open_shards(config, split, tokenizer)
     n_ctx = 1024
-    model = small_model(tokenizer.vocab_size, n_positions=n_ctx)
-    packed, single = (
-        Batches([shards], tokenizer, n_ctx, size, packed=packed, targets=targets)
-        for size, packed in ((3, True), (1, False))
-    )
-    excerpts = sorted({excerpt for row in range(3) for excerpt in packed.orders[0].row(row)})
+    model = small_model(tokenizer.vocab_size, n_ctx)
+    packed = Batches([shards], tokenizer, n_ctx, 3, targets=targets)
     loss = model(**packed.micro_batch(0).inputs("cpu"))
     loss.backward()
-    whole, total = gradients(model), 0.0
-    for excerpt in excerpts:
-        one = model(**single._dialogue_batch([(shards, [excerpt])]).inputs("cpu"))
-        one.backward()
-        total += float(one.detach())
-    assert len(excerpts) > 4
+    whole, total, n_examples = gradients(model), 0.0, 0
+    for row in range(3):
+        for dialogue, first, last in packed.orders[0].row(row):
+            turns = shards.dialogue(dialogue)[first:last]
+            one = encode_example(turns, tokenizer.cls_id, tokenizer.sep_id, n_ctx, targets)
+            ids, types, wanted = map(
+                torch.as_tensor, (one.input_ids, one.token_type_ids, one.targets)
+            )
+            alone = model(ids[None].long(), types[None].long(), targets=wanted.long())
+            alone.backward()
+            total += float(alone.detach())
+            n_examples += 1
+    assert n_examples > 4
     assert float(loss.detach()) == pytest.approx(total, rel=1e-12)
     assert_close(gradients(model), whole, 1e-9)
 
 
-def test_a_micro_batch_without_targets_gives_zero(small: Path) -> None:
+@pytest.mark.parametrize("task", ["lm", "chatlm"])
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
+    small: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets are spread unevenly over the micro-batches of chat; each must weigh the same."""
+    outcomes = []
+    for rows, accumulation in ((12, 1), (1, 12)):
+        settings = [f"train.batch_size={rows}", "model.dropout=0", "train.max_grad_norm=0"]
+        settings += [f"train.gradient_accumulation_steps={accumulation}"]
+        made = make_run(small, task, tmp_path / str(rows), *settings)
+        monkeypatch.setattr(made.optimizer, "zero_grad", lambda: None)
+        micro_batches = [made.train_batches.micro_batch(i) for i in range(accumulation)]
+        made.model.double()
+        loss_sum, _ = loop.train_step(made, micro_batches)
+        outcomes.append((gradients(made.model), float(loss_sum)))
+    (whole, loss), (accumulated, same_loss) = outcomes
+    assert same_loss == pytest.approx(loss, rel=1e-9)
+    assert_close(accumulated, whole, 1e-9)
+
+
+def test_a_micro_batch_without_targets_gives_zero() -> None:
     model = small_model()
     nothing = torch.zeros(0, dtype=torch.int64)
     loss = model(torch.zeros(2, 8, dtype=torch.int64), target_positions=nothing, targets=nothing)
@@ -165,98 +186,38 @@ def test_a_micro_batch_without_targets_gives_zero(small: Path) -> None:
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients(model).values())
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
-    small: Path, tmp_path: Path, task: str
-) -> None:
-    """Targets are spread unevenly over the micro-batches of chat; each must weigh the same."""
-    outcomes = []
-    for number, (rows, accumulation) in enumerate(((12, 1), (4, 3), (1, 12))):
-        folder = tmp_path / str(number)
-        trained = Run(
-            config_of(
-                small,
-                task,
-                folder,
-                f"train.batch_size={rows}",
-                f"train.gradient_accumulation_steps={accumulation}",
-                "model.dropout=0",
-            ),
-            World("cpu"),
-        )
-        micro_batches = [trained.train_batches.micro_batch(i) for i in range(accumulation)]
-        for optimizer in trained.optimizers:
-            optimizer.zero_grad = lambda: None
-        trained.model.double()
-        trained.step(micro_batches)
-        outcomes.append((gradients(trained.model), trained.take_mean_loss()))
-    (whole, whole_loss), *others = outcomes
-    for accumulated, loss in others:
-        assert loss == pytest.approx(whole_loss, rel=1e-9)
-        assert_close(accumulated, whole, 1e-9)
-
-
 # --- resuming
 
-KILLS = 10 if "GPTCHAT_LONG" in os.environ else 4
-
-
-def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], str, dict[str, torch.Tensor]]:
-    return (
-        load_file(folder / "checkpoint.safetensors"),
-        (folder / "log.jsonl").read_text(),
-        load_file(folder / "model" / "model.safetensors"),
-    )
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    (ours, log, best), (theirs, their_log, their_best) = outcome(folder), outcome(other)
-    assert log == their_log
-    for left, right in ((ours, theirs), (best, their_best)):
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in left)
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "mixed"), [("lm", True), ("chatlm", False), ("chatlm", True)])
 def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(
-    small: Path, tmp_path: Path, task: str, mixed: bool
+    small: Path, tmp_path: Path
 ) -> None:
-    settings = [f"train.num_steps={60 * KILLS}", "train.eval_interval=10"]
-    if mixed:
-        settings += mixture(small, task)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(small, task, whole, *settings))
-    moments, kills = random.Random(task), 0
-    while kills < KILLS:
-        process = start(small, task, killed, *settings)
-        grown = (killed / "log.jsonl").stat().st_size if (killed / "log.jsonl").exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if (killed / "log.jsonl").exists() and (killed / "log.jsonl").stat().st_size != grown:
-                break
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0.0, 0.2))
-        process.send_signal(signal.SIGKILL)
+    settings = [*mixture(small), "train.num_steps=90", "train.eval_interval=10"]
+    settings += ["train.optimizer=muon", "train.log_interval=1"]
+    finish(start(small, "chatlm", tmp_path / "whole", *settings))
+    killed = tmp_path / "killed"
+    for lines in (13, 47):
+        process = start(small, "chatlm", killed, *settings)
+        wait_until(lambda lines=lines: n_reports(killed) >= lines, process)
+        process.kill()
         process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL, "the run ended before its last kill"
-        kills += 1
-    finish(start(small, task, killed, *settings))
-    assert_same_run(killed, whole)
+    finish(start(small, "chatlm", killed, *settings))
+    assert_same_run(killed, tmp_path / "whole")
+    assert scalars(killed, "train/loss") == scalars(tmp_path / "whole", "train/loss")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_or_a_burst_of_it_saves_and_the_same_command_goes_on(
-    small: Path, tmp_path: Path, number: int
+def test_a_burst_of_a_signal_saves_and_the_same_command_goes_on(
+    small: Path, tmp_path: Path
 ) -> None:
-    settings = ["train.num_steps=300", "train.eval_interval=1000"]
+    settings = ["train.num_steps=150", "train.eval_interval=1000", "train.log_interval=1"]
     finish(start(small, "chatlm", tmp_path / "whole", *settings))
     process = start(small, "chatlm", tmp_path / "stopped", *settings)
-    log = tmp_path / "stopped/log.jsonl"
-    wait_until(lambda: log.exists() and log.stat().st_size, process)
+    wait_until(lambda: n_reports(tmp_path / "stopped") > 0, process)
     for _ in range(5):
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
     assert "goes on from here" in finish(process, 130)
     finish(start(small, "chatlm", tmp_path / "stopped", *settings))
@@ -264,368 +225,259 @@ def test_a_signal_or_a_burst_of_it_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(small: Path, tmp_path: Path) -> None:
+    settings = [*mixture(small), "model.dropout=0", "train.gradient_accumulation_steps=3"]
+    settings += ["train.eval_interval=10"]
+    trained(small, "chatlm", tmp_path / "one", *settings, "train.num_steps=30")
+    two = tmp_path / "two"
+    stopped = make_run(small, "chatlm", two, *settings, "train.num_steps=30")
+    stopped.stop()
+    loop.train(stopped)
+    assert stopped.lock and stopped.state.step == 1
+    stopped.lock.close()
+    finish(start(small, "chatlm", two, *settings, "train.num_steps=30", processes=2))
+    ours, theirs = (scalars(tmp_path / name, "valid/loss") for name in ("one", "two"))
+    assert [step for step, _ in ours] == [step for step, _ in theirs] == [10, 20, 30]
+    assert [x for _, x in ours] == pytest.approx([x for _, x in theirs], rel=1e-4)
+    one, other = (files_of(tmp_path / name)[0] for name in ("one", "two"))
+    names = [name for name in one if name.startswith("model.")]
+    assert_close({name: other[name] for name in names}, {name: one[name] for name in names}, 1e-2)
+
+
 def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(
     small: Path, tmp_path: Path
 ) -> None:
-    finish(start(small, "lm", tmp_path))
-    before = outcome(tmp_path)
-    assert "finished at step 40 of 40" in finish(start(small, "lm", tmp_path))
-    refused = finish(start(small, "lm", tmp_path, "train.weight_decay=0.2", "model.n_embd=64"), 2)
-    assert "model.n_embd was 32, is 64; train.weight_decay was 0.1, is 0.2" in refused
-    assert refused.count("\n") == 1
-    assert before[1] == (tmp_path / "log.jsonl").read_text()
+    trained(small, "lm", tmp_path, *SHORT)
+    output = run("train", "--config", small / "lm.toml", f"run={tmp_path}", *SHORT)
+    assert "finished at step 20 of 20, best" in output and "raising train.num_steps" in output
+    with pytest.raises(UserError, match="found a checkpoint of step 20; the config wants only 12"):
+        make_run(small, "lm", tmp_path, "train.num_steps=12")
+    told = "model.n_embd was 32, is 64; train.weight_decay was 0.1, is 0.2;.*"
+    with pytest.raises(UserError, match=told + ", ".join(sorted(FREE_KEYS))):
+        make_run(small, "lm", tmp_path, *SHORT, "train.weight_decay=0.2", "model.n_embd=64")
 
 
-@pytest.mark.slow
-def test_a_log_that_was_cut_by_hand_is_not_filled_up(small: Path, tmp_path: Path) -> None:
-    finish(start(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=10"))
-    (tmp_path / "log.jsonl").write_bytes(b"")
-    finish(start(small, "lm", tmp_path, "train.num_steps=20", "train.eval_interval=10"))
-    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")][-1] == 20
+def test_patience_keeps_the_best_model_and_says_what_trains_it_further(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = iter([3.0, 2.0, 2.5, 2.2, 1.0, 1.5, 1.5, 1.5])
+    monkeypatch.setattr(loop, "sum_losses", lambda *arguments: (next(held_out), 1))
+    settings = ["train.num_steps=100", "train.eval_interval=1"]
+    ended = trained(small, "lm", tmp_path, *settings, "train.patience=2")
+    best = ended.model_dir / "model.safetensors"
+    assert ended.state.step == 4 and ended.state.best_loss == 2.0
+    before = load_file(best)
+    told = loop.describe_end(ended)
+    assert "finished at step 4 of 100 by train.patience" in told
+    assert "raising train.patience" in told
+    again = trained(small, "lm", tmp_path, *settings, "train.patience=3")
+    assert again.state.step == 8 and again.state.best_loss == 1.0
+    assert not torch.equal(*(w["transformer.wte.weight"] for w in (before, load_file(best))))
 
 
-@pytest.mark.slow
-def test_a_chat_run_does_not_go_on_from_another_lm(small: Path, tmp_path: Path) -> None:
-    finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
-    chat = [
-        f"init_from={tmp_path / 'lm/model'}",
-        "model.n_layer=0",
-        "model.n_head=0",
-        "model.n_embd=0",
-    ]
-    finish(start(small, "chatlm", tmp_path / "chat", *chat, "train.num_steps=5"))
-    finish(start(small, "lm", tmp_path / "lm", "train.num_steps=40"))
-    assert "text.init was" in finish(
-        start(small, "chatlm", tmp_path / "chat", *chat, "train.num_steps=5"), status=2
-    )
+@pytest.mark.parametrize("moment", ["at the end", "on the way"])
+def test_a_best_model_that_was_moved_away_is_written_anew(
+    small: Path, tmp_path: Path, moment: str
+) -> None:
+    first = trained(small, "lm", tmp_path, *SHORT)
+    shutil.rmtree(first.model_dir)
+    steps = 20 if moment == "at the end" else 23
+    again = trained(small, "lm", tmp_path, f"train.num_steps={steps}", *SHORT[1:])
+    model, _, _ = pretrained.load_model(again.model_dir)
+    assert again.done and again.state.best_loss < 100
+    assert model.config == first.model.config
 
 
-@pytest.mark.slow
-def test_a_second_run_on_the_same_folder_is_refused_while_one_is_running(
+def test_a_chat_run_goes_on_without_the_lm_it_started_from_but_not_from_another(
     small: Path, tmp_path: Path
 ) -> None:
-    held = checkpoint.lock(tmp_path)
-    assert "another run is training here" in finish(start(small, "lm", tmp_path), 2)
-    held.close()
-    finish(start(small, "lm", tmp_path, "train.num_steps=5"))
+    lm, chat = tmp_path / "lm", tmp_path / "chat"
+    trained(small, "lm", lm, *SHORT)
+    settings = [f"init_from={lm / 'model'}", *NEW_SIZE, "train.eval_interval=5"]
+    trained(small, "chatlm", tmp_path / "whole", *settings, "train.num_steps=10")
+    trained(small, "chatlm", chat, *settings, "train.num_steps=5", "train.schedule=cosine")
+    lm.rename(tmp_path / "away")
+    assert trained(small, "chatlm", chat, *settings, "train.num_steps=10").state.step == 10
+    with pytest.raises(UserError, match="lm/model"):
+        make_run(small, "chatlm", tmp_path / "new", *settings)
+    trained(small, "lm", lm, "train.num_steps=3")
+    with pytest.raises(UserError, match="text.init was"):
+        make_run(small, "chatlm", chat, *settings)
+    shutil.rmtree(lm)
+    (tmp_path / "away").rename(lm)
+    assert trained(small, "chatlm", chat, *settings, "train.num_steps=12").state.step == 12
 
 
-@pytest.mark.slow
-def test_early_stopping_keeps_the_best_model(small: Path, tmp_path: Path) -> None:
-    settings = [
-        "train.num_steps=2000",
-        "train.eval_interval=10",
-        "train.patience=2",
-        "train.learning_rate=0.03",
-        "train.schedule=constant",
-        "train.precision=bf16",
-        "train.optimizer=muon",
-    ]
-    finish(start(small, "chatlm", tmp_path, *settings))
-    held_out = [
-        line["loss"]
-        for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-        if line["kind"] == "valid"
-    ]
-    best = held_out.index(min(held_out))
-    assert len(held_out) == best + 3 < 200
-    assert "finished" in finish(start(small, "chatlm", tmp_path, *settings))
+def test_a_second_run_on_the_same_folder_is_refused_and_removes_nothing(
+    small: Path, tmp_path: Path
+) -> None:
+    first = make_run(small, "lm", tmp_path)
+    being_written = tmp_path / ".checkpoint.safetensors.99999.tmp"
+    being_written.write_bytes(b"part")
+    with pytest.raises(UserError, match="another run is training here"):
+        make_run(small, "lm", tmp_path)
+    assert first.lock and being_written.exists()
+    first.lock.close()
+    make_run(small, "lm", tmp_path)
+    assert not being_written.exists()
 
 
 # --- the checkpoint
 
 
-def trained_model(small: Path) -> tuple[GPT2, list[Optimizer]]:
-    """A model after two steps of Muon and AdamW on made-up gradients."""
-    config = load_config(str(small / "lm.toml"), ["train.optimizer=muon"]).train
-    model = small_model().float()
-    optimizers = make_optimizers(model, config)
-    for _ in range(2):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        for optimizer in optimizers:
-            optimizer.step()
-    return model, optimizers
-
-
-def reordered(optimizer: Optimizer) -> Optimizer:
-    """A new optimizer of the same kind, with its groups and the parameters in each reversed."""
-    groups = [
-        group | {"params": group["params"][::-1]} for group in reversed(optimizer.param_groups)
-    ]
-    return type(optimizer)(groups)
-
-
-def rewrite_checkpoint(
-    path: Path, metadata: dict[str, str | None], dropped: Sequence[str] = ()
-) -> None:
-    """Change a checkpoint's metadata (None removes an entry) and leave tensors out."""
-    with safe_open(path, framework="pt") as file:
-        changed = file.metadata() | metadata
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name not in dropped}
-    kept = {key: value for key, value in changed.items() if value is not None}
-    if "format" in kept:
-        kept["digest"] = checkpoint.digest(tensors, kept)
-    save_file(tensors, path, kept)
-
-
-def test_optimizer_state_is_named_by_kind_and_parameter(small: Path) -> None:
-    state = optimizer_state(*trained_model(small))
+def test_optimizer_state_is_named_by_kind_and_parameter(small: Path, tmp_path: Path) -> None:
+    made = trained(small, "lm", tmp_path, "train.num_steps=1", "train.optimizer=muon")
+    state = optimizer_state(made.model, made.optimizer)
     assert "optimizer.adamw.h.0.ln_1.weight.exp_avg" in state
     assert "optimizer.muon.h.1.mlp.c_fc.weight.momentum_buffer" in state
 
 
-def test_optimizer_state_finds_its_parameters_in_any_order(small: Path, tmp_path: Path) -> None:
-    model, optimizers = trained_model(small)
-    saved = {name: value.clone() for name, value in optimizer_state(model, optimizers).items()}
-    path = tmp_path / "checkpoint.safetensors"
-    checkpoint.save_checkpoint(path, model, optimizers, TrainState(step=2), CONFIG)
-    others = [reordered(optimizer) for optimizer in reversed(optimizers)]
-    assert not optimizer_state(model, others)
-    assert checkpoint.load_checkpoint(path, model, others, CONFIG)[0].step == 2
-    restored = optimizer_state(model, others)
-    assert restored.keys() == saved.keys()
-    assert all(torch.equal(restored[name], saved[name]) for name in saved)
-
-
-@pytest.mark.parametrize("part", ["exp_avg", "all"])
-def test_a_checkpoint_without_the_state_of_a_parameter_is_refused(
-    small: Path, tmp_path: Path, part: str
+def test_a_damaged_checkpoint_or_one_of_another_format_is_refused_in_one_line(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, optimizers = trained_model(small)
-    path = tmp_path / "checkpoint.safetensors"
-    checkpoint.save_checkpoint(path, model, optimizers, TrainState(), CONFIG)
-    parts = ["exp_avg", "exp_avg_sq", "step"] if part == "all" else [part]
-    rewrite_checkpoint(path, {}, [f"optimizer.adamw.wpe.weight.{key}" for key in parts])
-    with pytest.raises(UserError, match="^[^\n]+$") as error:
-        checkpoint.load_checkpoint(path, model, optimizers, CONFIG)
-    assert "no optimizer.adamw.wpe.weight.exp_avg" in str(error.value)
-    assert "remove it to start the run anew" in str(error.value)
+    trained(small, "lm", tmp_path, "train.num_steps=2")
+    path = checkpoint.path_in(tmp_path)
+    content = path.read_bytes()
+    damaged = [content[: len(content) // 2], content[:100], b""]
+    for place in range(8, len(content), len(content) // 20):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        damaged.append(bytes(changed))
+    for bad in damaged:
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="^[^\n]*checkpoint.safetensors[^\n]*$"):
+            checkpoint.read(tmp_path)
+    path.write_bytes(content)
+    saved = checkpoint.read(tmp_path)
+    assert saved and saved.state.step == 2
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FORMAT", "99")
+    with pytest.raises(UserError, match="found checkpoint format 5; wanted 99; [^\n]+anew$"):
+        make_run(small, "lm", tmp_path)
 
 
-def test_a_checkpoint_saved_before_an_optimizer_made_a_step_loads(
-    small: Path, tmp_path: Path
+# --- numbers that are not finite
+
+
+@pytest.mark.parametrize("place", ["weight", "gradient", "stop"])
+def test_a_value_that_is_not_finite_ends_the_run_before_anything_is_saved(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """As fp16 writes one when it has skipped every step so far."""
-    model, optimizers = trained_model(small)
-    path = tmp_path / "checkpoint.safetensors"
-    skipped = TrainState(step=2, scaler={"scale": 1.0})
-    checkpoint.save_checkpoint(path, model, [], skipped, CONFIG)
-    others = [reordered(optimizer) for optimizer in optimizers]
-    assert checkpoint.load_checkpoint(path, model, others, CONFIG)[0].step == 2
-    assert not optimizer_state(model, others)
+    """`stop`: a signal asks for a checkpoint right after the weights went wrong."""
+    plain_step, kept = loop.train_step, []
+
+    def step(made: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+        if made.state.step == 11:
+            kept.extend(files_of(tmp_path))
+        loss_sum, grad_norm = plain_step(made, micro_batches)
+        if made.state.step == 12:
+            if place == "gradient":
+                return loss_sum, grad_norm * torch.inf
+            made.model.wte.weight.data[7, 3] = torch.nan
+            made.stopped = place == "stop"
+        return loss_sum, grad_norm
+
+    monkeypatch.setattr(loop, "train_step", step)
+    made = make_run(small, "lm", tmp_path, *SHORT)
+    with pytest.raises(RunFailed, match="^[^\n]+(nan|inf)[^\n]+the last checkpoint and[^\n]+$"):
+        loop.train(made)
+    for before, after in zip(kept, files_of(tmp_path), strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert scalars(tmp_path, "train/loss")[-1][0] == 10
+    assert made.lock
+    made.lock.close()
+    monkeypatch.setattr(loop, "train_step", plain_step)
+    slower = trained(small, "lm", tmp_path, *SHORT, "train.learning_rate=1e-3")
+    assert slower.state.step == 20
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "shown"), [(None, "unknown"), ("1", "1"), ("99", "99")])
-def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_says_what_to_do(
-    small: Path, tmp_path: Path, number: str | None, shown: str
+@pytest.mark.parametrize("loss_sum", [torch.nan, torch.inf])
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_sum: float
 ) -> None:
-    settings = ["train.num_steps=2", "train.eval_interval=1"]
-    finish(start(small, "lm", tmp_path, *settings))
-    rewrite_checkpoint(tmp_path / "checkpoint.safetensors", {"format": number})
-    refused = finish(start(small, "lm", tmp_path, *settings), 2)
-    assert f"found checkpoint format {shown}; wanted {checkpoint.CHECKPOINT_FORMAT}" in refused
-    assert "remove the file to start anew" in refused
-    assert refused.count("\n") == 1
+    monkeypatch.setattr(loop, "sum_losses", lambda *arguments: (loss_sum, 7))
+    with pytest.raises(RunFailed, match="held-out loss (nan|inf) at step 10"):
+        trained(small, "lm", tmp_path, *SHORT)
+    assert not checkpoint.path_in(tmp_path).exists()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_an_overflow_of_fp16_in_one_optimizers_gradients_skips_the_step_of_all(
+    small: Path, tmp_path: Path, max_grad_norm: float
+) -> None:
+    settings = ("train.precision=fp16", "train.optimizer=muon")
+    made = make_run(small, "lm", tmp_path, *settings, f"train.max_grad_norm={max_grad_norm}")
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+
+    def update(broken: Tensor | None) -> None:
+        made.scaler.scale(torch.ones(()))
+        for parameter in made.model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        if broken is not None:
+            broken.grad[0, 0] = torch.inf
+        loop.update_weights(made)
+
+    for broken in (made.model.wpe.weight, made.model.h[0].mlp.c_fc.weight):
+        update(broken)
+        after = made.model.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    update(None)
+    for name, parameter in made.model.named_parameters():
+        assert not torch.equal(parameter, before[name]) and parameter.isfinite().all(), name
 
 
 # --- switches
 
 
-@pytest.mark.slow
-def test_activation_checkpointing_and_compilation_change_no_result(
-    small: Path, tmp_path: Path
-) -> None:
-    """Dropout on: the recomputed activations must be the same."""
-    results = []
-    for number, switch in enumerate(("seed=0", "activation_checkpointing=true", "compile=true")):
-        dropout = "model.dropout=0" if "compile" in switch else "model.dropout=0.1"
-        trained = Run(
-            config_of(small, "chatlm", tmp_path / str(number), f"train.{switch}", dropout),
-            World("cpu"),
-        )
-        for optimizer in trained.optimizers:
-            optimizer.zero_grad = lambda: None
-        trained.step([trained.train_batches.micro_batch(0)])
-        results.append(gradients(trained.model))
-    plain = Run(config_of(small, "chatlm", tmp_path / "plain", "model.dropout=0"), World("cpu"))
-    for optimizer in plain.optimizers:
-        optimizer.zero_grad = lambda: None
-    plain.step([plain.train_batches.micro_batch(0)])
-    assert_close(results[1], results[0], 1e-6)
-    assert_close(results[2], gradients(plain.model), 1e-4)
-
-
-@pytest.mark.slow
-def test_without_a_compiler_one_line_says_so_and_training_is_eager(
-    small: Path, tmp_path: Path
-) -> None:
-    environment = os.environ | {"PATH": str(Path(sys.executable).parent), "CXX": "no-such-compiler"}
-    done = subprocess.run(
-        command(
-            "train",
-            "--config",
-            small / "lm.toml",
-            f"run={tmp_path}",
-            "train.compile=true",
-            "train.num_steps=2",
-        ),
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("training eagerly") == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_as_fp32_does(small: Path, tmp_path: Path, precision: str) -> None:
-    losses = {}
+def test_half_precision_learns_as_fp32_does_and_may_go_on_from_it(
+    small: Path, tmp_path: Path, precision: str
+) -> None:
     for name in ("fp32", precision):
-        finish(start(small, "lm", tmp_path / name, f"train.precision={name}", "model.dropout=0"))
-        losses[name] = [
-            json.loads(line)["loss"]
-            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
-        ]
-    assert losses["fp32"][-1] < losses["fp32"][0] - 0.5
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.02)
-
-
-# --- many processes
+        trained(small, "lm", tmp_path / name, f"train.precision={name}", "model.dropout=0")
+    whole, half = (scalars(tmp_path / name, "valid/loss") for name in ("fp32", precision))
+    assert whole[-1][1] < 5.3
+    assert [loss for _, loss in half] == pytest.approx([loss for _, loss in whole], rel=0.02)
+    longer = ("train.num_steps=50", "model.dropout=0", f"train.precision={precision}")
+    assert trained(small, "lm", tmp_path / "fp32", *longer).state.step == 50
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", [False, True], ids=["one source", "mixture"])
-def test_two_processes_equal_one(small: Path, tmp_path: Path, mixed: bool) -> None:
-    settings = [
-        *(mixture(small, "chatlm") if mixed else []),
-        "model.dropout=0",
-        "train.gradient_accumulation_steps=3",
-        "train.num_steps=20",
-        "train.eval_interval=10",
-    ]
-    for processes in (1, 2):
-        finish(start(small, "chatlm", tmp_path / str(processes), *settings, processes=processes))
-    (one, log, _), (two, their_log, _) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
-    for ours, theirs in zip(log.splitlines(), their_log.splitlines(), strict=True):
-        assert json.loads(ours)["loss"] == pytest.approx(json.loads(theirs)["loss"], rel=1e-4)
-    weights = {name: value for name, value in one.items() if name.startswith("model.")}
-    assert_close({name: two[name] for name in weights}, weights, 1e-2)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_two_processes_on_the_same_batches(
+def test_compilation_changes_no_result(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = [
-        "model.dropout=0",
-        "train.gradient_accumulation_steps=2",
-        "train.num_steps=40",
-        "train.eval_interval=20",
-    ]
-    finish(start(small, "lm", tmp_path / "one", *settings))
-    stopped = Run(config_of(small, "lm", tmp_path / "two", *settings), World("cpu"))
-    plain_step = stopped.step
-
-    def step(micro_batches: list[Batch]) -> torch.Tensor:
-        if stopped.state.step == 12:
-            stopped.stop()
-        return plain_step(micro_batches)
-
-    monkeypatch.setattr(stopped, "step", step)
-    stopped.train()
-    assert stopped.lock and stopped.state.step == 13
-    stopped.lock.close()
-    finish(start(small, "lm", tmp_path / "two", *settings, processes=2))
-    one, two = (
-        json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])
-        for name in ("one", "two")
-    )
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    results = []
+    for switch in ("true", "false"):
+        settings = [f"train.compile={switch}", "model.dropout=0"]
+        made = make_run(small, "chatlm", tmp_path / switch, *settings)
+        monkeypatch.setattr(made.optimizer, "zero_grad", lambda: None)
+        loop.train_step(made, [made.train_batches.micro_batch(0)])
+        results.append(gradients(made.model))
+    assert_close(*results, 1e-4)
 
 
-# --- what cannot be written
-
-
-def unwritable(kind: str, folder: Path) -> None:
-    """Make writes of this process to the folder fail; root must become another user for it."""
-    if kind == "full":
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-        )
-    else:
-        folder.chmod(0o555)
-        os.seteuid(65534)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "read-only"])
-def test_what_cannot_be_saved_is_one_error_and_leaves_the_old_files(
-    small: Path, tmp_path: Path, kind: str
+def test_without_a_compiler_one_line_says_so_and_training_is_eager(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = config_of(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=5")
-    finish(start(small, "lm", tmp_path, "train.num_steps=10", "train.eval_interval=5"))
-    before = outcome(tmp_path)
-    for folder in (*tmp_path.parents, tmp_path):
-        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    trained = Run(config, World("cpu"))
-    limit, user = resource.getrlimit(resource.RLIMIT_FSIZE), os.geteuid()
-    if kind == "read-only" and user != 0:
-        pytest.skip("needs root, to write as another user")
-    with trained.start_monitor() as monitor:
-        unwritable(kind, tmp_path)
-        try:
-            with pytest.raises(UserError, match="cannot be written") as error:
-                trained.save(monitor)
-            with pytest.raises(UserError, match="cannot be written"):
-                pretrained.save_weights(
-                    tmp_path / "model" if kind == "full" else tmp_path, trained.model
-                )
-        finally:
-            os.seteuid(user)
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-            tmp_path.chmod(0o755)
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.rglob("*.tmp"))
-    after = outcome(tmp_path)
-    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
-    assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
-    assert trained.lock is not None
-    trained.lock.close()
-    assert Run(config, World("cpu")).state.step == 10
-    pretrained.load_model(tmp_path / "model")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    made = make_run(small, "lm", tmp_path, "train.compile=true")
+    assert made.training_model is made.model
+    assert capsys.readouterr().err.count("training eagerly") == 1
 
 
 # --- the start
 
 
-@pytest.mark.slow
 def test_chatlm_starts_from_the_lm_with_type_rows_drawn_anew(small: Path, tmp_path: Path) -> None:
-    finish(start(small, "lm", tmp_path / "lm", "train.num_steps=5"))
-    lm, _, _ = pretrained.load_model(tmp_path / "lm/model")
-    settings = [
-        f"init_from={tmp_path / 'lm/model'}",
-        "model.n_layer=0",
-        "model.n_head=0",
-        "model.n_embd=0",
-    ]
-    config = config_of(small, "chatlm", tmp_path / "chat", *settings)
-    for keep in (False, True):
-        kept = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, keep_type_rows=keep)
-        )
-        rows = Run(kept, World("cpu")).model.wte.weight
-        assert torch.equal(rows[2:], lm.wte.weight[2:])
-        assert torch.equal(rows[:2], lm.wte.weight[:2]) == keep
+    lm = trained(small, "lm", tmp_path / "lm", "train.num_steps=5").model
+    settings = [f"init_from={tmp_path / 'lm/model'}", *NEW_SIZE]
+    rows = make_run(small, "chatlm", tmp_path / "chat", *settings).model.wte.weight
+    assert torch.equal(rows[2:], lm.wte.weight[2:])
+    assert not torch.equal(rows[:2], lm.wte.weight[:2])
     with pytest.raises(UserError, match="n_layer is 3"):
-        Run(
-            dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=3)),
-            World("cpu"),
-        )
+        make_run(small, "chatlm", tmp_path / "other", *settings, "model.n_layer=3")
 
 
 def test_decay_is_on_matrices_only_and_muon_takes_those_of_the_blocks(small: Path) -> None:
@@ -633,40 +485,32 @@ def test_decay_is_on_matrices_only_and_muon_takes_those_of_the_blocks(small: Pat
     for kind in ("adamw", "muon"):
         config = load_config(str(small / "lm.toml"), [f"train.optimizer={kind}"]).train
         optimizers = make_optimizers(model, config)
-        decayed, plain, embeddings = optimizers[0].param_groups
+        decayed, plain, embeddings, *of_muon = optimizers.param_groups
         assert embeddings["params"] == [model.wte.weight]
         assert all(p.dim() >= 2 for p in decayed["params"])
         assert all(p.dim() == 1 for p in plain["params"])
-        decays = [group["weight_decay"] for group in (embeddings, decayed, plain)]
-        assert decays == [0.1, 0.1, 0.0]
-        count = sum(
-            len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups
-        )
+        assert [group["weight_decay"] for group in (embeddings, decayed, plain)] == [0.1, 0.1, 0.0]
+        count = sum(len(group["params"]) for group in optimizers.param_groups)
         assert count == len(list(model.parameters()))
         if kind == "muon":
-            fused, others = optimizers[1].param_groups
+            fused, others = of_muon
             assert fused["parts"] == 3 and {p.shape for p in fused["params"]} == {(96, 32)}
             assert (len(fused["params"]), len(others["params"])) == (2, 6)
 
 
-def test_the_token_embedding_may_have_a_learning_rate_of_its_own(small: Path) -> None:
-    for override, expected in (("0.0", 3e-3), ("1e-2", 1e-2)):
-        overrides = ["train.optimizer=muon", f"train.embedding_learning_rate={override}"]
-        config = load_config(str(small / "lm.toml"), overrides).train
-        optimizers = make_optimizers(small_model(), config)
-        set_learning_rate(optimizers, 0.5)
-        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        assert rates == pytest.approx([1.5e-3, 1.5e-3, expected / 2, 0.01, 0.01])
-
-
 def test_the_learning_rate_warms_up_and_follows_its_schedule(small: Path) -> None:
-    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+    for schedule, middle, end in (("linear", 0.5, 0), ("cosine", 0.5, 0), ("constant", 1, 1)):
+        settings = ["train.warmup_ratio=0.1", f"train.schedule={schedule}", "train.optimizer=muon"]
         config = load_config(
-            str(small / "lm.toml"), ["train.warmup_ratio=0.1", f"train.schedule={schedule}"]
+            str(small / "lm.toml"), [*settings, "train.embedding_learning_rate=1e-2"]
         ).train
         assert [lr_scale(step, 100, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
         assert lr_scale(55, 100, config) == pytest.approx(middle)
-        assert lr_scale(100, 100, config) == pytest.approx(1.0 if schedule == "constant" else 0.0)
+        assert lr_scale(100, 100, config) == pytest.approx(end)
+    optimizers = make_optimizers(small_model(), config)
+    set_learning_rate(optimizers, 0.5)
+    rates = [group["lr"] for one in optimizers.optimizers for group in one.param_groups]
+    assert rates == pytest.approx([1.5e-3, 1.5e-3, 5e-3, 0.01, 0.01])
 
 
 def test_the_count_of_operations_is_that_of_the_matrices() -> None:
@@ -675,12 +519,29 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
     x = torch.zeros(2, 64, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, target_positions=torch.arange(128), targets=x.flatten()).backward()
-    assert step_flops(model.config, 128, 128, 64) == pytest.approx(
-        counter.get_total_flops(), rel=0.05
-    )
+    counted = counter.get_total_flops()
+    assert step_flops(model.config, 128, 128, 64) == pytest.approx(counted, rel=0.05)
 
 
-# --- wrong use
+# --- what cannot be written, wrong use
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_old_one_stays(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(small, "lm", tmp_path, *SHORT)
+    before = files_of(tmp_path)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    made = make_run(small, "lm", tmp_path, "train.num_steps=25", *SHORT[1:])
+    with pytest.raises(UserError, match="^[^\n]*cannot be written: [^\n]*No space[^\n]*$"):
+        loop.train(made)
+    assert not list(tmp_path.rglob("*.tmp"))
+    for ours, theirs in zip(before[:1], files_of(tmp_path), strict=False):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
@@ -688,13 +549,7 @@ def test_the_count_of_operations_is_that_of_the_matrices() -> None:
     ("arguments", "message"),
     [
         (["train.learning_rat=1"], "unknown key"),
-        (["train.warmup_rate=0.1"], "warmup_ratio"),
-        (["train.learning_rate=fast"], "wanted a number, above 0"),
-        (["train.precision=fp8"], "wanted one of"),
-        (["model.n_head=3"], "no multiple of n_head"),
-        (["train.num_epochs=1"], "exactly one of num_epochs and num_steps"),
         (["tokenizer.dir=nowhere"], "nowhere"),
-        (["data.shards=nowhere"], "nowhere"),
         (["init_from=nowhere"], "nowhere"),
         (["train.device=abacus"], "train.device"),
         (["run=/dev/null"], "/dev/null: File exists"),
@@ -712,7 +567,73 @@ def test_wrong_use_is_one_line_and_exit_status_2(
 def test_shards_of_another_tokenizer_are_refused(small: Path, tmp_path: Path) -> None:
     other = f"tokenizer.dir={tmp_path}/tokenizer"
     run("tokenizer", "--config", small / "lm.toml", other, "tokenizer.vocab_size=390")
-    text = (tmp_path / "tokenizer/tokenizer.json").read_text()
-    assert text != (small / "tokenizer/tokenizer.json").read_text()
-    output = run("train", "--config", small / "lm.toml", f"run={tmp_path}/run", other, status=2)
-    assert "found shards of tokenizer" in output and output.count("\n") == 1, output
+    with pytest.raises(UserError, match="found shards of tokenizer"):
+        make_run(small, "lm", tmp_path / "run", other)
+
+
+# --- what a run reports
+
+
+@pytest.fixture(scope="module")
+def chat_run(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A ChatLM's run that was stopped after the first of twenty steps and went on."""
+    folder = tmp_path_factory.mktemp("runs") / "chat"
+    stopped = make_run(small, "chatlm", folder, *SHORT)
+    stopped.stop()
+    loop.train(stopped)
+    assert stopped.stopped and stopped.lock
+    stopped.lock.close()
+    return trained(small, "chatlm", folder, *SHORT)
+
+
+def test_tensorboard_has_each_figure_once_however_often_a_run_was_stopped(chat_run: Run) -> None:
+    per_step = [chat_run.train_batches.micro_batch(number).n_tokens for number in range(20)]
+    tokens = [(step, sum(per_step[:step])) for step in (1, 5, 10, 15, 20)]
+    assert scalars(chat_run.folder, "train/tokens") == tokens
+    assert [step for step, _ in scalars(chat_run.folder, "valid/loss")] == [10, 20]
+    for name in ("mfu", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb"):
+        assert all(value > 0 for _, value in scalars(chat_run.folder, f"train/{name}")), name
+    content = b"".join(path.read_bytes() for path in chat_run.folder.glob("tensorboard/*"))
+    assert b"train.learning_rate = 0.003" in content and b"samples/0" in content
+    assert b"_hparams_/session_start_info" in content
+
+
+def test_the_card_describes_the_model_that_was_saved(chat_run: Run) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(chat_run.model_dir / "README.md")
+    assert card.data.library_name == "transformers" and "conversational" in card.data.tags
+    n_parameters = sum(parameter.numel() for parameter in chat_run.model.parameters())
+    assert f"{n_parameters:,} parameters" in card.text
+    assert f" {chat_run.state.best_loss:.4f} |" in card.text
+    assert "train.learning_rate = 0.003" in card.text and card.text.count(" -> ") >= 3
+
+
+def test_what_only_reports_ends_no_run(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a folder where a file should be, nor names that are not UTF-8."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    (folder / "model/README.md").mkdir(parents=True)
+    (folder / "tensorboard").write_text("a file")
+    made = trained(small, "lm", folder, *SHORT)
+    assert made.state.step == 20
+    err = capsys.readouterr().err
+    assert err.count("warning: TensorBoard: ") == 1
+    assert "warning: the model card: " in err
+    other = trained(small, "lm", tmp_path / os.fsdecode(b"\xe9"), *SHORT)
+    assert "run = '" in (other.model_dir / "README.md").read_text()
+    assert n_reports(other.folder) == 4  # (TensorBoard itself cannot read such a folder)
+
+
+def test_a_full_disk_under_tensorboard_is_one_warning(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_run(small, "lm", tmp_path)
+    with Monitor(made) as monitor:
+        assert monitor.board
+        monitor.board.records._writer.close()
+        monitor.board.records._writer = open("/dev/full", "wb", buffering=0)
+        for _ in range(2):
+            monitor.report_training(torch.zeros(()))
+    assert capsys.readouterr().err.count("warning: TensorBoard: ") == 1

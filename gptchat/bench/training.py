@@ -27,7 +27,7 @@ from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
 from gptchat.training.distributed import World, wrap_model
 from gptchat.training.metrics import PRECISIONS, autocast, resolve_precision
-from gptchat.training.monitor import peak_flops, peak_memory, step_flops
+from gptchat.training.monitor import matmul_peak, peak_memory, step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers
 
 CONTESTANTS = ("transformers as found", "transformers", "gptchat eager", "gptchat compiled")
@@ -66,7 +66,7 @@ def training_step(contestant: str, args: argparse.Namespace) -> Callable[[], Non
     else:
         trained = Transformers(model).model.train()
         labels = {"labels": inputs}  # transformers itself shifts them by one
-    optimizer = make_optimizers(trained, settings)[0]  # type: ignore[arg-type]
+    optimizer = make_optimizers(trained, settings)  # type: ignore[arg-type]
 
     def step() -> None:
         with autocast(device, args.precision):
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
         args.rounds,
         n_tokens,
     )
-    peak = peak_flops(torch.device(default_device()), PRECISIONS[args.precision])
+    peak = matmul_peak(torch.device(default_device()), PRECISIONS[args.precision])
     flops = step_flops(train_config(args), n_tokens, n_tokens, args.row)
     for contestant, pipe in pipes.items():
         peak_bytes = exchange(contestant, pipe, False)

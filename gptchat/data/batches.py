@@ -7,15 +7,14 @@ loader or generator state to save: a resumed run, or one with another number of 
 with the same batches.
 
 What a row holds is in row_order.py: lm, a window of `n_ctx` tokens; chatlm, whole dialogues packed
-into `n_ctx` positions or, with `packed = False`, one padded to the longest of its micro-batch. With
-weights, several sources have fixed shares of the rows.
+into `n_ctx` positions. With weights, several sources have fixed shares of the rows.
 
 Invariants:
 - The same seed and number give the same micro-batch, in any process, in any order of calls.
 - An epoch of a source holds every dialogue once, and every token of lm at least once.
-- A packed dialogue is never split to fill a row, its positions start at 0, and its segment number
-  keeps attention inside it. Only a dialogue longer than `n_ctx` is truncated or, with targets =
-  "responder", or "turns", cut into excerpts between its turns: dialogue.py says how.
+- A dialogue is never split to fill a row, its positions start at 0, and its segment number keeps
+  attention inside it. Only a dialogue longer than `n_ctx` is truncated or, with targets
+  "responder" or "turns", cut into excerpts between its turns: dialogue.py says how.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,8 +48,8 @@ class Batch:
     """Rows of tokens, all tensors (B, T).
 
     `targets` holds the id that follows each position, or -100 (IGNORE). `segments` numbers the
-    dialogues in a row from 0, with -1 for padding. `position_ids` and `segments` are None if a row
-    is a single sequence; `token_type_ids` is None for lm.
+    dialogues in a row from 0, with -1 for padding. `token_type_ids`, `position_ids` and `segments`
+    are None for lm.
     """
 
     input_ids: Tensor  # int64
@@ -104,7 +103,6 @@ class Batches:
         batch_size: int,
         seed: int = 0,
         targets: str = "response",
-        packed: bool = True,
         weights: Sequence[float] = (),
     ):
         self.sources = sources
@@ -112,7 +110,6 @@ class Batches:
         self.n_ctx = n_ctx
         self.batch_size = batch_size
         self.targets = targets
-        self.packed = packed
         self.is_lm = sources[0].task == "lm"
         self.mixture = Mixture(weights if len(sources) > 1 else (1.0,))
         self.orders: list[WindowOrder | DialogueOrder] = []
@@ -120,11 +117,11 @@ class Batches:
             if self.is_lm:
                 self.orders.append(WindowOrder(shards, n_ctx, seed))
             else:
-                self.orders.append(DialogueOrder(shards, n_ctx, seed, targets, packed))
+                self.orders.append(DialogueOrder(shards, n_ctx, seed, targets))
 
     @property
     def digest(self) -> str:
-        """Stands for the content of all sources."""
+        """Identifies the content of all sources."""
         return ",".join(shards.digest for shards in self.sources)
 
     @cached_property
@@ -136,14 +133,11 @@ class Batches:
     def varying_dimensions(self) -> tuple[str, ...]:
         """The dimensions of `Batch.inputs` that differ from micro-batch to micro-batch.
 
-        Each stands as torch.compile names it: an argument of the model, a colon, a dimension.
+        In torch.compile's notation: an argument of the model, a colon, a dimension.
         """
         if self.is_lm:
             return ()
-        targets = ("L['targets']:0", "L['target_positions']:0")
-        if self.packed:
-            return targets
-        return (*targets, "L['input_ids']:1", "L['token_type_ids']:1")
+        return ("L['targets']:0", "L['target_positions']:0")
 
     def steps_per_epoch(self, per_step: int) -> int:
         """Steps of `per_step` micro-batches that take as many rows as there are.
@@ -197,7 +191,7 @@ class Batches:
         return total
 
     def _window_batch(self, rows: Sequence[tuple[Shards, Any]], stop: int | None = None) -> Batch:
-        """Windows whose first targets stand at these (source, start); none from `stop` on."""
+        """Windows of these (source, position of the first target); no targets from `stop` on."""
         windows = [_circle(shards, start - 1, self.n_ctx + 1) for shards, start in rows]
         ids = torch.from_numpy(np.stack(windows))  # (B, T + 1)
         targets = ids[:, 1:].clone()
@@ -218,19 +212,15 @@ class Batches:
 
     def _dialogue_batch(self, rows: Sequence[tuple[Shards, Any]]) -> Batch:
         """Rows of (source, excerpts), in each row one excerpt behind the other."""
-        examples = [self._encode_row(shards, row) for shards, row in rows]
-        length = self.n_ctx
-        if not self.packed:
-            length = max(len(row[0].targets) for row in examples)  # one excerpt a row
-        shape = (len(rows), length)  # (B, T)
+        shape = (len(rows), self.n_ctx)  # (B, T)
         ids = np.zeros(shape, np.int64)
         types = np.zeros(shape, np.int64)
         positions = np.zeros(shape, np.int64)
         segments = np.full(shape, -1, np.int32)
         targets = np.full(shape, IGNORE, np.int64)
-        for row, examples_in_row in enumerate(examples):
+        for row, (shards, excerpts) in enumerate(rows):
             end = 0
-            for segment, example in enumerate(examples_in_row):
+            for segment, example in enumerate(self._encode_row(shards, excerpts)):
                 start = end
                 end = start + len(example.targets)
                 ids[row, start:end] = example.input_ids
@@ -244,8 +234,8 @@ class Batches:
             n_targets=int((targets != IGNORE).sum()),
             n_tokens=int((segments >= 0).sum()),
             token_type_ids=torch.from_numpy(types),
-            position_ids=torch.from_numpy(positions) if self.packed else None,
-            segments=torch.from_numpy(segments) if self.packed else None,
+            position_ids=torch.from_numpy(positions),
+            segments=torch.from_numpy(segments),
         )
 
 
@@ -269,7 +259,7 @@ def prefetch(
     """Yields an iterator over this process's micro-batches of each of the steps first..stop-1.
 
     A step has `per_step` micro-batches, of which this process takes those with `indices`; an index
-    of `per_step` or more stands for an empty one. A thread makes the next step's meanwhile.
+    of `per_step` or more gives an empty one. A thread makes the next step's meanwhile.
     """
 
     def step_batches(step: int) -> list[Batch]:

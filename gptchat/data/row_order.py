@@ -11,8 +11,7 @@ DialogueOrder (chatlm): dialogues are dealt at random into pools of POOL dialogu
 epochs. The excerpts of a pool's dialogues (see `dialogue.excerpts`; one a dialogue unless it is
 longer than a row) are packed whole into rows of `n_ctx` tokens, longest first, by best fit (99 %
 full with the default corpora). Each epoch shuffles the pools and the rows of a pool; from epoch to
-epoch the packing differs only in which of several equally long excerpts takes a place. With
-`packed = False` each excerpt is a row.
+epoch the packing differs only in which of several equally long excerpts takes a place.
 
 Mixture: several sources give fixed shares of the rows, spread evenly, each in its own order.
 
@@ -23,7 +22,7 @@ Invariants:
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -96,34 +95,17 @@ class WindowOrder:
         return window * self.n_ctx + offset
 
 
-class EpochOrder(NamedTuple):
-    """The pools of dialogues in the order of one epoch."""
-
-    epoch: int
-    pools: np.ndarray  # the numbers of the pools
-    first_rows: np.ndarray  # the number of the first row of each, counted in the epoch
-
-
-class PackedPool(NamedTuple):
-    """The rows of one pool in the order of one epoch."""
-
-    epoch: int
-    pool: int
-    rows: list[list[Excerpt]]
-
-
 class DialogueOrder:
-    """The rows of a split of dialogues (chatlm): in each one excerpt or, packed, several."""
+    """The rows of a split of dialogues (chatlm), in each one excerpt or several."""
 
-    def __init__(self, shards: Shards, n_ctx: int, seed: int, targets: str, packed: bool):
+    def __init__(self, shards: Shards, n_ctx: int, seed: int, targets: str):
         self.shards = shards
         self.n_ctx = n_ctx
         self.seed = seed
         self.targets = targets
-        self.packed = packed
         # Rows are asked for in ascending order, so the last epoch and the last pool are kept.
-        self._last_order: EpochOrder | None = None
-        self._last_pool: PackedPool | None = None
+        self._epoch_pools = lru_cache(1)(self._order_pools)
+        self._pool_rows = lru_cache(1)(self._pack_pool)
 
     @cached_property
     def rows_per_epoch(self) -> int:
@@ -132,38 +114,29 @@ class DialogueOrder:
     def row(self, number: int) -> list[Excerpt]:
         """The excerpts of a row."""
         epoch, row = divmod(number, self.rows_per_epoch)
-        order = self._order(epoch)
-        place = int(np.searchsorted(order.first_rows, row, side="right")) - 1
-        rows = self._pool_rows(epoch, int(order.pools[place]))
-        return rows[row - int(order.first_rows[place])]
+        pools, first_rows = self._epoch_pools(epoch)
+        place = int(np.searchsorted(first_rows, row, side="right")) - 1
+        return self._pool_rows(epoch, int(pools[place]))[row - int(first_rows[place])]
 
     def pools_in_order(self) -> Iterator[list[list[Excerpt]]]:
         """All dialogues in the order of the file, POOL by POOL packed into rows."""
         for first in range(0, self.shards.documents, POOL):
             yield self._pack(np.arange(first, min(first + POOL, self.shards.documents)))
 
-    def _order(self, epoch: int) -> EpochOrder:
-        order = self._last_order
-        if order is None or order.epoch != epoch:
-            n_pools = len(self._rows_per_pool)
-            pools = permute(np.arange(n_pools), n_pools, draw_key(self.seed, epoch))
-            n_rows = self._rows_per_pool[pools]
-            order = EpochOrder(epoch, pools, np.cumsum(n_rows) - n_rows)
-            self._last_order = order
-        return order
+    def _order_pools(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pools in the order of an epoch, and the first row of each, counted in the epoch."""
+        n_pools = len(self._rows_per_pool)
+        pools = permute(np.arange(n_pools), n_pools, draw_key(self.seed, epoch))
+        n_rows = self._rows_per_pool[pools]
+        return pools, np.cumsum(n_rows) - n_rows
 
-    def _pool_rows(self, epoch: int, pool: int) -> list[list[Excerpt]]:
-        """A pool's rows in the epoch's order."""
-        last = self._last_pool
-        if last is None or (last.epoch, last.pool) != (epoch, pool):
-            key = draw_key(self.seed, epoch, pool)
-            dialogues = self._dialogues_of_pool(pool)
-            dialogues = dialogues[permute(np.arange(len(dialogues)), len(dialogues), key)]
-            rows = self._pack(dialogues)
-            rows = [rows[i] for i in permute(np.arange(len(rows)), len(rows), key)]
-            last = PackedPool(epoch, pool, rows)
-            self._last_pool = last
-        return last.rows
+    def _pack_pool(self, epoch: int, pool: int) -> list[list[Excerpt]]:
+        """A pool's rows in the order of an epoch."""
+        key = draw_key(self.seed, epoch, pool)
+        dialogues = self._dialogues_of_pool(pool)
+        dialogues = dialogues[permute(np.arange(len(dialogues)), len(dialogues), key)]
+        rows = self._pack(dialogues)
+        return [rows[i] for i in permute(np.arange(len(rows)), len(rows), key)]
 
     @cached_property
     def _rows_per_pool(self) -> np.ndarray:
@@ -171,7 +144,6 @@ class DialogueOrder:
         return np.array([len(self._pack(self._dialogues_of_pool(pool))) for pool in range(n_pools)])
 
     def _dialogues_of_pool(self, number: int) -> np.ndarray:
-        """The dialogues of a pool."""
         n = self.shards.documents
         places = np.arange(number * POOL, min((number + 1) * POOL, n))
         return permute(places, n, draw_key(self.seed, "pools"))
@@ -179,10 +151,7 @@ class DialogueOrder:
     def _pack(self, dialogues: np.ndarray) -> list[list[Excerpt]]:
         """Rows of these dialogues."""
         parts, lengths = self._excerpts(dialogues)
-        if not self.packed:
-            return [[part] for part in parts]
-        rows = pack(lengths, self.n_ctx)
-        return [[parts[i] for i in row] for row in rows]
+        return [[parts[i] for i in row] for row in pack(lengths, self.n_ctx)]
 
     def _excerpts(self, dialogues: np.ndarray) -> tuple[list[Excerpt], list[int]]:
         """The excerpts of these dialogues, and how many input tokens each takes, n_ctx at most."""
@@ -218,7 +187,7 @@ class Mixture:
         shares = np.array(weights, np.float64) / sum(weights)
         ends = np.rint(np.cumsum(shares) * MIXTURE_ROWS).astype(int)
         self.counts = np.maximum(1, np.diff(ends, prepend=0)).tolist()  # rows of a block, by source
-        # Row j of a source's n stands at (j + 1/2) / n of the block.
+        # Row j of a source's n comes at (j + 1/2) / n of the block.
         moments = []
         for source, n in enumerate(self.counts):
             moments += [((j + 0.5) / n, source, j) for j in range(n)]

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gptchat.config import ModelConfig
 from gptchat.model.kv_cache import CacheView, KVCache
@@ -214,7 +213,6 @@ class GPT2(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         self.register_buffer("type_rows", torch.tensor(config.type_rows), persistent=False)
-        self.activation_checkpointing = False  # recompute blocks in the backward pass: less memory
         if not self.wte.weight.is_meta:  # random numbers on "meta" import dynamo: 2 seconds
             self.initialize()
 
@@ -283,10 +281,7 @@ class GPT2(nn.Module):
         x = self.dropout(x)
         mask = self._mask(x, segments, cache)
         for block in self.h:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, mask, cache)
+            x = block(x, mask, cache)
         return self.ln_f(x)
 
     def _mask(self, x: Tensor, segments: Tensor | None, cache: CacheView | None) -> Tensor | None:

@@ -148,7 +148,7 @@ def measure(recipe: Config) -> float:
     tune_memory()
     config = GPT2Config.of(recipe.model, recipe.tokenizer.vocab_size)
     model = GPT2(config).to(device).train()
-    optimizers = make_optimizers(model, recipe.train)
+    optimizer = make_optimizers(model, recipe.train)
     precision = resolve_precision(recipe.train.precision, device)
     shape = (recipe.train.batch_size, recipe.model.n_ctx + 1)
     ids = torch.randint(config.vocab_size, shape, device=device)
@@ -159,9 +159,8 @@ def measure(recipe: Config) -> float:
             loss = model(input_ids=ids[:, :-1], targets=ids[:, 1:].flatten())
         (loss / ids.numel()).backward()
         clip_gradients(model, recipe.train.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         model.ln_f.weight[0].item()  # waits for a GPU
         seconds = min(seconds, time.perf_counter() - start)
     n_tokens = recipe.train.batch_size * recipe.model.n_ctx

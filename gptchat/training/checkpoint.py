@@ -1,44 +1,42 @@
 """What a resumed run needs, in one file: weights, optimizer state, and how far the run has come.
 
-The file is a safetensors file that is replaced atomically: after a crash it is the previous
+`checkpoint.safetensors` in a run's folder is replaced atomically: after a crash it is the previous
 checkpoint or the new one.
 
 - Tensors: `model.<parameter name>`, and `optimizer.<kind>.<parameter name>.<state key>` (kind:
-  adamw or muon). State is found by name, so the order of parameters and groups may change between
-  versions.
+  adamw or muon).
 - Metadata: `format`, the version of this layout; `state`, a `TrainState`; `config`, the resolved
   config; `digest`, of all tensors and of the other metadata.
 
 It holds no data position and no random state: batches and dropout are functions of (seed, step,
 micro-batch). A run that goes on from here computes what it would have computed without a stop, to
 the bit on the same machine with the same number of processes, precision and compilation. A file of
-another format, one of which a bit has changed, one whose tensors are not those of the run's model
-and optimizers, or one whose config differs in more than FREE_KEYS is refused with one line. `lock`
-keeps a second run out of the run's folder.
+another format, a damaged one, or one whose config differs in more than FREE_KEYS is refused.
 """
 
+import dataclasses
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
+from gptchat.config import FREE_KEYS, Config
 from gptchat.console import UserError
-from gptchat.files import atomic_write, lock_folder
+from gptchat.files import atomic_write
 from gptchat.model.gpt2 import GPT2
-from gptchat.training.optim import load_optimizer_state, optimizer_state
-from gptchat.training.saved_config import compare_configs
+from gptchat.training.optim import Optimizers, load_optimizer_state, optimizer_state
 
-# 1, which had no number: optimizer state by the parameters' numbers. 2: by their names. 3: with a
-# digest. 4: Muon takes queries, keys and values apart, so that a run of 3 would go on otherwise.
-CHECKPOINT_FORMAT = "4"
+# Raised whenever a run would go on otherwise than with the version that began it.
+CHECKPOINT_FORMAT = "5"
+# What the files of the config hold, as digests.
+DATA_KEYS = {"text.tokenizer", "text.train", "text.valid"}
 
 
 @dataclass
@@ -48,45 +46,92 @@ class TrainState:
     step: int = 0  # optimizer steps done
     best_loss: float = float("inf")  # of all evaluations, nats per target
     stale_evaluations: int = 0  # evaluations since the best one
-    loss_sum: float = 0.0  # over the targets since the last line of the log, of all processes
-    n_targets: int = 0  # their number
     n_tokens: int = 0  # positions with a token, since the run began
-    log_bytes: int = 0  # length of the loss log
     scaler: dict[str, Any] = field(default_factory=dict)  # the loss scale of fp16
 
 
-def save_checkpoint(
-    path: Path,
-    model: GPT2,
-    optimizers: list[Optimizer],
-    state: TrainState,
-    config: dict[str, Any],
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it was read: nothing of it is used yet."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    state: TrainState
+    config: dict[str, Any]
+
+
+def path_in(folder: Path) -> Path:
+    return folder / "checkpoint.safetensors"
+
+
+def save(
+    folder: Path, model: GPT2, optimizer: Optimizers, state: TrainState, config: dict[str, Any]
 ) -> None:
-    """Write the checkpoint.
+    """Write the checkpoint into the run's folder.
 
     Raises UserError where it cannot be written; the previous one then stays.
     """
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for name, value in run_tensors(model, optimizers).items()
-    }
+    tensors = optimizer_state(model, optimizer)
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight":  # tied to wte.weight
+            tensors[f"model.{name}"] = value
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {
         "format": CHECKPOINT_FORMAT,
         "state": json.dumps(asdict(state)),
         "config": json.dumps(config),
     }
     metadata["digest"] = digest(tensors, metadata)
-    with atomic_write(path) as temporary:
+    with atomic_write(path_in(folder)) as temporary:
         save_file(tensors, temporary, metadata)
 
 
-def run_tensors(model: GPT2, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: weights and optimizer state."""
-    tensors = optimizer_state(model, optimizers)
-    for name, value in model.state_dict().items():
-        if name != "lm_head.weight":  # tied to wte.weight
-            tensors[f"model.{name}"] = value
-    return tensors
+def read(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a run's folder, None where there is none.
+
+    Raises UserError for a damaged file and for one of another format.
+    """
+    path = path_in(folder)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _refuse_other_format(path, metadata.get("format"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata["digest"] != digest(tensors, metadata):
+            raise ValueError("its digest is not that of its content")
+        state = TrainState(**json.loads(metadata["state"]))
+        return Checkpoint(path, tensors, state, json.loads(metadata["config"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def restore(saved: Checkpoint, model: GPT2, optimizer: Optimizers) -> TrainState:
+    """Copy a checkpoint's tensors into model and optimizer. Returns how far the run has come."""
+    try:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if name != "lm_head.weight":
+                    value.copy_(saved.tensors[f"model.{name}"])
+    except (KeyError, RuntimeError) as error:
+        raise _damaged(saved.path, error) from None
+    load_optimizer_state(model, optimizer, saved.tensors)
+    return dataclasses.replace(saved.state)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).replace("\n", " ")
+    return UserError(f"{path}: not a whole checkpoint ({reason}); remove it to start the run anew")
+
+
+def _refuse_other_format(path: Path, found: str | None) -> None:
+    if found != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path}: found checkpoint format {found or 'unknown'}; wanted {CHECKPOINT_FORMAT}; "
+            "finish the run with the version of gptchat that began it, "
+            "or remove the file to start anew"
+        )
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -110,79 +155,49 @@ def _tensor_digest(value: Tensor) -> str:
     return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
-def load_checkpoint(
-    path: Path, model: GPT2, optimizers: list[Optimizer], config: dict[str, Any]
-) -> tuple[TrainState, list[str]]:
-    """Restore model and optimizers in place.
+def resolve_config(config: Config, digests: dict[str, Any]) -> dict[str, Any]:
+    """The config, and in the section `text` the digests of what its files hold.
 
-    Returns how far the run has come, and what has changed in its config since, in words. Raises
-    UserError for a damaged file, one of another format, one of other tensors, or one whose config
-    differs in other than `FREE_KEYS`.
+    It has gone through JSON, as the one in a checkpoint has.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _refuse_other_format(path, metadata.get("format"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata["digest"] != digest(tensors, metadata):
-            raise ValueError("its digest is not that of its content")
-        changes = compare_configs(path, json.loads(metadata["config"]), config)
-        state = TrainState(**json.loads(metadata["state"]))
-        has_state = any(name.startswith("optimizer.") for name in tensors)
-        if state.step > 0 and not state.scaler and not has_state:  # fp16 may skip every step
-            raise ValueError("no optimizer state")
-        _restore(model, optimizers, tensors)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise UserError(
-            f"{path}: not a whole checkpoint ({reason}); remove it to start the run anew"
-        ) from None
-    return state, changes
+    return json.loads(json.dumps(asdict(config) | {"text": digests}))
 
 
-def _restore(model: GPT2, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Copy a checkpoint's tensors into model and optimizers.
+def compare_configs(saved: Checkpoint, config: dict[str, Any]) -> list[str]:
+    """What changed between a checkpoint's config and that of this start, in words.
 
-    Raises ValueError for a tensor that is missing, superfluous or of another shape or dtype.
+    A key that the checkpoint lacks had its default. Raises UserError where other keys than
+    FREE_KEYS differ: a resumed run must compute what it computed before.
     """
-    weights = run_tensors(model, [])
-    stored_weights = {name: value for name, value in tensors.items() if name in weights}
-    _compare_tensors(stored_weights, weights)
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(stored_weights[name])
-    load_optimizer_state(model, optimizers, tensors)
-    _compare_tensors(tensors, run_tensors(model, optimizers))
-
-
-def _compare_tensors(stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise ValueError where names, shapes or dtypes differ."""
-    for name in sorted(stored.keys() | wanted.keys()):
-        if name not in stored:
-            raise ValueError(f"no {name}")
-        if name not in wanted:
-            raise ValueError(f"found {name}, which the run does not have")
-        found = _describe(stored[name])
-        if found != _describe(wanted[name]):
-            raise ValueError(f"{name} is {found}, wanted {_describe(wanted[name])}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} of {tensor.dtype}"
-
-
-def _refuse_other_format(path: Path, found: str | None) -> None:
-    if found != CHECKPOINT_FORMAT:
+    now = flatten(config)
+    before = flatten(resolve_config(Config(), {})) | flatten(saved.config)
+    changes: dict[str, str] = {}
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            changes[key] = f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+    refused = {key: change for key, change in changes.items() if key not in FREE_KEYS}
+    if not refused:
+        return list(changes.values())
+    differences = "; ".join(refused.values())
+    if refused.keys() <= DATA_KEYS:
+        run = config["run"]
         raise UserError(
-            f"{path}: found checkpoint format {found or 'unknown'}; wanted {CHECKPOINT_FORMAT}; "
-            "finish the run with the version of gptchat that began it, "
-            "or remove the file to start anew"
+            f"{saved.path}: the data is no longer what this run began with: {differences}; put it "
+            f"back, or remove {run} to train anew; `touch {run}/test.txt` lets make keep the run "
+            "as it is"
         )
+    raise UserError(
+        f"{saved.path}: made with another config: {differences}; change it back, or name another "
+        f"run folder; only these keys may change: {', '.join(sorted(FREE_KEYS))}"
+    )
 
 
-def lock(folder: Path) -> IO[str]:
-    """Hold a run's folder for this process until it ends, or until the returned file is closed.
-
-    Raises UserError while another process holds it.
-    """
-    return lock_folder(folder, "another run is training here")
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables -> {"section.key": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -104,24 +104,15 @@ def usable_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def set_matmul_precision(device: torch.device, tf32: bool) -> None:
-    """Let float32 matrix products of a GPU round their factors to TF32, or forbid it."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-
-
 def wrap_model(
     model: GPT2, config: TrainConfig, world: World, varying: Sequence[str] = ()
 ) -> torch.nn.Module:
     """The model as training calls it, with the same parameters.
 
-    Activation checkpointing, TF32 and compilation as the config says; DDP, which averages
-    gradients, under torchrun. `varying` are the dimensions of the model's arguments that differ
-    from batch to batch, in the notation of `torch.compiler.config.dynamic_sources`: without them
-    the first batch would be compiled as if all were of its size, and others again.
+    Compiled if the config says so; under torchrun DDP, which averages gradients. `varying` are the
+    dimensions of the model's arguments that differ from batch to batch, in the notation of
+    `torch.compiler.config.dynamic_sources`: without them it would be compiled again for each size.
     """
-    model.activation_checkpointing = config.activation_checkpointing
-    set_matmul_precision(world.device, config.tf32)
     wrapped: torch.nn.Module = model
     if config.compile and has_compiler(world.device):
         torch.compiler.config.dynamic_sources = ",".join(varying)
@@ -133,16 +124,14 @@ def wrap_model(
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile has the compiler that it needs; prints one line if not.
+    """Whether torch.compile finds the compiler that it needs; prints one line if not.
 
     That is a C++ compiler for the CPU, and a C compiler for a GPU, for which Triton writes C.
     """
+    language, variable, names = "C++", "CXX", ("g++", "clang++")
     if device.type == "cuda":
         language, variable, names = "C", "CC", ("gcc", "clang")
-    else:
-        language, variable, names = "C++", "CXX", ("g++", "clang++")
-    candidates = (os.environ.get(variable, names[0]), names[1])
-    if any(shutil.which(name) for name in candidates):
+    if any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
         return True
     print(
         f"train.compile: no {language} compiler found ({' or '.join(names)}); training eagerly",
