@@ -1,6 +1,5 @@
 """Each setting means what it means in transformers, and draws follow the distribution alone."""
 
-import itertools
 import math
 
 import hypothesis
@@ -11,16 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from gptchat.inference import draw as drawing
-from gptchat.inference import sampling
 from gptchat.inference.blocks import ONE, best, block_sums, draw_place
-from gptchat.inference.draw import Row, drop_below_min_p, heavier, score, uniform, weigh
-from gptchat.inference.sampling import Sampling
+from gptchat.inference.draw import Draw, Row, distribution, heavier, score, uniform, weigh
+from gptchat.inference.sampling import Sampling, parse_biases
 from gptchat.settings import declared
 from tests.hf_models import BadWords
 
 V = 301
-TINY = 1e-11  # ours hardly ever draws what is less than 2**-34, which is 6e-11
 
 
 @pytest.fixture(autouse=True)
@@ -33,254 +29,154 @@ def some_logits(rows, seed=0, scale=3.0, size=V):
 
 
 def draw(logits, rows, suppress=()):
-    return drawing.draw(logits, rows, torch.tensor(suppress, dtype=torch.int64))
+    return Draw(rows, torch.tensor(suppress, dtype=torch.int64))(logits)[0]
 
 
-def process(scores, rows, suppress=()):
-    """What the settings change before a draw, in place."""
-    drawing.penalize_and_ban(scores, rows, torch.tensor(suppress, dtype=torch.int64))
+def drawn_ids(logits, rows, suppress=()):
+    return [drawn.token for drawn in draw(logits, rows, suppress)]
 
 
 def row(ids=(1, 2, 3), candidate=0, n_prompt=0, stop_ids=(), **settings):
-    sampling = Sampling(**settings)
-    return Row(sampling, candidate, list(ids), n_prompt=n_prompt, stop_ids=stop_ids)
+    return Row(Sampling(**settings), candidate, list(ids), n_prompt, stop_ids)
 
 
-def outside_top_p(weights, limit):
-    """Of each place of a row of weights (K,) whether what is heavier reaches a limit (1,)."""
-    rows = weights.expand(len(weights), -1)
-    places = torch.arange(len(weights))[:, None]
-    return heavier(rows, places, limit)[-1][:, 0]
+# What is drawn from, beside transformers
 
 
-def probabilities_and_sum(scores, settings):
-    """What is drawn from before top-p, and the sum of which top-p is a share."""
-    weights = weigh(scores, scores.amax(-1, keepdim=True), settings)
-    total = block_sums(weights).sum(-1, keepdim=True)
-    drop_below_min_p(weights, settings)
-    return weights, total
-
-
-def ours(logits, settings):
-    """The ids that may be drawn, and their probabilities, by our sampler."""
-    all_weights = torch.zeros(logits.shape)
-    for i, s in enumerate(settings):
-        best = logits[i : i + 1].topk(min(s.top_k or logits.shape[1], logits.shape[1]))
-        (weights,), (total,) = probabilities_and_sum(best.values, [s])
-        if s.top_p < 1:
-            weights[outside_top_p(weights, s.top_p * total)] = 0
-        all_weights[i, best.indices[0]] = weights
-    return all_weights > 0, all_weights / all_weights.sum(-1, keepdim=True)
-
-
-def chain(logits, settings):
-    """The same by transformers' warpers, one row at a time."""
-    scores = []
-    for one, s in zip(logits, settings, strict=True):
-        warpers = [theirs.TemperatureLogitsWarper(s.temperature)]
-        warpers += [theirs.TopKLogitsWarper(s.top_k)] if s.top_k else []
-        warpers += [theirs.TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
-        warpers += [theirs.MinPLogitsWarper(s.min_p)] if s.min_p else []
-        one = one[None]
-        for warper in warpers:
-            one = warper(None, one)
-        scores.append(one)
-    probabilities = torch.cat(scores).softmax(-1)
-    return probabilities > 0, probabilities
-
-
-def assert_same(logits, settings):
-    (kept, probabilities), (kept_there, probabilities_there) = (
-        ours(logits, settings),
-        chain(logits, settings),
-    )
-    assert not (kept & ~kept_there).any()
-    assert not (kept_there & ~kept & (probabilities_there > TINY)).any()
-    torch.testing.assert_close(probabilities.float(), probabilities_there, rtol=1e-4, atol=TINY)
-
-
-SETTINGS = [
-    *(Sampling(temperature=t) for t in (0.3, 0.7, 1.0, 1.9)),
-    *(Sampling(top_k=k) for k in (1, 2, 50, V, 9999)),
-    *(Sampling(top_p=p) for p in (0.0, 0.01, 0.5, 0.9, 0.999)),
-    *(Sampling(min_p=p) for p in (0.01, 0.2, 1.0)),
-    Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
-    Sampling(temperature=1.5, top_k=7, top_p=0.6),
-    Sampling(temperature=2.5, top_p=0.95, min_p=0.02),
+CUTS = [  # settings that leave ids out by their weight
+    {"temperature": 0.3},
+    {"temperature": 1.9},
+    *({"top_k": k} for k in (1, 50, V, 9999)),
+    *({"top_p": p} for p in (0.0, 0.01, 0.5, 0.999)),
+    *({"min_p": p} for p in (0.01, 1.0)),
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
+    {"temperature": 1.5, "top_k": 7, "top_p": 0.6},
+    {"temperature": 2.5, "top_p": 0.95, "min_p": 0.02},
+]
+IDS = [20, 9, 20, 300, 7, 8]  # of which 4 are the prompt
+PENALTIES = [
+    {"repetition_penalty": 0.5},
+    {"repetition_penalty": 1.3},
+    {"word_filter": BadWords([[4], [7, 8, 2], [8, 3], [9, 1, 5]])},
+    {"logit_bias": {4: 2.5, 300: -100, 17: 100}},
+    {"min_tokens": 2},
+    {"min_tokens": 3},
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_temperature_and_cutoffs_equal_transformers(settings):
-    assert_same(some_logits(64), [settings] * 64)
+def chain(logits, row, suppress):
+    """The probabilities by transformers' processors."""
+    s = row.sampling
+    processors = [
+        theirs.RepetitionPenaltyLogitsProcessor(s.repetition_penalty),
+        theirs.SuppressTokensLogitsProcessor(list(suppress)),
+        theirs.MinNewTokensLengthLogitsProcessor(row.n_prompt, s.min_tokens, list(row.stop_ids)),
+        theirs.TemperatureLogitsWarper(s.temperature),
+    ]
+    if s.logit_bias:
+        biases = {(id,): float(bias) for id, bias in s.logit_bias.items()}
+        processors.insert(0, theirs.SequenceBiasLogitsProcessor(biases))
+    if s.word_filter:
+        processors.insert(0, theirs.NoBadWordsLogitsProcessor(s.word_filter.words))
+    processors += [theirs.TopKLogitsWarper(s.top_k)] if s.top_k else []
+    processors += [theirs.TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
+    processors += [theirs.MinPLogitsWarper(s.min_p)] if s.min_p else []
+    scores = logits.double()[None]
+    for processor in processors:
+        scores = processor(torch.tensor([row.ids]), scores)
+    return scores[0].softmax(-1)
 
 
-def test_rows_of_different_settings_do_not_mix():
-    assert_same(some_logits(len(SETTINGS), seed=5), SETTINGS)
-
-
-@pytest.mark.parametrize("scale", [0.05, 0.5, 4.0])  # nuclei of thousands, hundreds and a few ids
-@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.97])
-def test_a_wide_nucleus_ends_at_the_same_id_in_a_large_vocabulary(scale, top_p):
-    logits = some_logits(1, seed=1, scale=scale, size=20_000)
-    # Summed in float32 theirs is off by some ids of 20,000.
-    n_kept = chain(logits.double(), [Sampling(top_p=top_p)])[0].sum()
-    weights, total = probabilities_and_sum(logits.clone(), [Sampling()])
-    last_in, first_out = logits.argsort(descending=True)[0, n_kept - 1 : n_kept + 1].tolist()
-    rows, places = weights.expand(2, -1), torch.tensor([[last_in], [first_out]])
-    assert heavier(rows, places, top_p * total)[-1][:, 0].tolist() == [False, True]
-
-
-def test_repetition_penalty_equals_transformers():
-    logits, ids = some_logits(3), torch.tensor([[5, 9, 5, 300], [0, 1, 2, 3], [7, 7, 7, 7]])
-    for penalty in (0.5, 1.0, 1.3):
-        wanted = theirs.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
-        scores = logits.clone()
-        process(scores, [row(i, repetition_penalty=penalty) for i in ids.tolist()], ())
-        torch.testing.assert_close(scores, wanted)
-
-
-def test_bad_words_and_suppressed_ids_equal_transformers():
-    logits, words = some_logits(3), [[4], [1, 2], [1, 3], [9, 1, 5], [8, 8, 8, 8]]
-    ids = torch.tensor([[0, 9, 1], [1, 1, 9], [8, 8, 8]])
-    wanted = theirs.NoBadWordsLogitsProcessor(words)(ids, logits.clone())
-    wanted = theirs.SuppressTokensLogitsProcessor([0, 300])(ids, wanted)
-    scores = logits.clone()
-    process(scores, [row(i, word_filter=BadWords(words)) for i in ids.tolist()], (0, 300))
-    assert torch.equal(scores, wanted)
-    assert wanted.isinf().sum() == 3 * 3 + 3 + 1  # every kind has met a row
+@pytest.mark.parametrize("settings", [*CUTS, *PENALTIES, PENALTIES[1] | PENALTIES[2] | CUTS[-1]])
+def test_the_distribution_is_that_of_transformers(settings):
+    for seed, suppress in ((0, (0,)), (1, (0, 17, 300))):
+        logits = some_logits(1, seed)[0]
+        one = row(IDS, n_prompt=4, stop_ids=(3, 5), **settings)
+        wanted = chain(logits, one, suppress)
+        torch.testing.assert_close(distribution(logits, one, suppress), wanted)
 
 
 def test_frequency_and_presence_penalty_are_openais_formula_over_the_answer_alone():
-    """mu[j] - c[j] * alpha_frequency - (c[j] > 0) * alpha_presence, counted one id at a time."""
-    logits = some_logits(4)
-    prompt = [5, 9, 9, 300]
-    answers = [[], [7], [9, 7, 9, 9, 0], list(range(50)) * 3]
-    for frequency, presence in ((0.7, 0), (0, 1.5), (-2, 0.25), (2, -2)):
-        wanted = logits.double()
-        for scores, answer in zip(wanted, answers, strict=True):
-            for id in range(V):
-                times = sum(1 for said in answer if said == id)
-                scores[id] -= times * frequency + (times > 0) * presence
-        rows = [
-            row(
-                prompt + answer,
-                n_prompt=len(prompt),
-                frequency_penalty=frequency,
-                presence_penalty=presence,
-            )
-            for answer in answers
-        ]
-        scores = logits.clone()
-        process(scores, rows)
-        torch.testing.assert_close(scores.double(), wanted, rtol=1e-6, atol=1e-5)
-        assert torch.equal(scores[0], logits[0])  # of the prompt's ids nothing is taken
+    """mu[j] - c[j] * alpha_frequency - (c[j] > 0) * alpha_presence"""
+    logits = some_logits(1)[0]
+    for frequency, presence in ((0.7, 0), (0, 1.5), (-2, 0.25)):
+        penalties = {"frequency_penalty": frequency, "presence_penalty": presence}
+        scores = logits.double()
+        scores[9] -= 2 * frequency + presence
+        scores[7] -= frequency + presence
+        found = distribution(logits, row([5, 9, 7, 9, 9], n_prompt=2, **penalties))
+        torch.testing.assert_close(found, scores.softmax(-1))
 
 
-def test_logit_bias_equals_transformers_and_revives_no_suppressed_id():
-    logits = some_logits(2)
-    bias = {4: 2.5, 300: -100, 17: 100}
-    processor = theirs.SequenceBiasLogitsProcessor({(id,): float(b) for id, b in bias.items()})
-    wanted = processor(torch.tensor([[1, 2, 3]]), logits[:1].clone())
-    scores = logits.clone()
-    process(scores, [row(logit_bias=bias), row()], suppress=(17,))
-    wanted[0, 17] = logits[1, 17] = -math.inf
-    assert torch.equal(scores, torch.cat([wanted, logits[1:]]))
-    best = logits[1].argmax().item()
-    banned = {id: -100 for id in range(V) if id not in (17, best)}
-    drawn = draw(some_logits(2), [row(logit_bias={6: 100}, seed=1), row(logit_bias=banned)])
-    assert [d.token for d in drawn] == [6, best]
+# The fast draw, beside the distribution
 
-
-@pytest.mark.parametrize("n_answered", range(4))
-def test_min_tokens_equals_transformers(n_answered):
-    logits, stop_ids = some_logits(1), (3, 8)
-    ids = list(range(20, 25 + n_answered))
-    processor = theirs.MinNewTokensLengthLogitsProcessor(5, 3, list(stop_ids))
-    wanted = processor(torch.tensor([ids]), logits.clone())
-    scores = logits.clone()
-    process(scores, [row(ids, n_prompt=5, stop_ids=stop_ids, min_tokens=3)])
-    assert torch.equal(scores, wanted)
-    assert wanted[0, list(stop_ids)].isinf().all() == (n_answered < 3)
-
-
-def test_a_row_with_every_penalty_disturbs_no_neighbour():
-    logits = some_logits(3, seed=4)
-    busy = row(
-        (1, 2, 2),
-        n_prompt=1,
-        stop_ids=(4,),
-        repetition_penalty=1.3,
-        frequency_penalty=1,
-        presence_penalty=1,
-        logit_bias={2: 0.5, 6: -3},
-        min_tokens=9,
-    )
-    together = logits.clone()
-    process(together, [row(), busy, row()])
-    alone = logits[1:2].clone()
-    process(alone, [busy])
-    assert torch.equal(together[[0, 2]], logits[[0, 2]]) and torch.equal(together[1:2], alone)
-    # The order of the rules: the repetition penalty comes between the bias and the other penalties.
-    biased = logits[1, 2].item() + 0.5
-    penalized = biased * 1.3 if biased < 0 else biased / 1.3
-    assert together[1, 2].item() == pytest.approx(penalized - 3)
-
-
-@pytest.mark.parametrize(
-    "bias, reason",
-    [
-        ({5: 101}, "logit_bias of 5: found 101; wanted a number, -100 to 100"),
-        ({5: "1"}, "logit_bias of 5: found '1'; wanted a number"),
-        ({"5": 1}, "logit_bias of '5': found '5'; wanted an integer, at least 0"),
-    ],
-)
-def test_a_bias_that_is_none_is_refused(bias, reason):
-    with pytest.raises(ValueError, match=reason):
-        Sampling(logit_bias=bias)
-
-
-def test_biases_are_read_from_text():
-    assert sampling.parse_biases(["5=-2.5", "", "0=100"], 10) == {5: -2.5, 0: 100}
-    for text in ("5", "5=", "=3", "x=3", "-1=3", "10=3", "5=a", "5:3"):
-        with pytest.raises(ValueError, match=f"logit_bias {text}: wanted ID=BIAS"):
-            sampling.parse_biases([text], 10)
-
-
-def test_word_filter_forbids_what_it_names():
-    class Echo:
-        def banned(self, ids):
-            return [ids[-1]]
-
-    scores = some_logits(2)
-    process(scores, [row((3, 7), word_filter=Echo()), row((3, 7))], ())
-    assert scores.isinf().nonzero().tolist() == [[0, 7]]
+SETTINGS = [
+    {},
+    {"temperature": 0.7, "top_k": 12},
+    {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.15},
+    {"top_k": 12, "top_p": 0.5, "frequency_penalty": 0.5, "presence_penalty": 0.5},
+    {"top_k": 12, "min_p": 0.2, "top_p": 0.9},
+    {"temperature": 1.4, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"top_p": 0.2},  # most are drawn several times
+    {"top_p": 0.0, "top_k": 5},
+    {"min_p": 0.4, "logit_bias": {9: 2.0, 5: -1.0}, "word_filter": BadWords([[2, 3], [1]])},
+    {"temperature": 0, "repetition_penalty": 1.5, "min_tokens": 9},
+]
 
 
 @pytest.mark.parametrize("size", [40, 800])  # less than a block of `blocks`, and some of them
-def test_drawn_tokens_follow_the_distribution(size):
-    """Chi-square over 20,000 draws of each row of settings, at fixed seeds."""
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_drawn_tokens_follow_the_distribution(size, settings):
+    """Chi-square over 20,000 draws at fixed seeds, all rows together."""
     logits = some_logits(1, seed=2, scale=1.5, size=size)
-    for settings in (
-        {},
-        {"temperature": 0.7, "top_k": 12},
-        {"temperature": 0.6, "top_k": 40, "top_p": 0.95},
-        {"top_k": 12, "top_p": 0.5},
-        {"top_k": 12, "min_p": 0.2},
-        {"temperature": 1.4, "top_p": 0.8, "min_p": 0.05},
-        {"top_p": 0.2},  # most are drawn several times
-        {"min_p": 0.4},
-    ):
-        expected = chain(logits, [Sampling(**settings)])[1][0].double()
-        rows = [row(range(i % 50), i // 50, seed=11, **settings) for i in range(20_000)]
-        drawn = torch.tensor([d.token for d in draw(logits.repeat(len(rows), 1), rows)])
-        counts = drawn.bincount(minlength=size)
-        assert counts[expected == 0].sum() == 0
-        kept = expected > 0
-        expected = expected[kept] * len(rows)
-        statistic = ((counts[kept] - expected) ** 2 / expected).sum().item()
-        freedom = len(expected) - 1
-        assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom), (settings, statistic, freedom)
+    ids = [5, 9, 9, 2, 7, 9, 2]
+    rows = [
+        row(ids, n_prompt=2, stop_ids=(4, 8), candidate=i, seed=11, **settings)
+        for i in range(20_000)
+    ]
+    expected = distribution(logits[0], rows[0], suppress=(0, 6))
+    drawn = torch.tensor(drawn_ids(logits.repeat(len(rows), 1), rows, (0, 6)))
+    counts = drawn.bincount(minlength=size)
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    expected = expected[kept] * len(rows)
+    statistic = ((counts[kept] - expected) ** 2 / expected).sum().item()
+    freedom = len(expected) - 1
+    assert abs(statistic - freedom) <= 4 * math.sqrt(2 * freedom), (statistic, freedom)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_everything_heavier_than_an_id_that_may_be_drawn_may_be_drawn(settings):
+    """The invariant of the cut, which redraws among what is heavier."""
+    uncut = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    logits = some_logits(1, seed=4)[0]
+    if settings.get("temperature") != 0:
+        kept = distribution(logits, row(IDS, n_prompt=4, **settings)) > 0
+        weights = distribution(logits, row(IDS, n_prompt=4, **settings | uncut))
+        assert weights[kept].min() >= weights[~kept].max()
+
+
+@pytest.mark.parametrize("size", [V, 50_257])
+def test_a_draw_does_not_depend_on_the_other_rows(size):
+    torch.set_num_threads(2)
+    settings = [*SETTINGS, *CUTS]
+    logits = some_logits(len(settings), seed=3, size=size)
+    rows = [row(range(1, i + 2), i % 3, n_prompt=1, **s) for i, s in enumerate(settings)]
+    together = drawn_ids(logits.clone(), rows)
+    alone = [drawn_ids(logits[i : i + 1].clone(), [rows[i]])[0] for i in range(len(rows))]
+    assert together == alone
+
+
+def test_a_draw_is_used_again_while_ids_grow():
+    rows = [row((1, 2), seed=i, n_prompt=1, **s) for i, s in enumerate(SETTINGS)]
+    again = Draw(rows, torch.tensor([0]))
+    for step in range(3):
+        logits = some_logits(len(rows), seed=step)
+        wanted = drawn_ids(logits.clone(), rows, (0,))
+        tokens = [drawn.token for drawn in again(logits)[0]]
+        assert tokens == wanted
+        for one, token in zip(rows, tokens, strict=True):
+            one.ids.append(token)
 
 
 def test_noise_of_neighbouring_places_is_uniform_and_uncorrelated():
@@ -297,48 +193,6 @@ def test_noise_of_neighbouring_places_is_uniform_and_uncorrelated():
             centred.narrow(axis, 0, size - 1) * centred.narrow(axis, 1, size - 1)
         ).flatten() * 12
         assert abs(product.mean()) < 4 / math.sqrt(product.numel())
-
-
-@pytest.mark.parametrize("size", [V, 50_257])
-def test_a_draw_does_not_depend_on_the_other_rows(size):
-    torch.set_num_threads(2)
-    logits = some_logits(len(SETTINGS), seed=3, size=size)
-    rows = [
-        Row(s, i % 3, list(range(i)))
-        for i, s in enumerate([*SETTINGS[:-1], Sampling(temperature=0)])
-    ]
-    together = [d.token for d in draw(logits.clone(), rows)]
-    alone = [draw(logits[i : i + 1].clone(), [rows[i]])[0].token for i in range(len(rows))]
-    assert together == alone
-
-
-@pytest.mark.parametrize("n_threads", [1, 2])
-@pytest.mark.parametrize("size", [45, 300, 50_257])
-def test_equal_scores_have_equal_weights_wherever_they_stand(size, n_threads):
-    """Also at the end of a tensor, or of a thread's part, where vectors are not full."""
-    torch.set_num_threads(n_threads)
-    for other in torch.linspace(-8, -0.01, 30):
-        scores = torch.full((3, size), other.item())
-        scores[:, 0] = 0
-        weights = weigh(scores, torch.zeros(3, 1), [Sampling()] * 3)
-        assert len(weights[:, 1:].unique()) == 1
-
-
-def test_penalties_of_rows_with_different_ones_are_each_rows_own():
-    rows = [
-        row(range(9), repetition_penalty=1.5),
-        row(range(3, 40), repetition_penalty=1.1, frequency_penalty=0.5),
-        row((5, 5, 5, 6), n_prompt=1, frequency_penalty=1.0, presence_penalty=0.25),
-        row(range(7)),
-        row((1, 2, 1), n_prompt=1, repetition_penalty=0.5, presence_penalty=-1.0),
-    ]
-    together = some_logits(len(rows))
-    alone = together.clone()
-    process(together, rows)
-    for number in range(len(rows)):
-        process(alone[number : number + 1], rows[number : number + 1])
-    assert torch.equal(together, alone)
-    assert not torch.equal(together, some_logits(len(rows)))
 
 
 def test_seed_candidate_and_position_each_change_the_draw():
@@ -363,49 +217,45 @@ def test_seed_candidate_and_position_each_change_the_draw():
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 40_000}, {"top_k": 40_000, "top_p": 0.999}])
 @pytest.mark.parametrize("noise", [0.0, 1 - 2.0**-52])
-def test_an_id_without_probability_is_never_drawn(monkeypatch, noise):
+def test_an_id_without_probability_is_never_drawn(monkeypatch, noise, settings):
     """At both ends of the noise, with totals that float64 rounds up and down."""
     monkeypatch.setattr("gptchat.inference.draw.uniform", lambda *_: noise)
-    for seed, size in itertools.product(range(5), (3, 2_000, 10_000, 29_000)):
+    for seed, size in ((0, 3), (1, 2_000), (2, 29_000)):
         logits = torch.full((1, 50_000), -1e9)
         logits[0, 20_000 : 20_000 + size] = some_logits(1, seed, size=size, scale=0.01)[0]
-        token = draw(logits, [row()], suppress=(20_000, 19_999 + size))[0].token
-        assert token == (20_001 if noise == 0 else 19_998 + size)
+        [token] = drawn_ids(logits, [row(**settings)], suppress=(20_000, 19_999 + size))
+        assert 20_000 < token < 19_999 + size
 
 
-def test_greedy_takes_the_best_that_is_left():
+def test_greedy_takes_the_first_of_the_best_that_are_left():
     logits = some_logits(2)
     order = logits.argsort(-1, descending=True)
     without_the_best = BadWords([[order[1, 0].item()]])
     rows = [row(temperature=0), row(temperature=0, word_filter=without_the_best)]
-    assert [d.token for d in draw(logits.clone(), rows)] == [order[0, 0], order[1, 1]]
+    assert drawn_ids(logits, rows) == [order[0, 0], order[1, 1]]
+    assert drawn_ids(torch.zeros(9, V), [row(temperature=0, seed=i) for i in range(9)]) == [0] * 9
+    vanishing = [row(temperature=1e-300, seed=i) for i in range(2)]
+    assert drawn_ids(some_logits(2), vanishing) == order[:, 0].tolist()
 
 
-def test_greedy_has_no_noise_where_scores_are_equal():
-    drawn = draw(torch.zeros(30, V), [row(temperature=0, seed=seed) for seed in range(30)])
-    assert [d.token for d in drawn] == torch.zeros(30, V).argmax(-1).tolist()
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {}, {"top_p": 0.9}, {"top_k": 9, "top_p": 0.9}]
+)
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_nothing_to_draw_is_said_and_leaves_the_neighbours_alone(settings, bad):
+    logits = some_logits(3, size=4096)
+    logits[1] = bad
+    rows = [row(seed=seed, top_p=0.9) for seed in range(3)]
+    rows[1] = row(**settings)
+    wanted = [drawn_ids(logits[i : i + 1].clone(), [rows[i]])[0] for i in (0, 2)]
+    assert drawn_ids(logits, rows) == [wanted[0], -1, wanted[1]]
 
 
-def test_a_vanishing_temperature_is_greedy():
-    logits = some_logits(4)
-    drawn = draw(logits.clone(), [row(temperature=1e-300, seed=s) for s in range(4)])
-    assert [d.token for d in drawn] == logits.argmax(-1).tolist()
-
-
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_nothing_to_draw_is_said_and_leaves_the_neighbour_alone(temperature):
-    logits = some_logits(3, size=5)
-    logits[1] = math.nan
+def test_a_row_whose_every_id_is_forbidden_gets_none():
     everything = BadWords([[i] for i in range(5)])
-    rows = [
-        row(temperature=temperature, word_filter=everything, top_p=0.9),
-        row(temperature=temperature),
-        row(),
-    ]
-    tokens = [d.token for d in draw(logits.clone(), rows)]
-    assert tokens[:2] == [-1, -1]
-    assert tokens[2] == draw(logits[2:].clone(), [row()])[0].token
+    assert drawn_ids(some_logits(1, size=5), [row(word_filter=everything)]) == [-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -433,20 +283,19 @@ def test_score_lists_at_most_the_vocabulary():
     assert sum(math.exp(p) for _, p in scored[0].top) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", declared(Sampling))
-def test_each_setting_is_checked_by_its_declaration(name):
-    one = declared(Sampling)[name]
-    assert one.help
-    one.check(one.default)
-    below = one.rules.get("min", 0) - 1
-    above = one.rules.get("max", 0) + 1
-    for wrong, is_wrong in ((below, "min" in one.rules), (above, "max" in one.rules)):
-        if is_wrong:
-            with pytest.raises(ValueError, match=f"^{name}: found {wrong}; wanted {one.wanted}$"):
-                Sampling(**{name: wrong})
-    for wrong in (True, "1", math.nan, [1], *([1.5, np.int64(1)] if one.type is int else [])):
-        with pytest.raises(ValueError, match=f"^{name}: found .*; wanted "):
-            Sampling(**{name: wrong})
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("size", [45, 300, 50_257])
+def test_equal_scores_have_equal_weights_wherever_they_stand(size, n_threads):
+    """Also at the end of a tensor, or of a thread's part, where vectors are not full."""
+    torch.set_num_threads(n_threads)
+    for other in torch.linspace(-8, -0.01, 30):
+        scores = torch.full((3, size), other.item())
+        scores[:, 0] = 0
+        weights = weigh(scores, torch.zeros(3, 1), torch.ones(3, 1))
+        assert len(weights[:, 1:].unique()) == 1
+
+
+# Blocks
 
 
 @st.composite
@@ -468,7 +317,7 @@ def rows_of_scores(draw):
     return torch.stack(rows)
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None)
 @given(rows_of_scores(), st.data())
 def test_top_p_is_what_going_through_a_row_id_by_id_finds(scores, data):
     """At a place of each row: all that is heavier, summed in float64, which rounds otherwise."""
@@ -476,8 +325,8 @@ def test_top_p_is_what_going_through_a_row_id_by_id_finds(scores, data):
     top_p = torch.tensor([[data.draw(shares)] for _ in scores], dtype=torch.float64)
     size = scores.shape[1]
     places = torch.tensor([[data.draw(st.integers(0, size - 1))] for _ in scores])
-    weights, total = probabilities_and_sum(scores, [Sampling()] * len(scores))
-    above, _, is_outside = heavier(weights, places, top_p * total)
+    weights = scores.exp()
+    above, _, is_outside = heavier(weights, places, top_p * block_sums(weights).sum(-1, True))
     own = weights.gather(1, places)
     assert torch.equal(above, torch.where(weights > own, weights, 0))
     sums = above.double().sum(-1, keepdim=True)
@@ -488,37 +337,20 @@ def test_top_p_is_what_going_through_a_row_id_by_id_finds(scores, data):
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
-@given(rows_of_scores())
-def test_the_best_of_blocks_is_the_best(scores):
-    assert torch.equal(best(scores), scores.max(-1, keepdim=True).indices)
-
-
-@hypothesis.settings(max_examples=100, deadline=None)
 @given(rows_of_scores(), st.floats(0, 1 - 2**-52))
-def test_a_place_is_drawn_where_the_cumulative_weight_passes_the_noise(scores, noise):
-    weights, total = probabilities_and_sum(scores, [Sampling()] * len(scores))
-    places = draw_place(
-        weights, block_sums(weights), torch.full((len(weights), 1), noise, dtype=torch.float64)
-    )
+def test_the_best_and_a_drawn_place_of_blocks_are_those_of_the_whole_row(scores, noise):
+    assert torch.equal(best(scores), scores.max(-1, keepdim=True).indices)
+    weights = scores.exp()
+    sums = block_sums(weights)
+    numbers = torch.full((len(weights), 1), noise, dtype=torch.float64)
+    places = draw_place(weights, sums, numbers)
     own = weights.gather(1, places)
     cumulative = weights.double().cumsum(-1)
     after = cumulative.gather(1, places) / cumulative[:, -1:]
     assert (own > 0).all()
     assert (after - own <= noise + 1e-6).all() and (after >= noise - 1e-6).all()
+    total = sums.sum(-1, keepdim=True)
     torch.testing.assert_close(total.double() / ONE, cumulative[:, -1:], atol=1e-9, rtol=1e-6)
-
-
-def test_an_id_is_outside_where_better_ones_have_all_of_top_p():
-    weights = torch.tensor([[0.5, 0.25, 0.25]]).expand(3, -1)
-    outside = outside_top_p(weights[0], torch.tensor([0.5 * ONE]))
-    assert outside.tolist() == [False, True, True]
-
-
-def test_a_rare_id_is_drawn_without_top_p_also_in_company_of_a_row_with_it(monkeypatch):
-    """The sum of what is better than it rounds to all there is."""
-    monkeypatch.setattr("gptchat.inference.draw.uniform", lambda *_: 1 - 2.0**-52)
-    logits = torch.tensor([[0.0, math.log(1e-9)]] * 2)
-    assert [d.token for d in draw(logits, [row(), row(top_p=0.9)])] == [1, 0]
 
 
 def test_in_a_block_of_rare_ids_one_without_weight_is_not_drawn():
@@ -529,11 +361,40 @@ def test_in_a_block_of_rare_ids_one_without_weight_is_not_drawn():
     assert draw_place(weights, block_sums(weights), noise).item() == 499
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
-def test_top_p_over_many_ids_leaves_the_neighbours_of_a_row_without_scores_alone(bad):
-    logits = some_logits(3, size=4096)
-    logits[1] = bad
-    rows = [row(top_p=0.9, seed=seed) for seed in range(3)]
-    tokens = [d.token for d in draw(logits.clone(), rows)]
-    alone = [draw(logits[i : i + 1].clone(), [rows[i]])[0].token for i in (0, 2)]
-    assert tokens == [alone[0], -1, alone[1]]
+# Settings
+
+
+@pytest.mark.parametrize(
+    "bias, reason",
+    [
+        ({5: 101}, "logit_bias of 5: found 101; wanted a number, -100 to 100"),
+        ({5: "1"}, "logit_bias of 5: found '1'; wanted a number"),
+        ({"5": 1}, "logit_bias of '5': found '5'; wanted an integer, at least 0"),
+    ],
+)
+def test_a_bias_that_is_none_is_refused(bias, reason):
+    with pytest.raises(ValueError, match=reason):
+        Sampling(logit_bias=bias)
+
+
+def test_biases_are_read_from_text():
+    assert parse_biases(["5=-2.5", "", "0=100"], 10) == {5: -2.5, 0: 100}
+    for text in ("5", "5=", "=3", "x=3", "-1=3", "10=3", "5=a", "5:3"):
+        with pytest.raises(ValueError, match=f"logit_bias {text}: wanted ID=BIAS"):
+            parse_biases([text], 10)
+
+
+@pytest.mark.parametrize("name", declared(Sampling))
+def test_each_setting_is_checked_by_its_declaration(name):
+    one = declared(Sampling)[name]
+    assert one.help
+    one.check(one.default)
+    below = one.rules.get("min", 0) - 1
+    above = one.rules.get("max", 0) + 1
+    for wrong, is_wrong in ((below, "min" in one.rules), (above, "max" in one.rules)):
+        if is_wrong:
+            with pytest.raises(ValueError, match=f"^{name}: found {wrong}; wanted {one.wanted}$"):
+                Sampling(**{name: wrong})
+    for wrong in (True, "1", math.nan, [1], *([1.5, np.int64(1)] if one.type is int else [])):
+        with pytest.raises(ValueError, match=f"^{name}: found .*; wanted "):
+            Sampling(**{name: wrong})

@@ -4,8 +4,8 @@ A row of a whole vocabulary is read once, to reduce each block of BLOCK neighbou
 maximum or its sum. What is looked for then lies in one block. So no cumulative row is needed: of 32
 rows of 50,257 entries, torch's own `max` takes seven times as long, and so does a `cumsum`.
 
-Each row's result depends on that row alone. (On a GPU, which may choose the order of a sum by the
-number of rows, but for the rounding of that sum.)
+Each row's result depends only on that row. On a GPU the summation order can depend on the number of
+rows, so results may differ by rounding.
 """
 
 from collections.abc import Callable
@@ -53,9 +53,9 @@ def best(scores: Tensor) -> Tensor:
 
 
 def block_sums(weights: Tensor) -> Tensor:
-    """The sum of each block of weights (R, K): int64 (R, K / BLOCK, rounded up), in ONEths.
+    """The sum of each block of weights (R, K) of at most 1: int64 (R, K / BLOCK, rounded up).
 
-    Weights are 1 at most.
+    The sums are fixed-point integers; ONE is 1.0.
     """
     return reduce_blocks(torch.sum, weights).mul_(ONE).long()
 
@@ -64,18 +64,18 @@ def draw_place(weights: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
     """A place (R, 1) of each row, drawn in proportion to the row's float32 `weights` (R, K).
 
     `sums` are their `block_sums`. `noise` (R, 1), float64 in [0, 1), is turned into a place by the
-    inverse of the cumulative distribution. An entry of weight 0 is never drawn. Where no block has
-    a sum of a ONEth or more, the place is arbitrary.
+    inverse of the cumulative distribution. An entry of weight 0 is never drawn. Where all
+    sums are 0, the place is arbitrary.
     """
-    block, share = _invert(sums, noise)
+    block, share = invert(sums, noise)
     entries, places = take_block(weights, block, missing=0.0)
     # A block may have small weights only, so they are measured by their largest.
     entries.mul_(ONE / entries.amax(-1, keepdim=True))
-    place, _ = _invert(entries.long(), share)
+    place, _ = invert(entries.long(), share)
     return places.gather(1, place)
 
 
-def _invert(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def invert(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The index (R, 1) into integer weights (R, K) to which `noise` (R, 1) leads.
 
     With it comes where in the entry's own share the noise lies, a new number in [0, 1).

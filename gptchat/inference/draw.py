@@ -1,15 +1,21 @@
 """Logits (B, V) -> next ids, each row with its own settings (`sampling.py`) and its own noise.
 
-The settings apply in this order: logit bias; repetition penalty, frequency and presence penalty;
-filtered words, stop ids before `min_tokens`; then, unless greedy, temperature, top-k, top-p, min-p.
-(Where ids tie at the cut, top-k keeps k of them, top-p all whose float32 probabilities are equal.)
+`distribution` says plainly what is drawn from; `Draw` does it fast for many rows. There are two
+stages. Before the cut scores change, ids are banned, and the lightest ids may be left out: logit
+bias; repetition, frequency and presence penalty; filtered words, and stop ids before `min_tokens`;
+then, unless greedy, temperature and top-k. The cut leaves out what is not in top-p or below min-p.
+
+Invariant of the cut: a rule that leaves ids out by their weight leaves out the lightest ones, so
+everything heavier than a drawn id is still there. That is how top-p is known without sorting a row:
+an id is outside if what is heavier has all of top-p already.
 
 Given its logits, a row's id does not depend on the other rows. Its noise is one number in [0, 1), a
 hash of (seed, candidate, position), which becomes an id by inverting the cumulative distribution.
-If that id is outside of top-p, another number follows. An id that may not be drawn never is.
+(Where ids tie at the cut, top-k keeps k of them, top-p all whose float32 weights are equal.)
 """
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count
@@ -20,23 +26,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptchat.inference.blocks import best, block_sums, draw_place
+from gptchat.inference.blocks import ONE, best, block_sums, draw_place, invert
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import BROKEN, CharacterFilter
 
 
 @dataclass
 class Row:
-    """What a draw needs to know of a sequence: its settings, and its ids so far.
+    """What a draw needs to know of a sequence: its settings, and its ids so far, one or more.
 
     The answer begins after `n_prompt` ids. A stop id would end it.
     """
 
     sampling: Sampling
     candidate: int  # its number among those of its request
-    ids: list[int]
+    ids: Sequence[int]
     n_prompt: int = 0
     stop_ids: Sequence[int] = ()
+
+    def banned(self) -> list[int]:
+        """What may not come next: words that are filtered, and stop ids before `min_tokens`."""
+        banned = []
+        if self.sampling.word_filter:
+            banned += self.sampling.word_filter.banned(self.ids)
+        if len(self.ids) - self.n_prompt < self.sampling.min_tokens:
+            banned += self.stop_ids
+        return banned
 
 
 class Scored(NamedTuple):
@@ -51,31 +66,33 @@ class Scored(NamedTuple):
     top: Sequence[tuple[int, float]] = ()
 
 
-def draw(
-    logits: Tensor,
-    rows: Sequence[Row],
-    suppress: Tensor,
-    characters: CharacterFilter | None = None,
-) -> list[Scored]:
-    """The next id of each row, -1 where nothing is left to draw. OVERWRITES float32 logits (B, V).
+def distribution(logits: Tensor, row: Row, suppress: Sequence[int] = ()) -> Tensor:
+    """The probabilities (V,) with which each id comes next in a row with these logits (V,).
 
-    `suppress` (S,) are ids that are never drawn. Without `characters`, `whole_characters` has no
-    effect.
+    Every setting is here but `whole_characters`. `Draw` is tested against this.
     """
-    to_score = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-    untouched = logits[to_score]  # a copy
-    scores = logits.float()  # a copy only if they are not float32
-    penalize_and_ban(scores, rows, suppress)
-    if characters:
-        keep_characters_whole(scores, rows, characters)
-    ids = choose(scores, rows)  # (B,)
-    drawn = [Scored(token) for token in ids.tolist()]
-    if to_score:
-        n_top = [rows[i].sampling.logprobs or 0 for i in to_score]
-        all_scored = score(untouched, ids[to_score].clamp_min(0), max(n_top))
-        for i, k, scored in zip(to_score, n_top, all_scored, strict=True):
-            drawn[i] = Scored(drawn[i].token, scored.logprob, scored.top[:k])
-    return drawn
+    settings = row.sampling
+    scores = logits.to(torch.float64, copy=True)
+    for id, bias in settings.logit_bias.items():
+        scores[id] += bias
+    for id in set(row.ids):
+        penalty = settings.repetition_penalty
+        scores[id] *= penalty if scores[id] < 0 else 1 / penalty
+    for id, times in Counter(row.ids[row.n_prompt :]).items():
+        scores[id] -= times * settings.frequency_penalty + settings.presence_penalty
+    scores[[*suppress, *row.banned()]] = -inf
+    if settings.temperature == 0:
+        return torch.zeros_like(scores).index_fill_(0, scores.argmax(), 1.0)
+    scores = (scores - scores.max()) / settings.temperature
+    if settings.top_k:
+        scores[scores < scores.topk(min(settings.top_k, len(scores))).values[-1]] = -inf
+    probabilities = scores.softmax(0)
+    descending = probabilities.sort(descending=True)
+    heavier = descending.values.cumsum(0) - descending.values  # the sum of what comes before
+    if settings.top_p < 1:
+        probabilities[descending.indices[1:][heavier[1:] >= settings.top_p]] = 0
+    probabilities[probabilities < settings.min_p * probabilities.max()] = 0
+    return probabilities / probabilities.sum()
 
 
 def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
@@ -94,191 +111,124 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
     return scored
 
 
-def penalize_and_ban(scores: Tensor, rows: Sequence[Row], suppress: Tensor) -> None:
-    """In place: what the settings of each row change in its scores (B, V) before it is drawn.
+class Draw:
+    """Draws the next ids of some rows, step after step, while their `ids` grow.
 
-    -inf stands for what may not be drawn: suppressed ids, those that a filter forbids, and stop ids
-    before `min_tokens`.
-    """
-    scores.index_fill_(1, suppress, -inf)
-    add_biases(scores, rows)
-    penalize_repetition(scores, rows)
-    penalize_answered(scores, rows)
-    ban(scores, rows)
-
-
-class Entries:
-    """Entries of the scores (B, V) that one operation changes together, collected row by row.
-
-    However many rows they are in, they take one copy to a GPU.
+    What the settings say is read once. `suppress` (S,) are ids that are never drawn, on the device
+    of the logits. Without `characters`, `whole_characters` has no effect.
     """
 
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.ids: list[np.ndarray] = []
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        suppress: Tensor,
+        characters: CharacterFilter | None = None,
+    ):
+        self.rows = rows
+        self.suppress = suppress
+        self.characters = characters
+        self.device = suppress.device
+        settings = [row.sampling for row in rows]
+        self.scored = [i for i, s in enumerate(settings) if s.logprobs is not None]
+        self.filtered = [i for i, s in enumerate(settings) if s.word_filter or s.min_tokens]
+        self.counted = [
+            i for i, s in enumerate(settings) if s.frequency_penalty or s.presence_penalty
+        ]
+        self.penalizes = bool(self.counted) or any(s.repetition_penalty != 1 for s in settings)
+        penalties = [s.repetition_penalty for s in settings]
+        self.repetition_penalty = column(penalties, self.device).float()
+        biased = [i for i, s in enumerate(settings) if s.logit_bias]
+        self.biases: list[tuple[int, Tensor, Tensor]] = []  # of a row: ids and what they get
+        for i in biased:
+            ids, biases = settings[i].bias_arrays
+            of_row = torch.from_numpy(ids).to(self.device), torch.from_numpy(biases).to(self.device)
+            self.biases.append((i, *of_row))
+        by_top_k: dict[int | None, list[int]] = {}  # None: greedy rows
+        for i, s in enumerate(settings):
+            by_top_k.setdefault(s.top_k if s.temperature else None, []).append(i)
+        self.groups = [Group(rows, numbers, self.device) for numbers in by_top_k.values()]
 
-    def add(self, row: int, ids: Collection[int]) -> None:
-        self.add_array(row, np.fromiter(ids, np.int64, len(ids)))
+    def __call__(self, logits: Tensor) -> tuple[list[Scored], Tensor]:
+        """What is drawn for each row, and its ids (B, 1); -1 where nothing is left to draw.
 
-    def add_array(self, row: int, ids: np.ndarray) -> None:
-        self.rows.append(row)
-        self.ids.append(ids)
-
-    def index(self) -> np.ndarray:
-        """Rows and ids of all entries (2, N)."""
-        return np.stack([self.each(self.rows), np.concatenate(self.ids)])
-
-    def each(self, numbers: Sequence[float]) -> np.ndarray:
-        """Numbers, one for each call of `add`, as one for each entry (N,)."""
-        return np.repeat(numbers, [len(ids) for ids in self.ids])
-
-
-def place(index: np.ndarray, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and ids (2, N) as an index into the scores."""
-    rows, ids = torch.from_numpy(index).to(scores.device)
-    return rows, ids
-
-
-def add_biases(scores: Tensor, rows: Sequence[Row]) -> None:
-    """In place: `logit_bias` is added."""
-    biased = Entries()
-    biases = []
-    for i, row in enumerate(rows):
-        if row.sampling.logit_bias:
-            ids, numbers = row.sampling.bias_arrays
-            biased.add_array(i, ids)
-            biases.append(numbers)
-    if biases:
-        scores[place(biased.index(), scores)] += torch.from_numpy(np.concatenate(biases)).to(scores)
-
-
-def penalize_repetition(scores: Tensor, rows: Sequence[Row]) -> None:
-    """In place: positive scores of ids in prompt or answer are divided, others multiplied.
-
-    Keskar et al., "CTRL" (2019).
-    """
-    seen = Entries()
-    penalties = []
-    for i, row in enumerate(rows):
-        if row.sampling.repetition_penalty != 1:
-            seen.add(i, row.ids)
-            penalties.append(row.sampling.repetition_penalty)
-    if penalties:
-        where = place(seen.index(), scores)
-        penalty = torch.from_numpy(seen.each(penalties)).to(scores)
-        old = scores[where]
-        # An id that was seen twice gets the same score twice.
-        scores[where] = torch.where(old < 0, old * penalty, old / penalty)
-
-
-def penalize_answered(scores: Tensor, rows: Sequence[Row]) -> None:
-    """In place: an id that the answer has had c times loses c * frequency + presence penalty.
-
-    The formula is that of OpenAI's API reference. The prompt does not count.
-    """
-    answered = Entries()
-    frequency = np.zeros(len(rows))
-    presence = np.zeros(len(rows))
-    for i, row in enumerate(rows):
-        frequency[i], presence[i] = row.sampling.frequency_penalty, row.sampling.presence_penalty
-        if frequency[i] or presence[i]:
-            answered.add(i, row.ids[row.n_prompt :])
-    if answered.ids:
-        row_numbers, ids = answered.index()
-        distinct, counts = np.unique(ids * len(rows) + row_numbers, return_counts=True)
-        ids, row_numbers = np.divmod(distinct, len(rows))
-        penalties = counts * frequency[row_numbers] + presence[row_numbers]
-        index = np.stack([row_numbers, ids])
-        scores[place(index, scores)] -= torch.from_numpy(penalties).to(scores)
-
-
-def ban(scores: Tensor, rows: Sequence[Row]) -> None:
-    """In place: -inf for what a row's word filter forbids, and stop ids before `min_tokens`."""
-    banned = Entries()
-    for i, row in enumerate(rows):
-        if row.sampling.word_filter:
-            banned.add(i, row.sampling.word_filter.banned(row.ids))
-        least = row.sampling.min_tokens
-        if least and len(row.ids) - row.n_prompt < least:
-            banned.add(i, row.stop_ids)
-    if banned.ids:
-        scores[place(banned.index(), scores)] = -inf
-
-
-def keep_characters_whole(scores: Tensor, rows: Sequence[Row], characters: CharacterFilter) -> None:
-    """In place: -inf for ids that would break a character, in rows that want none broken."""
-    states = [
-        characters.state(row.ids) if row.sampling.whole_characters else BROKEN for row in rows
-    ]
-    if not any(states):  # as a rule all are between characters: a tenth of the time
-        scores.index_fill_(1, characters.forbidden_between, -inf)
-    else:
-        scores.masked_fill_(characters.forbidden[states], -inf)
-
-
-def choose(scores: Tensor, rows: Sequence[Row]) -> Tensor:
-    """An id (B,) of each row, the best where the temperature is 0; -1 where all scores are -inf.
-
-    OVERWRITES `scores` (B, V). Rows are drawn together where their settings allow it.
-    """
-    highest = scores.amax(-1, keepdim=True)  # (B, 1)
-    ids = torch.empty(highest.shape, dtype=torch.int64, device=scores.device)
-    greedy: list[int] = []
-    by_top_k: dict[int, list[int]] = {}  # top_k -> rows
-    for i, row in enumerate(rows):
-        if row.sampling.temperature == 0:
-            greedy.append(i)
+        OVERWRITES float32 logits (B, V).
+        """
+        untouched = logits[self.scored]  # a copy
+        scores = logits.float()  # a copy only if they are not float32
+        self.change(scores)
+        if len(self.groups) == 1:
+            ids = self.groups[0].draw(scores)
         else:
-            by_top_k.setdefault(row.sampling.top_k, []).append(i)
-    if greedy:
-        place = row_index(greedy, len(rows))
-        ids[place] = best(scores[place])
-    for top_k, group in by_top_k.items():
-        place = row_index(group, len(rows))
-        ids[place] = sample(scores[place], highest[place], top_k, [rows[i] for i in group])
-    return ids.masked_fill_(~highest.isfinite(), -1)[:, 0]
+            ids = torch.empty(len(self.rows), 1, dtype=torch.int64, device=self.device)
+            for group in self.groups:
+                ids[group.numbers] = group.draw(scores[group.numbers])
+        drawn = [Scored(token) for [token] in ids.tolist()]
+        if self.scored:
+            n_top = [self.rows[i].sampling.logprobs or 0 for i in self.scored]
+            all_scored = score(untouched, ids[self.scored, 0].clamp_min(0), max(n_top))
+            for i, k, scored in zip(self.scored, n_top, all_scored, strict=True):
+                drawn[i] = Scored(drawn[i].token, scored.logprob, scored.top[:k])
+        return drawn, ids
+
+    def change(self, scores: Tensor) -> None:
+        """In place: biases, penalties and bans (-inf) of each row of scores (B, V)."""
+        for i, ids, biases in self.biases:
+            scores[i, ids] += biases
+        if self.penalizes:
+            self.penalize(scores)
+        scores.index_fill_(1, self.suppress, -inf)
+        for i in self.filtered:
+            scores[i, self.rows[i].banned()] = -inf
+        if self.characters:
+            self.keep_characters_whole(scores, self.characters)
+
+    def penalize(self, scores: Tensor) -> None:
+        """In place: scores (B, V) of ids that a row has.
+
+        Positive scores are divided by the repetition penalty, others multiplied (Keskar et al.,
+        "CTRL", 2019). An id that the answer has c times loses c * frequency + presence penalty, the
+        formula of OpenAI's API reference.
+        """
+        width = max(len(row.ids) for row in self.rows)
+        ids = np.empty((len(self.rows), width), np.int64)
+        for i, row in enumerate(self.rows):
+            ids[i, : len(row.ids)] = row.ids
+            ids[i, len(row.ids) :] = row.ids[0]  # a duplicate gets the same score
+        index = torch.from_numpy(ids).to(self.device)  # (B, T)
+        old = scores.gather(1, index)
+        new = torch.where(old < 0, old * self.repetition_penalty, old / self.repetition_penalty)
+        if self.counted:
+            taken = np.zeros(ids.shape)
+            for i in self.counted:
+                row = self.rows[i]
+                answer = np.array(row.ids[row.n_prompt :], np.int64)
+                times = np.bincount(answer, minlength=scores.shape[1])[ids[i]]
+                taken[i] = times * row.sampling.frequency_penalty
+                taken[i] += (times > 0) * row.sampling.presence_penalty
+            new -= torch.from_numpy(taken).to(new)
+        scores.scatter_(1, index, new)
+
+    def keep_characters_whole(self, scores: Tensor, characters: CharacterFilter) -> None:
+        """In place: -inf for ids that would break a character, in rows that want none broken."""
+        states = [
+            characters.state(row.ids) if row.sampling.whole_characters else BROKEN
+            for row in self.rows
+        ]
+        if not any(states):  # as a rule all are between characters: a tenth of the time
+            scores.index_fill_(1, characters.forbidden_between, -inf)
+        else:
+            scores.masked_fill_(characters.forbidden[states], -inf)
 
 
-def row_index(numbers: list[int], n_rows: int) -> list[int] | slice:
-    """An index of these rows, ascending, out of `n_rows`; all of them are a slice, not a copy."""
-    if len(numbers) == n_rows:
-        return slice(None)
-    return numbers
+def column(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers, one a row, as float64 (R, 1)."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
 
 
-def sample(scores: Tensor, highest: Tensor, top_k: int, rows: Sequence[Row]) -> Tensor:
-    """An id (R, 1) drawn from each row's `top_k` best, 0 for all. OVERWRITES `scores` (R, V).
-
-    `highest` (R, 1) is the best score of each row.
-    """
-    ids = None
-    if top_k:
-        scores, ids = scores.topk(min(top_k, scores.shape[1]))  # (R, K)
-    settings = [row.sampling for row in rows]
-    weights = weigh(scores, highest, settings)
-    sums = block_sums(weights)
-    limit = column([s.top_p if s.top_p < 1 else inf for s in settings], scores)
-    limit *= sums.sum(-1, keepdim=True)  # of all probability, before min-p
-    if any(s.min_p for s in settings):
-        drop_below_min_p(weights, settings)
-        sums = block_sums(weights)
-    places = draw_place(weights, sums, noise(rows, scores))  # (R, 1)
-    if any(s.top_p < 1 for s in settings):
-        draw_outsiders_again(places, weights, limit, rows)
-    if ids is None:
-        return places
-    return ids.gather(1, places)
-
-
-def column(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """Numbers, one a row, as float64 (R, 1) on the device of `like`."""
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device)[:, None]
-
-
-def noise(rows: Sequence[Row], like: Tensor, attempt: int = 0) -> Tensor:
-    """The noise (R, 1) of the next token of each row, float64 on the device of `like`."""
+def noise(rows: Sequence[Row], device: torch.device, attempt: int = 0) -> Tensor:
+    """The noise (R, 1) of the next token of each row, float64."""
     numbers = [uniform(row.sampling.seed, row.candidate, len(row.ids), attempt) for row in rows]
-    return column(numbers, like)
+    return column(numbers, device)
 
 
 def uniform(seed: int, candidate: int, position: int, attempt: int = 0) -> float:
@@ -293,22 +243,71 @@ def uniform(seed: int, candidate: int, position: int, attempt: int = 0) -> float
     return (int.from_bytes(digest) >> 12) * 2.0**-52
 
 
-def weigh(scores: Tensor, highest: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """In place: scores (R, K) become probabilities at each row's temperature, times some number.
+class Group:
+    """Rows that are drawn together: all are greedy, or all have the same top-k."""
+
+    def __init__(self, rows: Sequence[Row], numbers: list[int], device: torch.device):
+        self.numbers = numbers
+        self.rows = [rows[i] for i in numbers]
+        settings = [row.sampling for row in self.rows]
+        self.is_greedy = settings[0].temperature == 0
+        self.top_k = settings[0].top_k
+        self.scale = column([1 / max(s.temperature, 1e-30) for s in settings], device).float()
+        self.cuts = any(s.top_p < 1 for s in settings)
+        self.top_p = column([s.top_p if s.top_p < 1 else inf for s in settings], device)
+        self.has_min_p = any(s.min_p for s in settings)
+        self.min_p = column([s.min_p for s in settings], device).float()
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """An id (R, 1) for each row; -1 where no score is finite. OVERWRITES `scores` (R, V)."""
+        ids = None
+        if self.is_greedy:
+            places = best(scores)
+            highest = scores.gather(1, places)
+        elif self.top_k:
+            scores, ids = scores.topk(min(self.top_k, scores.shape[1]))  # (R, K)
+            highest = scores[:, :1].clone()
+            places = self.draw_sorted(weigh(scores, highest, self.scale))
+        else:
+            highest = scores.amax(-1, keepdim=True)
+            places = self.draw_unsorted(weigh(scores, highest, self.scale))
+        if ids is not None:
+            places = ids.gather(1, places)
+        return places.masked_fill_(~highest.isfinite(), -1)
+
+    def draw_sorted(self, weights: Tensor) -> Tensor:
+        """A place (R, 1) in each row of descending weights (R, K), cut where top-p ends."""
+        shares = (weights * ONE).long()  # integers add up exactly, in any order
+        bound = self.min_p
+        if self.cuts:
+            cumulative = shares.cumsum(-1)
+            inside = cumulative - shares < self.top_p * cumulative[:, -1:]
+            last = inside.sum(-1, keepdim=True) - 1
+            bound = torch.maximum(weights.gather(1, last.clamp_min_(0)), bound)
+        return invert(shares.masked_fill_(weights < bound, 0), noise(self.rows, weights.device))[0]
+
+    def draw_unsorted(self, weights: Tensor) -> Tensor:
+        """A place (R, 1) in each row of weights (R, K)."""
+        sums = block_sums(weights)
+        limit = self.top_p * sums.sum(-1, keepdim=True)  # of all weights, before min-p
+        if self.has_min_p:
+            # Numbers, not bools, are kept apart: a third of the time that a mask takes.
+            weights.mul_(torch.ge(weights, self.min_p, out=torch.empty_like(weights)))
+            sums = block_sums(weights)
+        places = draw_place(weights, sums, noise(self.rows, weights.device))
+        if self.cuts:
+            draw_outsiders_again(places, weights, limit, self.rows)
+        return places
+
+
+def weigh(scores: Tensor, highest: Tensor, scale: Tensor) -> Tensor:
+    """In place: scores (R, K) become probabilities at a temperature of 1 / `scale`, times a number.
 
     The best score of each row, `highest` (R, 1), becomes 1. Where it is infinite or a NaN, the row
-    gets NaNs; `choose` gives such a row no id. (A softmax would take longer. `exp2` of the same
-    number differs in its last bit between the middle of a tensor and its end, on a CPU.)
+    gets NaNs. (A softmax would take longer. `exp2` of the same number differs in its last bit
+    between the middle of a tensor and its end, on a CPU.)
     """
-    scale = column([1 / max(s.temperature, 1e-30) for s in settings], scores)
-    return scores.sub_(highest).mul_(scale.float()).exp_()
-
-
-def drop_below_min_p(weights: Tensor, settings: Sequence[Sampling]) -> None:
-    """In place: 0 for weights (R, K) below `min_p` of their row's largest, which is 1."""
-    bound = column([s.min_p for s in settings], weights).float()
-    # Numbers, not bools, are kept apart: a third of the time that a mask takes.
-    weights.mul_(torch.ge(weights, bound, out=torch.empty_like(weights)))
+    return scores.sub_(highest).mul_(scale).exp_()
 
 
 def draw_outsiders_again(
@@ -316,10 +315,10 @@ def draw_outsiders_again(
 ) -> None:
     """In place: another of `places` (R, 1), drawn from weights (R, K), for each outside of top-p.
 
-    `limit` (R, 1) is the sum of top-p, in ONEths. What is heavier than a place outside still holds
-    all of top-p, so the next draw is from there: no row is sorted (FlashInfer, arXiv 2501.01005).
-    At a top-p of 0.95 about a twentieth of the draws is repeated; at 0, which leaves the best id
-    alone, all of 32 flat rows of 50,257 had it after 19 rounds.
+    `limit` (R, 1) is the sum of top-p, as `block_sums` counts. If a draw missed top-p, everything
+    in top-p is heavier, so the next draw is among what is heavier: no row is sorted (FlashInfer,
+    arXiv 2501.01005). At a top-p of 0.95 about a twentieth of the draws is repeated; at 0, which
+    leaves the best id alone, all of 32 flat rows of 50,257 had it after 19 rounds.
     """
     pending = list(range(len(rows)))
     for attempt in count(1):
@@ -328,7 +327,7 @@ def draw_outsiders_again(
         if not again:
             return
         pending, weights = [pending[i] for i in again], weights[again]
-        numbers = noise([rows[i] for i in pending], weights, attempt)
+        numbers = noise([rows[i] for i in pending], weights.device, attempt)
         places[pending] = draw_place(weights, sums[again], numbers)
 
 

@@ -38,6 +38,7 @@ engine's start give the same answers.
 Only one thread may use an engine at a time.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from copy import deepcopy
@@ -45,7 +46,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from gptchat.inference.draw import Scored, draw, score
+from gptchat.inference.draw import Draw, Scored, score
 from gptchat.inference.linear import prepare_for_inference, without_torch_function
 from gptchat.inference.prefix_cache import Prefix, PrefixCache
 from gptchat.inference.request import (
@@ -60,6 +61,20 @@ from gptchat.inference.text import CharacterFilter
 from gptchat.model.gpt2 import GPT2
 
 SCORED_AT_ONCE = 32  # prompt positions whose logits (x V) are in memory together
+
+
+class Batch:
+    """What a decoding step reads of the running candidates; the same until one joins or leaves.
+
+    `input_ids` and `types` (n, 1) are each one's last token, `starts` (n,) its position.
+    """
+
+    def __init__(self, running: list[Candidate], draw: Draw):
+        self.draw = draw
+        last = [[one.ids[-1], one.request.types[-1] if one.request.types else 0] for one in running]
+        self.input_ids, self.types = torch.tensor(last, device=draw.device).split(1, dim=1)
+        starts = [len(one.ids) - 1 for one in running]
+        self.starts = torch.tensor(starts, device=draw.device)
 
 
 class Engine:
@@ -99,6 +114,7 @@ class Engine:
         self.prefix_cache = PrefixCache(self.cache, slots, prefix_cache)
         self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Candidate] = []  # in the order of their slots
+        self.batch: Batch | None = None  # of these; None since one joined or left
         self.submitted = 0  # requests so far, and the id of the last one
         self.typed: bool | None = None  # whether requests have token types; None: no request yet
 
@@ -136,7 +152,7 @@ class Engine:
             Candidate(
                 sampling=request.sampling,
                 candidate=number,
-                ids=list(prompt),
+                ids=array("q", prompt),
                 n_prompt=len(prompt),
                 stop_ids=request.stop_ids,
                 request_id=self.submitted,
@@ -175,14 +191,16 @@ class Engine:
         """The next token of every live sequence."""
         if not self.running:
             return []
-        inputs = self._tensors(
-            ids=[sequence.ids[-1:] for sequence in self.running],
-            types=[sequence.request.types[-1:] for sequence in self.running],
-            start=[len(sequence.ids) - 1 for sequence in self.running],
-        )
-        length = max(len(sequence.ids) for sequence in self.running)
-        hidden = self._run(*inputs, length, first_slot=0)  # (n, 1, C)
-        return self._draw(0, self.model.logits(hidden[:, -1]))
+        batch = self.batch or Batch(self.running, self._drawer(self.running))
+        self.batch = batch  # until `_draw` finds that one has ended
+        length = max(len(candidate.ids) for candidate in self.running)
+        hidden = self._run(batch.input_ids, batch.types, batch.starts, length, first_slot=0)
+        outputs, batch.input_ids = self._draw(batch.draw, 0, self.model.logits(hidden[:, -1]))
+        batch.starts += 1
+        return outputs
+
+    def _drawer(self, candidates: list[Candidate]) -> Draw:
+        return Draw(candidates, self.suppress, self.characters)
 
     def _prefill(self) -> list[Output]:
         """The next chunk of prompts, and the first tokens of those that are complete."""
@@ -297,7 +315,9 @@ class Engine:
                 self.prefix_cache.move(first + index, slot, queued.n_prefilled, spare)
                 self.running.append(candidate)
                 prompt_of.append(index)
-        outputs = self._draw(first, self.model.logits(last)[prompt_of])
+        self.batch = None
+        draw = self._drawer(self.running[first:])
+        outputs, _ = self._draw(draw, first, self.model.logits(last)[prompt_of])
         # The first outputs are those of each request's first candidate.
         for queued, output in zip(group, outputs, strict=False):
             output.n_cached = queued.n_cached
@@ -305,15 +325,18 @@ class Engine:
                 output.prompt_logprobs = queued.prompt_logprobs
         return outputs
 
-    def _draw(self, first_slot: int, logits: Tensor) -> list[Output]:
-        """Draw a token for the live sequences from `first_slot` on; those that end leave."""
+    def _draw(self, draw: Draw, first_slot: int, logits: Tensor) -> tuple[list[Output], Tensor]:
+        """Draw a token for the live sequences from `first_slot` on; those that end leave.
+
+        Returns their outputs and the drawn ids (n, 1).
+        """
         candidates = self.running[first_slot:]
-        drawn = draw(logits, candidates, self.suppress, self.characters)
+        drawn, ids = draw(logits)
         outputs = [one.take(scored) for one, scored in zip(candidates, drawn, strict=True)]
         for index in reversed(range(len(outputs))):
             if outputs[index].finish_reason:
                 self._free(first_slot + index, is_broken=drawn[index].token < 0)
-        return outputs
+        return outputs, ids
 
     def _free(self, slot: int, is_broken: bool = False) -> None:
         """Take a sequence out of its slot.
@@ -322,6 +345,7 @@ class Engine:
         broken sequence, whose logits left nothing to draw, may have keys and values that are no
         numbers; they are not used again, nor left for a mask to hide, which is a sum.
         """
+        self.batch = None
         cache = self.prefix_cache
         if is_broken:
             self.cache.clear(slot)

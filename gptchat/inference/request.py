@@ -3,6 +3,7 @@
 `check_request` is the home of the rule which requests can be served at all.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +64,7 @@ class Output:
 class Candidate(Row):
     """One candidate of a request while it is decoded. `ids` are its prompt and what was drawn."""
 
+    ids: array  # of int64, which numpy reads without a copy
     request_id: int
     request: Request
     max_length: int  # of ids, prompt and answer together
@@ -70,7 +72,7 @@ class Candidate(Row):
     @property
     def cached(self) -> tuple[Ids, Ids]:
         """Ids and types of what is in the cache; no types where the request has none."""
-        ids, types = self.ids[:-1], list(self.request.types)
+        ids, types = self.ids[:-1].tolist(), list(self.request.types)
         types += types[-1:] * (len(ids) - len(types))  # of the drawn ids
         return ids, types[: len(ids)]
 
