@@ -5,7 +5,7 @@
 const NAMES = { n: "Candidates" };  // where the setting's own name would tell too little
 const HELP = {
   n: "answers among which Regenerate lets you pick",
-  seed: "the same seed gives the same answer; empty: another each time",
+  seed: "the same seed gives the same answer; empty or -1: another each time",
   stop: "what ends the answer, one a line; \\n is a line break",
   bad_words: "what the answer must not contain, one a line",
 };
