@@ -389,9 +389,16 @@ def test_reload_keeps_the_conversation_and_the_settings(browser, server):
     assert find(browser, "#setting-temperature").get_attribute("value") == ""
 
 
-def test_reload_keeps_what_was_typed_and_not_sent(browser, server):
+def test_reload_keeps_what_was_typed_and_what_was_not_answered(browser, server):
     show(browser, server)
-    say(browser, "hello")
+    choose(browser, max_new_tokens=60, temperature=2)
+    say(browser, "hello", wait=False)
+    eventually(lambda: find(browser, "#send").text == "Stop")
+    browser.refresh()
+    assert turns(browser) == ["hello"] and "No answer yet" in find(browser, ".note").text
+    press(browser, "Try again")
+    wait_for_the_answer(browser)
+    assert len(turns(browser)) == 2
     find(browser, "#text").send_keys("half a thou")
     browser.execute_script("edit(0)")
     browser.switch_to.active_element.send_keys(" you")
@@ -405,18 +412,6 @@ def test_reload_keeps_what_was_typed_and_not_sent(browser, server):
     assert find(browser, "#text").get_attribute("value") == ""
     assert not browser.find_elements("css selector", ".editor")
     assert turns(browser)[2] == "half a thought"
-
-
-def test_message_whose_answer_the_reload_cut_off_can_be_answered(browser, server):
-    show(browser, server)
-    choose(browser, max_new_tokens=60, temperature=2)
-    say(browser, "hello", wait=False)
-    eventually(lambda: find(browser, "#send").text == "Stop")
-    browser.refresh()
-    assert turns(browser) == ["hello"] and "No answer yet" in find(browser, ".note").text
-    press(browser, "Try again")
-    wait_for_the_answer(browser)
-    assert len(turns(browser)) == 2
 
 
 def test_conversations_are_listed_opened_and_deleted(browser, server):
@@ -602,17 +597,6 @@ def test_busy_server_and_lost_connection_can_be_tried_again(browser, proxy):
     assert len(shown) == 2 and len(messages(browser)) == 2
     assert shown[1].split() == part.split() != messages(browser)[1][1].split()
     assert not browser.find_elements("css selector", ".note.bad")
-
-
-def test_refused_as_too_large_by_a_proxy_comes_back_into_the_box(browser, proxy):
-    show(browser, proxy)
-    proxy.refusal = (413, {})
-    say(browser, "large")
-    assert "too long" in problem(browser) and turns(browser) == []
-    assert find(browser, "#text").get_attribute("value") == "large"
-    find(browser, "#text").clear()
-    say(browser, "small")
-    assert turns(browser)[0] == "small" and len(turns(browser)) == 2
 
 
 def test_enter_that_ends_a_composition_does_not_send(browser, server):
