@@ -1,17 +1,15 @@
 """The decode thread: an actor, and the only user of the engine.
 
-The handler's thread puts what it wants into the inbox: requests, cancellations, the beginning of a
-round. The decode thread reads the inbox between two steps. At the end of a round it puts all
-outputs since the last one into the outbox, as one batch. Nothing else is shared but `failure` and
-`load`, which only the decode thread writes.
+The handler's thread puts requests, cancellations and the beginning of a round into the inbox, which
+the decode thread reads between two steps. At the end of a round all outputs since the last one go
+into the outbox, as one batch. Only the decode thread writes `failure` and `load`.
 
 A round costs TorchServe, the clients and us a millisecond or more, in which a small model makes
 several steps. So a round lasts ROUND_SECONDS. It ends early for the first token of a stream, for
 the end of an answer, and if the next step would take longer than what is left of the round.
 
-A client that has left is noticed only in a round, and without live clients TorchServe begins no
-round until somebody asks something. So the decode thread makes MAX_STEPS_AHEAD steps at most
-between two rounds; then it waits.
+TorchServe notices only in a round that a client has left, and begins none while nobody asks. So the
+decode thread makes at most MAX_STEPS_AHEAD steps between two rounds.
 """
 
 import logging

@@ -175,7 +175,7 @@ def test_wrong_models_folders_and_ports_are_refused_in_one_line(model, tmp_path)
     assert "make mine" not in told and str(model) not in told
     (tmp_path / "file").write_text("")
     told = refused(*served, "--run", tmp_path / "file" / "below")
-    assert told.startswith(f"error: --run {tmp_path / 'file' / 'below'}: ")
+    assert told.startswith(f"error: {tmp_path / 'file' / 'below'}: ")
     told = refused("--model", f"lm={model}", "--run", tmp_path / "run", "--port", 0)
     assert told == "error: --port 0: wanted a number from 1 to 65525\n"
     with lock_folder(tmp_path / "run", "another process works here"):

@@ -1,14 +1,12 @@
 """`gptchat serve`: archive models and run TorchServe over them, until Ctrl-C, SIGTERM or SIGHUP.
 
-The launcher checks the settings, archives every model directory with this package and the handlers
-into RUN/store (a .mar file; a folder if the weights are large), writes RUN/config.properties,
-starts Java, waits until each model answers, and passes TorchServe's output on.
+The launcher archives the models into RUN/store, writes RUN/config.properties, starts Java, waits
+until each model answers, and passes TorchServe's output on. RUN is locked: one launcher works in it
+at a time. Only the API may listen beyond loopback.
 
-TorchServe runs in a process group of its own, so that Ctrl-C and signals reach only the launcher,
-which can be PID 1 of a container. To stop, it has new requests refused (the handlers look for a
-file named `draining` in RUN), gives live ones DRAIN_SECONDS, stops Java, and kills what is left of
-the group: nothing outlives it. If the launcher itself is killed, a watcher process kills the group.
-Only the API may listen beyond loopback. RUN is locked: one launcher works in it at a time.
+Signals reach only the launcher, which can be PID 1 of a container. To stop, it has new requests
+refused (the handlers look for a file named `draining` in RUN), gives live ones DRAIN_SECONDS, and
+ends Java and the workers. Nothing outlives the launcher, even if it is killed.
 
 Exit status: 0 after a stop that was asked for; 2 with one line if something is wrong, or TorchServe
 ended by itself; 130 if it was stopped before TorchServe was started, or a second time, which ends

@@ -1,7 +1,6 @@
 """The command line of `gptchat serve`, parsed into `Options`.
 
-It checks the form of NAME=DIR and, unless only archives are wanted, that the ports are free. It
-makes the folder RUN. `archive` checks the model directories.
+It checks the form of NAME=DIR and, unless only archives are wanted, that the ports are free.
 """
 
 import re
@@ -16,8 +15,7 @@ from gptchat.files import shipped
 KEY_MINUTES = 60 * 24 * 30
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
-# Ports, counted from the API's. Management has none: it listens on a socket file that only we can
-# open. Nor do workers, of which TorchServe only wants a number.
+# Ports, counted from the API's. Workers only need a number; management listens on a socket file.
 METRICS_PORT = 2
 GRPC_INFERENCE_PORT = 3
 GRPC_MANAGEMENT_PORT = 4
@@ -53,7 +51,7 @@ class Options:
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
-    """Parse and check the command line. Raises UserError. The folder RUN exists afterwards."""
+    """Parse and check the command line. Raises UserError."""
     parser = CommandParser(
         "serve",
         "Archive models and serve them over HTTP with TorchServe.",
@@ -78,14 +76,14 @@ def read_options(argv: Sequence[str] | None) -> Options:
         port=args.port,
         auth=args.auth,
         key_minutes=args.key_minutes,
-        run=make_folder(Path(args.run).resolve()),
+        run=Path(args.run).resolve(),
         configs=Path(args.configs).resolve(),
         archive_only=args.archive_only,
     )
 
 
 def trained_models() -> list[str]:
-    """NAME=DIR of the models that `make` has trained. Raises UserError if there is none."""
+    """NAME=DIR of the models that `make` has trained."""
     trained = []
     for name in ("chatlm", "lm"):
         if Path(f"out/{name}/model/model.safetensors").is_file():
@@ -108,17 +106,8 @@ def parse_models(named: Sequence[str]) -> dict[str, Path]:
     return models
 
 
-def make_folder(run: Path) -> Path:
-    """Make the folder RUN. Raises UserError if that cannot be."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run {run}: {error.strerror}; wanted a folder to write in") from None
-    return run
-
-
 def check_ports(host: str, port: int) -> None:
-    """Raise UserError unless the API can listen there, and TorchServe's other ports are free."""
+    """Raise UserError unless the API's port and the four after it are free."""
     if not 1 <= port <= LAST_PORT:
         raise UserError(f"--port {port}: wanted a number from 1 to {LAST_PORT}")
     for offset in range(5):

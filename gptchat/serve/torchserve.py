@@ -1,9 +1,8 @@
 """TorchServe as a child process: `start`, `wait_until_ready`, `wait`, `drain`, `stop`.
 
-Java leads a process group of its own, which its workers join. After `stop`, no process of the
-group, no key and no socket is left. If this process ends without `stop`, a watcher, a shell outside
-the group, does the same. Java's output is passed on line by line; its last lines are kept, so that
-an error can name the reason of an unexpected end.
+Java leads a process group of its own, which its workers join. `stop` leaves no process of the
+group, no key and no socket. If this process ends without `stop`, a watcher, a shell outside the
+group, does the same. Java's last lines of output are kept, to name the reason of an unexpected end.
 """
 
 import contextlib
@@ -43,9 +42,8 @@ POLL_SECONDS = 0.2
 LINES_KEPT = 200  # of TorchServe's output
 # A worker's line in the log begins with the time and W-PORT-MODEL_1.0-stdout.
 WORKER_DIED = re.compile(r"W-\d+-(\S+)_1\.0\S* .*Backend worker process died")
-# A shell that reads the number of Java's process group from a pipe, and then waits for the end of
-# the pipe, which comes when the launcher has ended in whatever way. It kills the group and removes
-# the files named in its arguments.
+# It reads the number of Java's process group from a pipe, and waits for the end of the pipe, which
+# comes however the launcher ends. Then it kills the group and removes the files in its arguments.
 WATCHER = """
 read -r group
 read -r nothing
@@ -80,8 +78,8 @@ def as_property(value: object) -> str:
 class TorchServe:
     """TorchServe in a process group of its own.
 
-    `stops` are the signals so far that ask for a stop; whoever made the list adds to it. One of
-    them ends every wait but `drain`, two end that as well.
+    `stops` lists the signals so far that ask for a stop. The first ends every wait but `drain`, the
+    second ends that as well.
     """
 
     def __init__(self, options: Options, stops: Sequence[int] = ()):
@@ -157,8 +155,8 @@ class TorchServe:
         return path
 
     def _environment(self) -> dict[str, str]:
-        # Java would spread over 8 heaps of glibc's for each core. With too few of them altogether,
-        # threads of the worker that decode together wait for each other's.
+        # By default Java spreads over 8 heaps of glibc's a core. With fewer than 8 in all, the
+        # worker's threads wait for each other.
         environment = {"MALLOC_ARENA_MAX": "8"} | os.environ
         return environment | {
             "GPTCHAT_RUN": str(self.options.run),
@@ -183,7 +181,7 @@ class TorchServe:
         """Print Java's output, and note what of it says why something ended."""
         assert self.child
         for line in self.child.stdout or ():
-            if line.startswith("WARNING: "):  # Java of itself, not of anything here
+            if line.startswith("WARNING: "):  # about Java itself
                 continue
             with contextlib.suppress(OSError):  # nobody reads our output any more
                 print(line, end="", flush=True)
@@ -224,7 +222,7 @@ class TorchServe:
         return bool(re.search(r"^gptchat_live_requests\{.*\} [1-9]", metrics, re.MULTILINE))
 
     def last_error(self, model: str = "") -> str:
-        """The last error in the output, of one model's worker if a name is given."""
+        """The last error in the output, or in that of one model's worker."""
         self.reader.join(timeout=1)  # the reason may come after the line that somebody has seen
         lines = list(self.last_lines)  # a copy, since the reader's thread goes on adding
         if model:
