@@ -122,15 +122,6 @@ def test_held_out_rows_are_two_or_three_clean_turns_that_need_no_escapes(data: P
                 assert any(character.isalpha() for character in turn)
 
 
-def test_conversations_are_split_94_3_3(data: Path) -> None:
-    names = {"train": "conversations", "valid": "chat-valid", "test": "chat-test"}
-    sizes = {split: len(blocks(data / f"lm/{name}.txt")) for split, name in names.items()}
-    shares = {split: size / sum(sizes.values()) for split, size in sizes.items()}
-    assert shares["train"] == pytest.approx(0.94, abs=0.01)
-    assert shares["valid"] == pytest.approx(0.03, abs=0.005)
-    assert shares["test"] == pytest.approx(0.03, abs=0.005)
-
-
 def test_each_conversation_is_in_one_split_with_all_its_rows(data: Path) -> None:
     talks = {"train": blocks(data / "lm/conversations.txt")}
     talks |= {split: blocks(data / f"lm/chat-{split}.txt") for split in ("valid", "test")}
@@ -169,55 +160,6 @@ def test_the_newest_speeches_are_held_out(data: Path) -> None:
     assert "250th anniversary" in speeches[-1]
 
 
-def test_a_conversation_reads_as_it_was_written(data: Path) -> None:
-    beginning = ["Hello How are you doing today?", "whats up MD im doing good how are you doing?"]
-    assert beginning in [row[:2] for row in rows(data, "train")]
-
-
-@pytest.mark.parametrize(
-    ("turn", "good"),
-    [
-        ("hi", True),
-        ("I was born in 1998, the 2nd of 3!", True),
-        ("12:30 - 1:45 works", True),
-        ("Awwww. that's sad", True),
-        ("no no no no yes", True),
-        ("a.b is fine", True),
-        ("?!", False),
-        ("", False),
-        ("ink ink ink ink ink", False),
-        ("mail me: jo.doe@site.example", False),
-        ("follow @somebody", False),
-        ("call (801) 555-0123", False),
-        ("or 801 555 0123", False),
-        ("see http://x.y", False),
-        ("www.site.example", False),
-        ("try Site.com/page", False),
-        ("it is 0123abcd-ffff-4b91-a197-c5b1bfde803b", False),
-        ("x" * 301, False),
-        ("its just some_body on insta", False),
-        ("Add me on the insta some_body1096", False),
-        ("My snap is somebody12. Follow me!", False),
-        ("my instagram is: somebody", False),
-        ("ig: somebody", False),
-        ("I like instagram :) and snapchat", True),
-        ("oh snap: no", True),
-        ("a 90s kid, 2nd floor, 1990s", True),
-    ],
-)
-def test_what_is_left_out(turn: str, good: bool) -> None:
-    assert corpora.usable(turn) is good
-
-
-def test_rows_grow_to_three_columns() -> None:
-    assert list(corpora.rows(["a", "b", "c", "d"])) == ["a\tb\n", "a\tb\tc\n", "b\tc\td\n"]
-
-
-def test_whole_rows_give_each_speaker_the_last_word_once() -> None:
-    assert list(corpora.whole_rows(["a", "b", "c"])) == ["a\tb\tc\n", "a\tb\n"]
-    assert list(corpora.whole_rows(["a", "b"])) == ["a\tb\n"]
-
-
 def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -229,10 +171,24 @@ def test_a_missing_or_other_package_is_told_with_the_command_that_installs_it(
         corpora.speeches()
 
 
-def test_help_says_what_the_command_does_with_an_example(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit):
-        corpora.main(["--help"])
-    shown = capsys.readouterr().out
-    assert "Write the default corpora" in shown and "example:\n  gptchat corpora --out" in shown
+def test_what_names_a_person_or_says_nothing_is_left_out() -> None:
+    for turn in (
+        "hi",
+        "I was born in 1998, the 2nd of 3!",
+        "a.b is fine",
+        "no no no no yes",
+        "I like instagram :) and snapchat",
+    ):
+        assert corpora.usable(turn)
+    for turn in (
+        "?!",
+        "ink ink ink ink ink",
+        "mail me: jo.doe@site.example",
+        "call (801) 555-0123",
+        "try Site.com/page",
+        "it is 0123abcd-ffff-4b91-a197-c5b1bfde803b",
+        "x" * 301,
+        "its just some_body on insta",
+        "ig: somebody",
+    ):
+        assert not corpora.usable(turn)

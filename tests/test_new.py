@@ -13,7 +13,7 @@ import pytest
 from gptchat import new
 from gptchat.config import load_config, load_run_config
 from gptchat.console import UserError
-from gptchat.data.check import check, lines_of
+from gptchat.data.check import check
 from gptchat.data.dialogue_files import read_prompts
 from gptchat.model.gpt2 import GPT2Config
 from gptchat.new import sizing
@@ -59,15 +59,6 @@ def test_both_configs_load_and_name_the_files(folder: Path, capsys: Any) -> None
         "  gptchat check --config configs/bard/chatlm.toml",
         "  make tokenizer lm chatlm CONFIGS=configs/bard",
     ]
-
-
-def test_the_recipe_is_that_of_the_default_configs(folder: Path) -> None:
-    run(*BOTH)
-    for task in ("lm", "chatlm"):
-        default = load_config(str(new.DEFAULTS / f"{task}.toml")).train
-        own = load_config(f"configs/bard/{task}.toml").train
-        for key in ("optimizer", "learning_rate", "muon_learning_rate", "schedule", "precision"):
-            assert getattr(own, key) == getattr(default, key)
 
 
 def test_every_number_has_its_reason_beside_it(folder: Path) -> None:
@@ -141,14 +132,6 @@ def test_rows_that_repeat_a_conversation_give_their_last_turn_also_with_roles(fo
     Path("log.jsonl").write_text("\n".join(lines))
     run("--text", "mine/*.txt", "--chat", "log.jsonl")
     assert load_config("configs/bard/chatlm.toml").data.targets == "response"
-
-
-def test_the_shortest_first_turn_is_the_prompt_where_none_is_short(
-    folder: Path, capsys: Any
-) -> None:
-    Path("talks/a.tsv").write_text("".join(f"{'long ' * (20 + i)}\tYes.\n" for i in range(50)))
-    run("--chat", "talks/*.tsv")
-    assert prompts() == ["long " * 20]
 
 
 def test_prompts_that_are_there_stay(folder: Path, capsys: Any) -> None:
@@ -237,15 +220,6 @@ def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> Non
     assert config.train.batch_size == default.train.batch_size // 4
 
 
-def test_a_longer_context_has_its_figures_beside_it(folder: Path) -> None:
-    lines = [f"Question {i}?\tThe answer is {i}.\n" for i in range(150)]
-    lines += [f"Question {i}?\t{'long ' * 300}\n" for i in range(50)]
-    Path("talks/a.tsv").write_text("".join(lines))
-    run(*BOTH)
-    text = Path("configs/bard/lm.toml").read_text()
-    assert "\nn_ctx = 512  # 25 % of the dialogues do not fit into 256 tokens\n" in text
-
-
 def conversation(number: int) -> list[str]:
     """Thirty turns, about 600 tokens."""
     return [f"Turn {turn} of {number}: " + f"some words {turn} " * 6 for turn in range(30)]
@@ -279,16 +253,6 @@ def test_long_conversations_that_lose_nothing_leave_the_context_as_it_is(
     assert report.long_rows == 100 and report.cut_rows == 0
 
 
-def test_long_rows_of_a_chatlm_are_counted_before_its_lm_is_there(folder: Path) -> None:
-    Path("talks/a.tsv").write_text(f"Who?\t{'long ' * 300}\n" * 5 + "Why?\tSo.\n" * 95)
-    run(*BOTH)
-    config = load_config("configs/bard/chatlm.toml")
-    text = Path("configs/bard/chatlm.toml").read_text()
-    assert config.init_from and "\nn_ctx = 256  # that of the LM\n" in text
-    lines = "".join(lines_of(check(config), "chatlm.toml"))
-    assert "long rows: about 5 are longer than 256 tokens" in lines
-
-
 @pytest.mark.parametrize("n_ctx", [256, 257])
 def test_the_context_beside_an_lm_is_accepted_if_it_is_that_of_the_lm(
     folder: Path, n_ctx: int
@@ -299,13 +263,6 @@ def test_the_context_beside_an_lm_is_accepted_if_it_is_that_of_the_lm(
     found = GPT2Config.of(lm.model, lm.tokenizer.vocab_size)
     with nullcontext() if n_ctx == 256 else pytest.raises(UserError, match="n_ctx is 257"):
         check_size(config, found)
-
-
-def test_rows_of_one_conversation_at_different_turns_give_their_last_turn(folder: Path) -> None:
-    rows = [conversation(i)[:end] for i in range(50) for end in range(2, 13)]
-    Path("talks/a.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
-    run(*BOTH)
-    assert load_config("configs/bard/chatlm.toml").data.targets == "response"
 
 
 def test_the_speed_that_is_measured_is_that_of_the_default_model() -> None:

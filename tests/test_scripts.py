@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import models
 
 from gptchat.data.scripts import (
     LONGEST,
@@ -91,17 +91,6 @@ def test_a_saved_tokenizer_tells_its_pattern(pattern: str) -> None:
     assert pattern_of(json.loads(backend.to_str())) == pattern
     backend.add_tokens(["abc"])
     assert pattern_of(json.loads(backend.to_str())) == ""
-
-
-def test_other_patterns_are_none_of_ours() -> None:
-    other = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    for step in (None, pre_tokenizers.ByteLevel(add_prefix_space=True), other):
-        backend = Backend(models.BPE())
-        if step:
-            backend.pre_tokenizer = step
-        assert pattern_of(json.loads(backend.to_str())) == ""
 
 
 def test_units_are_words_or_the_characters_of_scripts_without_spaces() -> None:

@@ -23,7 +23,6 @@ from gptchat.config import Config, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import corpora
 from gptchat.data import tokenizer as tokenizer_module
-from gptchat.data.reading import PIECE
 from gptchat.data.tokenizer import SPECIAL, Tokenizer, tokenizer_for, train_tokenizer
 from gptchat.inference.text import BROKEN, CharacterFilter, StreamDecoder, WordFilter
 
@@ -81,18 +80,6 @@ def test_any_text_comes_back_without_special_tokens(bpe: Tokenizer, text: str) -
     assert (
         bpe.backend.decode(ids, skip_special_tokens=False) == text
     )  # the library's decoder agrees
-
-
-@PROPERTY
-@given(texts=st.lists(TEXT, max_size=5))
-def test_a_batch_is_encoded_as_its_texts_alone(bpe: Tokenizer, texts: list[str]) -> None:
-    assert bpe.encode_batch(texts) == [bpe.encode(text) for text in texts]
-
-
-@PROPERTY
-@given(ids=st.lists(st.integers(0, 699), max_size=30))
-def test_decoding_any_ids_equals_the_librarys(bpe: Tokenizer, ids: list[int]) -> None:
-    assert bpe.decode(ids) == bpe.backend.decode(ids, skip_special_tokens=True)
 
 
 def streamed(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
@@ -167,15 +154,6 @@ def test_stop_strings_cut_the_text_whatever_the_tokens(
     assert decoder.push(bpe.encode("a")[0]) + decoder.finish() == "" or not decoder.stopped
 
 
-def test_only_what_may_become_a_stop_string_is_held_back(bpe: Tokenizer) -> None:
-    ids = tokenized(bpe, "one\n two\n\nthree", seed=1)
-    sent = streamed(bpe, ids, ("\n\n",))
-    for n in range(1, len(ids)):
-        plain, so_far = bpe.decode(ids[:n]), "".join(sent[:n])
-        assert so_far in (plain.split("\n\n")[0], plain[:-1])
-    assert StreamDecoder(bpe, ("stop",)).push(bpe.encode("x")[0]) == "x"
-
-
 def test_empty_stop_strings_and_words_are_refused(bpe: Tokenizer) -> None:
     for make in (StreamDecoder, WordFilter):
         with pytest.raises(ValueError, match="must not be empty"):
@@ -209,14 +187,6 @@ def test_banned_are_the_tokens_that_complete_a_word(
             completing.append(id)
     banned = WordFilter(bpe, words).banned(ids)
     assert sorted(banned) == completing and len(set(banned)) == len(banned)
-
-
-def test_a_word_does_not_reach_across_special_tokens(bpe: Tokenizer) -> None:
-    word_filter = WordFilter(bpe, ["ab"])
-    b = bpe.encode("b")[0]
-    assert b in word_filter.banned(bpe.encode("a")) and b not in word_filter.banned(
-        [*bpe.encode("a"), bpe.sep_id]
-    )
 
 
 ENDS = (b"", b"\x80", b"\x80\x80", b"\xa0\x80", b"\x80\x80\x80", b"\x90\x80\x80")
@@ -385,16 +355,6 @@ def test_no_token_spans_two_scripts(bpe: Tokenizer) -> None:
     assert {12, 18, 21} <= set(ends)  # after the kana, the kanji and the comma
 
 
-@pytest.mark.parametrize(
-    ("content", "byte"), [(b"fine\nnot \xff!\n", 9), (b"x" * PIECE + b"\n\xe6\x97", PIECE + 1)]
-)
-def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, content: bytes, byte: int) -> None:
-    path = tmp_path / "broken.txt"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"broken.txt: byte {byte}: found invalid UTF-8"):
-        train_tokenizer(TokenizerConfig(files=(str(path),)))
-
-
 def test_of_much_text_a_part_of_each_file_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,18 +475,3 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_the_old_tokenizer(
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "tokenizer.json: cannot be written" in done.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_sorted_tokens_follow_the_vocabulary(foreign: Path) -> None:
-    tokenizer = Tokenizer.load(foreign)
-    before = tokenizer.pieces
-    tokenizer.add_missing_specials()
-    for pieces, vocab_size in ((before, 695), (tokenizer.pieces, 700)):
-        assert sorted(pieces.ids) == list(range(vocab_size))
-        assert pieces.pieces == sorted(pieces.pieces)
-        starts = [
-            end - len(piece) - 1 for piece, end in zip(pieces.pieces, pieces.ends, strict=True)
-        ]
-        for piece, id, start in zip(pieces.pieces, pieces.ids, starts, strict=True):
-            assert piece == tokenizer.token_bytes[id]
-            assert pieces.joined[start : start + len(piece)] == piece

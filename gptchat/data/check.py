@@ -17,12 +17,11 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -59,26 +58,18 @@ HEADER = re.compile(
 )
 
 
-class Document(NamedTuple):
-    """A document or dialogue of a file."""
-
-    split: str  # drawn by a hash; "" if nothing is held out
-    hash: int
-    n_characters: int
-    turns: list[TextTurn]  # empty for a document
-
-
 @dataclass
 class Report:
     """What `check` found."""
 
     task: str
     n_ctx: int  # 0: that of a model that is not there yet
-    characters_per_token: float
+    characters_per_token: float = BYTES_PER_TOKEN
     n_files: int = 0
     n_bytes: int = 0  # of the files, compressed or not
     n_characters: int = 0
-    documents: Counter[str] = field(default_factory=Counter)  # by split
+    documents: Counter[str] = field(default_factory=Counter)  # of each of `split_patterns`
+    hashes: dict[str, array] = field(default_factory=lambda: {s: array("Q") for s in SPLITS})
     duplicates: int = 0  # documents of train that occur in it before
     overlap: dict[str, int] = field(default_factory=dict)  # documents of the split also in train
     long_rows: int = 0  # dialogues that do not fit into the context
@@ -86,7 +77,7 @@ class Report:
     cut_tokens: int = 0  # what is cut of them, estimated
     unread_keys: Counter[str] = field(default_factory=Counter)  # of JSON, that nothing reads
     warnings: list[str] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
+    refused: dict[str, tuple[str, int]] = field(default_factory=dict)  # kind -> (message, number)
 
     @property
     def unit(self) -> str:
@@ -95,6 +86,28 @@ class Report:
     @property
     def n_tokens(self) -> float:
         return self.n_characters / self.characters_per_token
+
+    @property
+    def refusals(self) -> list[str]:
+        """The first message of each kind, and how many more there are."""
+        return [
+            f"{first} (and {count - 1:,} more)" if count > 1 else first
+            for first, count in self.refused.values()
+        ]
+
+    def refuse(self, message: str, place: str = "") -> None:
+        """Note what training would refuse; `place` is what a message of its kind differs in."""
+        kind = re.sub(r"'[^']*'|\d+", "", message.removeprefix(place))
+        first, count = self.refused.get(kind, (message, 0))
+        self.refused[kind] = (first, count + 1)
+
+    def add(self, split: str, drawn: str, text_hash: int, n_characters: int) -> None:
+        """Count a document of a file of `split`; `drawn` is its own split if some are held out."""
+        if drawn in ("valid", "test"):
+            split = drawn
+        self.documents[split] += 1
+        self.n_characters += n_characters
+        self.hashes[split.partition("-")[0]].append(text_hash)
 
     def note_length(self, turns: list[TextTurn], targets: str) -> None:
         """Count a dialogue if it is too long for the context."""
@@ -138,61 +151,33 @@ class TableSigns:
         return signs
 
 
-class Refusals:
-    """What training would refuse: the first place of each kind, and how many there are."""
-
-    def __init__(self) -> None:
-        self.first: dict[str, str] = {}
-        self.counts: Counter[str] = Counter()
-
-    def add(self, error: UserError, place: str) -> None:
-        kind = re.sub(r"'[^']*'|\d+", "", str(error).removeprefix(place))
-        self.first.setdefault(kind, str(error))
-        self.counts[kind] += 1
-
-    def lines(self) -> list[str]:
-        lines = []
-        for kind, message in self.first.items():
-            more = f" (and {self.counts[kind] - 1:,} more)" if self.counts[kind] > 1 else ""
-            lines.append(message + more)
-        return lines
-
-
 def check(config: Config) -> Report:
     """Look through all files that the config names for its splits."""
-    files, warnings, refused = _find_files(config)
+    report = Report(config.task, _context(config))
+    files = _find_files(config, report)
     paths = list(chain.from_iterable(files.values()))
-    report = Report(
-        config.task, _context(config), _characters_per_token(config, paths), warnings=warnings
-    )
+    report.characters_per_token = _characters_per_token(config, paths)
     report.n_files = len(paths)
     report.n_bytes = sum(path.stat().st_size for path in paths)
-    refusals = Refusals()
-    hashes = {split: array("Q") for split in SPLITS}
+    read = _read_documents if config.task == "lm" else _read_dialogues
     with Progress(report.n_bytes, "check", "B") as bar:
         for split, listed in files.items():
-            report.documents[split] = 0
             for path in listed:
-                for document in _documents(path, config, report, refusals):
-                    in_split = split if document.split in ("", "train") else document.split
-                    report.documents[in_split] += 1
-                    report.n_characters += document.n_characters
-                    report.note_length(document.turns, config.data.targets)
-                    hashes[in_split.partition("-")[0]].append(document.hash)
+                try:
+                    read(path, split, config, report)
+                except UserError as error:  # the file cannot be read to its end
+                    report.refuse(str(error), str(path))
                 bar.update(path.stat().st_size)
     counts = {split: report.documents[split] for split in split_patterns(config.data)}
-    report.refusals = refused + refusals.lines() + empty_splits(config.data, counts)
-    for split in SPLITS:
-        report.documents[split] = len(hashes[split])
-    _compare(report, {split: np.array(found, np.uint64) for split, found in hashes.items()})
+    for problem in empty_splits(config.data, counts):
+        report.refuse(problem)
+    _compare(report)
     return report
 
 
-def _find_files(config: Config) -> tuple[dict[str, list[Path]], list[str], list[str]]:
-    """(the files of each entry of `split_patterns`, warnings, refusals)."""
+def _find_files(config: Config, report: Report) -> dict[str, list[Path]]:
+    """The files of each of `split_patterns`."""
     files: dict[str, list[Path]] = {}
-    warnings: list[str] = []
-    refusals: list[str] = []
     split_by_file: dict[tuple[int, int], str] = {}
     for split, patterns in split_patterns(config.data).items():
         if config.data.held_out and split in ("valid", "test"):
@@ -200,16 +185,15 @@ def _find_files(config: Config) -> tuple[dict[str, list[Path]], list[str], list[
         name = split.partition("-")[0]
         for pattern in patterns:
             if not matching_files(pattern):
-                refusals.append(f"{pattern}: {why_no_file(pattern)}, named by [data] {name}")
-        named = chain.from_iterable(map(matching_files, patterns))
-        files[split], repeated = split_repeats(named)
+                report.refuse(f"{pattern}: {why_no_file(pattern)}, named by [data] {name}")
+        files[split], repeated = split_repeats(chain.from_iterable(map(matching_files, patterns)))
         if repeated:
-            warnings.append(f"{repeated[0]} is named twice by [data] {name}, read once")
+            report.warnings.append(f"{repeated[0]} is named twice by [data] {name}, read once")
         for path in files[split]:
             other = split_by_file.setdefault(file_id(path), split)
             if other != split:
-                warnings.append(f"{path} is in {other} and in {split}")
-    return files, warnings, refusals
+                report.warnings.append(f"{path} is in {other} and in {split}")
+    return files
 
 
 def _context(config: Config) -> int:
@@ -242,40 +226,25 @@ def _characters_per_token(config: Config, paths: Sequence[Path]) -> float:
     return BYTES_PER_TOKEN * len(sample) / len(sample.encode())
 
 
-def _documents(
-    path: Path, config: Config, report: Report, refusals: Refusals
-) -> Iterator[Document]:
-    """The documents or dialogues of a file; what is none goes to `refusals`."""
-    try:
-        if config.task == "lm":
-            yield from _text_documents(path, config)
-        else:
-            yield from _dialogues(path, config.data.held_out, report, refusals)
-    except UserError as error:  # the file cannot be read, or has an endless line
-        refusals.add(error, str(path))
-
-
-def _text_documents(path: Path, config: Config) -> Iterator[Document]:
-    running_hash = new_hash()
+def _read_documents(path: Path, split: str, config: Config, report: Report) -> None:
+    text_hash = new_hash()
     n_characters = 0
     beginning = ""  # as much as the split depends on
     held_out = config.data.held_out
     for text, ends in read_documents(path, config.data.document, PIECE):
-        running_hash.update(text.encode())
+        text_hash.update(text.encode())
         n_characters += len(text)
         if held_out and len(beginning) < HASHED:
             beginning += text
         if ends:
-            split = split_of(beginning[:HASHED], held_out) if held_out else ""
-            yield Document(split, as_number(running_hash), n_characters, [])
-            running_hash = new_hash()
+            drawn = split_of(beginning[:HASHED], held_out) if held_out else ""
+            report.add(split, drawn, as_number(text_hash), n_characters)
+            text_hash = new_hash()
             n_characters = 0
             beginning = ""
 
 
-def _dialogues(
-    path: Path, held_out: float, report: Report, refusals: Refusals
-) -> Iterator[Document]:
+def _read_dialogues(path: Path, split: str, config: Config, report: Report) -> None:
     format = format_of(path)
     table = TableSigns()
     for number, entry in format.entries(path):
@@ -283,21 +252,25 @@ def _dialogues(
         try:
             turns = format.turns(entry, place, False)
         except UserError as error:
-            refusals.add(error, place)
+            report.refuse(str(error), place)
             continue
         report.unread_keys.update(format.unread_keys(entry))
         if not turns:
             continue
         texts = [text for _, text in turns]
         table.add(texts)
-        split = split_of_dialogue(texts, held_out) if held_out else ""
-        yield Document(split, hash_of("\0".join(texts)), sum(map(len, texts)), turns)
+        held_out = config.data.held_out
+        drawn = split_of_dialogue(texts, held_out) if held_out else ""
+        report.add(split, drawn, hash_of("\0".join(texts)), sum(map(len, texts)))
+        report.note_length(turns, config.data.targets)
     if format is TSV:
         report.warnings += [f"{path}: {sign}" for sign in table.signs()]
 
 
-def _compare(report: Report, hashes: dict[str, np.ndarray]) -> None:
+def _compare(report: Report) -> None:
     """Count what occurs twice, and add what follows from the figures to the warnings."""
+    hashes = {split: np.array(found, np.uint64) for split, found in report.hashes.items()}
+    report.documents = Counter({split: len(found) for split, found in hashes.items()})
     in_train = np.sort(hashes["train"])
     report.duplicates = int((in_train[1:] == in_train[:-1]).sum())
     if report.duplicates > MANY * len(in_train):
@@ -308,7 +281,7 @@ def _compare(report: Report, hashes: dict[str, np.ndarray]) -> None:
         count = report.overlap[split] = int((first < behind_last).sum())
         if count:
             report.warnings.append(f"{count:,} {report.unit} of {split} are in train, too")
-    if report.cut_rows > MANY * sum(map(len, hashes.values())):
+    if report.cut_rows > MANY * report.documents.total():
         report.warnings.append(f"{report.cut_rows:,} rows cut to the context")
 
 
@@ -327,7 +300,7 @@ def lines_of(report: Report, config_file: str) -> Iterable[str]:
     counts = ", ".join(f"{split} {report.documents[split]:,}" for split in SPLITS)
     yield (
         f"{config_file}: {report.n_files} files, {report.n_bytes / 1e6:.2f} MB, "
-        f"{sum(report.documents[split] for split in SPLITS):,} {report.unit} ({counts}), about "
+        f"{report.documents.total():,} {report.unit} ({counts}), about "
         f"{report.n_tokens:,.0f} tokens ({report.characters_per_token:.2f} characters each)"
     )
     yield (
