@@ -26,8 +26,8 @@ from gptchat.inference.engine import Engine, Request
 from gptchat.inference.sampling import Sampling
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.train import train_step
-from gptchat.training import distributed, optim, start
-from gptchat.training.distributed import World, has_compiler, usable_device, wrap_model
+from gptchat.training import optim, start
+from gptchat.training.distributed import World, usable_device, wrap_model
 from gptchat.training.metrics import resolve_precision
 from gptchat.training.monitor import Monitor
 from gptchat.training.muon import Muon
@@ -237,21 +237,6 @@ def test_one_graph_serves_all_batches_of_dialogues(
         for of_batch in arguments:
             wrapped(**of_batch).backward()
     assert len(graphs) == 1
-
-
-def test_a_missing_compiler_is_told_by_its_language(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(distributed.shutil, "which", lambda name: None)
-    assert not has_compiler(torch.device("cpu"))
-    assert not has_compiler(torch.device("cuda"))
-    assert capsys.readouterr().err.splitlines() == [
-        "train.compile: no C++ compiler found (g++ or clang++); training eagerly",
-        "train.compile: no C compiler found (gcc or clang); training eagerly",
-    ]
-    monkeypatch.setattr(distributed.shutil, "which", lambda name: name == "gcc")
-    monkeypatch.delenv("CC", raising=False)
-    assert has_compiler(torch.device("cuda")) and not has_compiler(torch.device("cpu"))
 
 
 # --- devices

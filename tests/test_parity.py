@@ -1,4 +1,4 @@
-"""Our GPT-2 beside transformers': logits, loss, gradients, optimizer steps, cache, greedy ids."""
+"""Our GPT-2 beside transformers': logits, loss, gradients, optimizer steps, cache."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,6 @@ from gptchat.config import TrainConfig
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2
 from gptchat.model.kv_cache import KVCache
-from gptchat.model.loss import summed_cross_entropy
 from gptchat.model.weights import conv1d_layout
 from gptchat.training.optim import BETAS, make_optimizers
 from tests.hf_models import close, random_gpt2, write
@@ -189,84 +188,3 @@ def dirty_cache(pair: Pair, slots: int) -> KVCache:
     cache = pair.ours.kv_cache(slots, 48, pair.dtype)
     cache.kv.normal_(0, 5)
     return cache
-
-
-def test_rows_of_different_lengths_decoded_together_equal_each_alone(exact: Pair) -> None:
-    ids, types, _ = batch(3, rows=4)
-    lengths, cache = [1, 30, 7, 19], dirty_cache(exact, slots=6)
-    with torch.no_grad():
-        wanted = exact.ours.hidden(ids, types)
-        for row, length in enumerate(lengths):
-            exact.ours.hidden(
-                ids[row : row + 1, :length],
-                types[row : row + 1, :length],
-                cache=cache.view(2 + row, torch.tensor([0]), length, length),
-            )
-        for step in range(10):
-            start = torch.tensor(lengths) + step
-            each = torch.arange(4), start
-            view = cache.view(2, start, 1, int(start.max()) + 1)
-            found = exact.ours.hidden(ids[each][:, None], types[each][:, None], cache=view)
-            assert close(found[:, 0], wanted[each], 1e-9), step
-
-
-@torch.no_grad()
-def greedy(
-    model: GPT2, ids: list[int], types: list[int], suppress: list[int], stop: int, n: int
-) -> list[int]:
-    """Prefill, then one token at a time; the last type is repeated."""
-    cache, new = model.kv_cache(1, 48, torch.float64), list(ids)
-    for at in [0, *range(len(ids), len(ids) + n - 1)]:
-        view = cache.view(0, torch.tensor([at]), len(new) - at, len(new))
-        here = (types + types[-1:] * n)[at : len(new)]
-        logits = model.logits(
-            model.hidden(torch.tensor([new[at:]]), torch.tensor([here]), cache=view)[0, -1]
-        )
-        logits[suppress] = -torch.inf
-        new.append(int(logits.argmax()))
-        if new[-1] == stop:
-            break
-    return new
-
-
-def test_greedy_ids_equal_those_of_generate(exact: Pair) -> None:
-    ids, types, _ = batch(4, rows=8, length=12)
-    suppress, stop, stopped = [0, 1, 2, 3, 5, *range(262, 300)], 70, 0
-    seen: set[int] = set()
-    for row, kind in zip(ids, types, strict=True):
-        wanted = exact.theirs.generate(
-            row[None],
-            token_type_ids=as_rows(kind[None]),
-            attention_mask=torch.ones_like(row[None]),
-            do_sample=False,
-            max_new_tokens=30,
-            suppress_tokens=suppress,
-            eos_token_id=stop,
-            pad_token_id=0,
-        )[0].tolist()
-        assert greedy(exact.ours, row.tolist(), kind.tolist(), suppress, stop, 30) == wanted
-        assert not set(wanted[12:]) & set(suppress)
-        stopped += wanted[-1] == stop
-        seen |= {*wanted[12:]}
-    assert 0 < stopped < 8 and len(seen) > 4  # else the comparison says little
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [0, 1, 100])
-@pytest.mark.parametrize("spread", [1.0, 1e4])
-def test_our_cross_entropy_and_its_gradient_are_f_cross_entropys(
-    dtype: torch.dtype, n: int, spread: float
-) -> None:
-    torch.manual_seed(0)
-    logits, targets = (torch.randn(n, 311) * spread).to(dtype), torch.randint(311, (n,))
-    targets[::3] = -100
-    least = torch.promote_types(dtype, torch.float32)
-    found, wanted = (logits.clone().requires_grad_() for _ in range(2))
-    loss = summed_cross_entropy(found.clone(), targets)
-    (loss * 0.3).backward()
-    exact = F.cross_entropy(wanted.to(least), targets, reduction="sum")
-    (exact * 0.3).backward()
-    assert loss.dtype == least and torch.allclose(loss, exact, rtol=1e-6)
-    assert torch.allclose(
-        found.grad, wanted.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
-    )
