@@ -79,7 +79,7 @@ def logits_of_both(
         exact = random_gpt2(1, torch.float32).double()(ids).logits
         ids = ids.to(device)
         with autocast(device, precision):
-            our_logits = ours.to(device).eval().logits(ours(ids))
+            our_logits = ours.to(device).eval().logits(ours.hidden(ids))
             their_logits = theirs.to(device)(ids).logits
     return our_logits.double().cpu(), their_logits.double().cpu(), exact
 
