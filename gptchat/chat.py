@@ -37,6 +37,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from gptchat.config import load_config
 from gptchat.console import CommandParser, Progress, UserError, cli
 from gptchat.data.dialogue import TextTurn, Turn
 from gptchat.data.dialogue_files import format_named, format_of, read_prompts
@@ -363,7 +364,8 @@ def parse_arguments(
         parents=[settings],
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="model directory, such as out/chatlm/model")
+    add("--model", metavar="DIR", help="model directory, such as out/chatlm/model")
+    add("--config", metavar="FILE", help="instead of --model: of the run whose model it is")
     add("--prompt", metavar="TEXT", help="answer this and leave")
     input_help = "answer each line: a dialogue as TSV or (.jsonl) JSONL, or just a text"
     add("--input", metavar="FILE", help=input_help)
@@ -373,6 +375,10 @@ def parse_arguments(
     add("--dtype", default="auto", choices=("auto", *DTYPES), help=dtype_help)
     add("--no-color", action="store_true", help="so does the environment variable NO_COLOR")
     args = parser.parse_args(argv)
+    if (args.model is None) == (args.config is None):
+        raise UserError("wanted either --model DIR or --config FILE")
+    if args.config:
+        args.model = f"{load_config(args.config).run}/model"
     unpaired = (args.input is None) != (args.output is None)
     if unpaired or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")

@@ -1,11 +1,10 @@
-"""Files: those that ship with gptchat or match glob patterns, atomic writes, locks of folders.
+"""Files: those that ship with gptchat, those that match a pattern, and atomic writes.
 
-`atomic_write` promises that a reader, or the next start after a crash, finds the old file or the
-new one, never a part. A process that is killed while it writes leaves a temporary file, which
+After `atomic_write` a reader, or the next start after a crash, finds the old file or the new one,
+never a part. A process that is killed while it writes leaves a temporary file, which
 `remove_temporary_files` removes.
 """
 
-import fcntl
 import glob
 import os
 import re
@@ -13,8 +12,8 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
-from typing import IO
 
 from safetensors import SafetensorError
 
@@ -36,16 +35,24 @@ def shipped(folder: str) -> Path:
 def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
     """The files that the glob patterns match, pattern by pattern, sorted within each.
 
-    A file that comes again, by another pattern or a link, is left out, which one line on stderr
-    tells. Raises UserError for a pattern that matches no file, with the reason; `named_by` says in
-    it where the pattern comes from.
+    A file that comes again, by another pattern or a link, is left out, and so is one that gptchat
+    wrote; a line on stderr says so. Raises UserError for a pattern that matches no file, with the
+    reason; `named_by` says in it where the pattern comes from.
     """
     paths: list[Path] = []
+    written: list[Path] = []
     for pattern in patterns:
-        matched = matching_files(pattern)
-        if not matched:
+        own, by_gptchat = _match(pattern)
+        if not own:
             raise UserError(f"{pattern}: {why_no_file(pattern)}, named by {named_by}")
-        paths += matched
+        paths += own
+        written += by_gptchat
+    if written:
+        print(
+            f"{named_by}: gptchat wrote {len(written)} files that match, such as {written[0]}; "
+            "they are left out",
+            file=sys.stderr,
+        )
     distinct, repeated = split_repeats(paths)
     if repeated:
         print(
@@ -56,10 +63,37 @@ def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
     return distinct
 
 
-def matching_files(pattern: str) -> list[Path]:
-    """The regular files that a glob pattern matches, sorted."""
-    names = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    return [Path(name) for name in sorted(names)]
+def matching_files(patterns: Iterable[str]) -> list[Path]:
+    """The files that `expand` returns, without lines and errors."""
+    return split_repeats(chain.from_iterable(_match(pattern)[0] for pattern in patterns))[0]
+
+
+def _match(pattern: str) -> tuple[list[Path], list[Path]]:
+    """(the files that a pattern names, files that it matches but gptchat wrote), each sorted.
+
+    A name without wildcards always counts.
+    """
+    names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    paths = [Path(name) for name in names]
+    if not glob.has_magic(pattern):
+        return paths, []
+    is_in_out = pattern.removeprefix("./").startswith("out/")
+    is_written: dict[Path, bool] = {}  # by folder
+    own: list[Path] = []
+    written: list[Path] = []
+    for path in paths:
+        folder = path.parent
+        if folder not in is_written:
+            in_out = path.parts[0] == "out" and not is_in_out
+            is_written[folder] = in_out or any(map(_holds_record, (folder, *folder.parents)))
+        is_prompts = path.name == "prompts.tsv" and any(folder.glob("*lm.toml"))
+        (written if is_written[folder] or is_prompts else own).append(path)
+    return own, written
+
+
+def _holds_record(folder: Path) -> bool:
+    """Whether a folder is one of the vocabularies, shards or runs that gptchat wrote."""
+    return any((folder / name).exists() for name in ("manifest.json", "checkpoint.safetensors"))
 
 
 def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -130,29 +164,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def lock_folder(folder: Path, busy: str, shared: bool = False) -> IO[str]:
-    """Hold `folder` for this process until it ends, or until the returned file is closed.
-
-    With `shared` others may hold it at the same time, if they share it, too. Raises UserError while
-    another process holds it, where `busy` says what that one does, and for a folder that cannot be
-    written.
-    """
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(
-            folder / ".lock", "w+"
-        )  # NFS shares what can be read, holds what can be written
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: {busy}; wait for it, or name another folder") from None
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror}; wanted a folder that can be written"
-        ) from None
-    return file
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -3,8 +3,8 @@
     python -m gptchat.train --config FILE [section.key=value ...]
     torchrun --nproc-per-node N -m gptchat.train --config FILE [section.key=value ...]
 
-The same command resumes a run that was stopped or killed. `task` only chooses the data: the loop is
-the same for both.
+Vocabulary and shards that are missing or out of date are made first. The same command resumes a run
+that was stopped or killed. `task` only chooses the data: the loop is the same for both.
 
 Invariants:
 - A step is a pure function of the weights, the optimizer state, fp16's loss scale and (config, step
@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, cli
+from gptchat.data import shards
 from gptchat.data.batches import Batch, prefetch
 from gptchat.data.keyed_draw import draw_key
 from gptchat.files import atomic_write
@@ -197,9 +198,9 @@ def write_samples(run: Run) -> list[str]:
     """
     if run.world.rank > 0:
         return []
-    shards = run.valid_batches.sources[0]
-    stride = math.ceil(shards.documents / N_SAMPLES)
-    prompts = [shards.prompt(n, SAMPLE_PROMPT) for n in range(0, shards.documents, stride)]
+    text = run.valid_batches.sources[0]
+    stride = math.ceil(text.documents / N_SAMPLES)
+    prompts = [text.prompt(n, SAMPLE_PROMPT) for n in range(0, text.documents, stride)]
     generator = TextGenerator(run.model, run.tokenizer, run.config.task)
     lines = []
     for turns, answer in zip(prompts, generator.sample_answers(prompts), strict=True):
@@ -245,6 +246,7 @@ def train_config(config: Config) -> Run:
             file=sys.stderr,
         )
     with lost_processes_in_one_line(world):
+        world.first(lambda: shards.prepare(config))
         run = start(config, world)
         on_stop_signals(run.stop)
         tune_memory()

@@ -40,7 +40,7 @@ READ_AT_START = re.compile(
 PRELOADED = [  # what a training imports; the other commands import less
     "gptchat.train",
     "gptchat.evaluate",
-    "gptchat.data.shard_writer",
+    "gptchat.data.shards",
     "torch._dynamo",
     "torch.utils.tensorboard",
 ]

@@ -15,8 +15,7 @@ from gptchat.data.batches import Batches, prefetch
 from gptchat.data.dialogue import encode_example
 from gptchat.data.keyed_draw import draw_key, permute
 from gptchat.data.row_order import pack
-from gptchat.data.shard_writer import write
-from gptchat.data.shards import open_shards
+from gptchat.data.shards import open_shards, write
 from gptchat.data.tokenizer import Tokenizer, train_tokenizer
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)

@@ -16,8 +16,9 @@ from transformers import GPT2LMHeadModel
 from gptchat import evaluate
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import cli
-from gptchat.data import shard_writer, shards, tokenizer
+from gptchat.data import shards, tokenizer
 from gptchat.data.batches import Batches
+from gptchat.figures import distinct, loss_figures, repeats_context, repeats_itself
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.training.metrics import metrics, sum_losses
@@ -163,7 +164,7 @@ def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text)
     config = replace(
         config, data=replace(config.data, test=(str(text),), shards=str(tmp_path / "s"))
     )
-    shard_writer.write(config)
+    shards.write(config)
     split = shards.open_shards(config, "test", vocabulary)
     model = GPT2(
         GPT2Config(vocab_size=vocabulary.vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=2)
@@ -182,9 +183,9 @@ def test_losses_are_sums_without_dropout_whatever_the_batch_size(tmp_path, text)
 
 def test_distinct_counts_ngrams_over_all_texts():
     texts = [["a", "b", "a"], ["a", "b"], []]
-    assert evaluate.distinct(texts, 1) == 2 / 5
-    assert evaluate.distinct(texts, 2) == 2 / 3  # ab, ba, ab; none across texts
-    assert evaluate.distinct([], 1) == 0
+    assert distinct(texts, 1) == 2 / 5
+    assert distinct(texts, 2) == 2 / 3  # ab, ba, ab; none across texts
+    assert distinct([], 1) == 0
 
 
 def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text):
@@ -271,15 +272,15 @@ def test_a_model_that_learns_from_all_turns_is_measured_by_its_own(tmp_path):
             test=(str(tmp_path / "rows.tsv"),), shards=str(tmp_path / "shards"), targets=targets
         )
         config = Config(task="chatlm", init_from=str(tmp_path / "tokenizer"), data=data)
-        shard_writer.write(config)
+        shards.write(config)
         split = shards.open_shards(config, "test", vocabulary)
-        figures[targets] = evaluate.loss_figures(model, config, split, vocabulary, "rows")
+        figures[targets] = loss_figures(model, config, split, vocabulary, "rows")
     assert figures["turns"] == figures["responder"] == figures["response"]
     assert figures["all"]["n_targets"] > figures["response"]["n_targets"]
 
 
 def test_repetition_is_four_words_in_a_row() -> None:
-    assert evaluate.repeats_itself("a b c d e a b c d".split())
-    assert not evaluate.repeats_itself("a b c d e a b c e".split())
-    assert evaluate.repeats_context("so a b c d".split(), "a b c d e".split())
-    assert not evaluate.repeats_context("so a b c".split(), "a b c d e".split())
+    assert repeats_itself("a b c d e a b c d".split())
+    assert not repeats_itself("a b c d e a b c e".split())
+    assert repeats_context("so a b c d".split(), "a b c d e".split())
+    assert not repeats_context("so a b c".split(), "a b c d e".split())

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gptchat.artifacts import lock_folder
 from gptchat.console import UserError
-from gptchat.files import atomic_write, expand, lock_folder
+from gptchat.files import atomic_write, expand
 
 
 def test_globs_name_files_in_order_and_a_missing_one_is_an_error(tmp_path: Path) -> None:

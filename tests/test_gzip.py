@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from gptchat.artifacts import file_digest
 from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError
-from gptchat.data import digests, reading
+from gptchat.data import reading
 from gptchat.data.dialogue_files import read_dialogues
 from gptchat.data.reading import read_lines, read_text, text_size
-from gptchat.data.shard_writer import write
+from gptchat.data.shards import write
 from gptchat.data.tokenizer import train_tokenizer
 
 TEXT = "".join(f"Line {i} of the text, naïve 日本語.\r\n" + "\n" * (i % 3) for i in range(5000))
@@ -49,8 +50,8 @@ def test_vocabulary_and_shards_are_those_of_the_plain_file(
         shards.append(
             {key: meta["splits"]["train"][key] for key in ("files", "bytes", "documents")}
         )
-        state = meta["splits"]["train"]["sources"][str(path)]
-        assert state["digest"] == digests.file_digest(path)  # of the file as it is
+        state = meta["splits"]["train"]["inputs"][str(path)]
+        assert state["digest"] == file_digest(path)  # of the file as it is
     assert len(hashes) == 1 and shards[0] == shards[1]
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from serving import ROOT, Server, configs, free_ports, tiny_model
 
+from gptchat.artifacts import lock_folder
 from gptchat.console import UserError
-from gptchat.files import lock_folder
 from gptchat.serve import torchserve
 from gptchat.serve.options import Options, parse_models
 from gptchat.serve.torchserve import TorchServe

@@ -18,7 +18,7 @@ from transformers import GPT2Config as TheirConfig
 
 from gptchat.config import ServerSettings
 from gptchat.console import UserError
-from gptchat.data import check, shard_writer
+from gptchat.data import check, shards
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.model import convert, weights
 from gptchat.model.gpt2 import GPT2, GPT2Config
@@ -702,7 +702,7 @@ def test_config_gpt2_makes_a_chatlm_of_openai_s_directory(
     settings = ["--config", str(CONFIGS / "gpt2/chatlm.toml"), "train.device=cpu"]
     check.main(settings)
     assert "verdict: fine" in capsys.readouterr().out
-    shard_writer.main(settings)
+    shards.main(settings)
     settings += ["train.num_epochs=0", "train.batch_size=2"]
     for steps in (2, 3):  # the second command goes on with the run
         arguments = command("train", *settings, f"train.num_steps={steps}")

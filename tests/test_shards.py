@@ -1,13 +1,14 @@
 """Shards: what is written is what the tokenizer says, in flat memory; nothing else is opened."""
 
-import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,14 @@ from conftest import wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gptchat.artifacts import MANIFEST, lock_folder, new_digest, read_manifest, write_manifest
 from gptchat.config import Config, DataConfig, TokenizerConfig
-from gptchat.console import UserError, cli
-from gptchat.data import digests, encoding, shard_writer
+from gptchat.console import RunFailed, UserError
+from gptchat.data import encoding, shards
 from gptchat.data.encoding import Encoder, read_documents
 from gptchat.data.scripts import WORDS, pre_tokenizer
-from gptchat.data.shard_writer import write
-from gptchat.data.shards import open_shards
+from gptchat.data.shards import open_shards, write
 from gptchat.data.tokenizer import Tokenizer, train_tokenizer
-from gptchat.files import lock_folder
 
 PROSE = """It is good to see you again, isn't it? We've walked 12 miles today.
 
@@ -76,7 +76,7 @@ def lm(folder, tmp_path):
 
 @pytest.fixture
 def chat(lm, folder, tmp_path):
-    return dataclasses.replace(
+    return replace(
         lm,
         task="chatlm",
         data=DataConfig(train=(str(folder / "chat.tsv"),), shards=str(tmp_path / "chat")),
@@ -95,9 +95,7 @@ def with_text(config, tmp_path, text, **changes):
     """The config, its training text being this one."""
     path = tmp_path / "own.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, train=(str(path),), **changes)
-    )
+    return replace(config, data=replace(config.data, train=(str(path),), **changes))
 
 
 def refused(config, *wanted):
@@ -142,47 +140,17 @@ def test_dialogues_come_back_with_their_speakers(chat):
     ]
 
 
-def test_shards_do_not_depend_on_the_format_of_the_dialogues(chat, tmp_path):
-    write(chat)
-    expected = {path.name: path.read_bytes() for path in chat.shards_dir.glob("*.bin")}
-    dialogues = [["Hi!", "Hello, you."], ["How are you?", "Fine.", "Good to hear\nthat."]]
-    forms = {
-        "messages": ("role", "content", ("assistant", "user")),
-        "conversations": ("from", "value", ("gpt", "human")),
-    }
-    for key, (role, text, (responder, other)) in forms.items():
-        path = tmp_path / f"{key}.jsonl"
-        with path.open("w") as file:
-            for turns in dialogues:
-                roles = [responder if (len(turns) - i) % 2 else other for i in range(len(turns))]
-                messages = [{role: r, text: t} for r, t in zip(roles, turns, strict=True)]
-                file.write(json.dumps({key: messages}) + "\n")
-        data = dataclasses.replace(chat.data, train=(str(path),))
-        config = dataclasses.replace(chat, data=data)
-        write(config)
-        found = {path.name: path.read_bytes() for path in chat.shards_dir.glob("*.bin")}
-        assert found == expected and opened(config).documents == 2
-
-
 def test_tsv_and_jsonl_may_be_mixed_and_speakers_are_those_of_the_roles(chat, folder, tmp_path):
     messages = [("system", "Be brief."), ("user", "Hi!"), ("user", "You?"), ("assistant", "Yes.")]
     line = json.dumps({"messages": [{"role": r, "content": t} for r, t in messages]})
     (tmp_path / "roles.jsonl").write_text(line)
     paths = (str(folder / "chat.tsv"), str(tmp_path / "roles.jsonl"))
-    config = dataclasses.replace(chat, data=dataclasses.replace(chat.data, train=paths))
+    config = replace(chat, data=replace(chat.data, train=paths))
     write(config)
     found, tokenizer = opened(config), tokenizer_of(config)
     assert found.documents == 3
     turns = [(speaker, tokenizer.decode(ids)) for speaker, ids in found.dialogue(2)]
     assert turns == [(0, "Be brief."), (0, "Hi!"), (0, "You?"), (1, "Yes.")]
-
-
-def test_progress_ends_at_the_size_of_the_files(chat, tmp_path, capsys):
-    messages = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    data = dataclasses.replace(chat.data, train=(str(tmp_path / "x.jsonl"),))
-    write(dataclasses.replace(chat, data=data))
-    assert "100%" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_text_like_a_special_token_stays_text(lm, tmp_path):
@@ -265,7 +233,7 @@ def test_a_long_document_without_white_space_has_the_same_tokens(
     backend = Tokenizer.load(folder / "bpe").backend
     backend.pre_tokenizer = pre_tokenizer(pattern)
     Tokenizer(backend).save(tmp_path / pattern)
-    lm = dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(tmp_path / pattern)))
+    lm = replace(lm, tokenizer=TokenizerConfig(dir=str(tmp_path / pattern)))
     text = "日本語の文章です。テスト、" * 30 + "it's,isn't.a_b-c" * 60
     config = with_text(lm, tmp_path, text)
     write(config)
@@ -279,7 +247,7 @@ def test_a_long_document_without_white_space_has_the_same_tokens(
 def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
     write(lm)
     whole = opened(lm).tokens(0, opened(lm).n_tokens)
-    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
     write(lm)
     found = opened(lm)
     assert all(len(part) == 100 for part in found.files[:-1])
@@ -292,7 +260,7 @@ def test_shards_are_bounded_and_read_as_one_stream(lm, monkeypatch):
         (found.n_tokens - 1, found.n_tokens),
     ):
         assert found.tokens(start, stop).tolist() == whole[start:stop].tolist()
-    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 1 << 20)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 1 << 20)
     write(lm)
     assert len(list(lm.shards_dir.glob("train-0*"))) == 1  # the other files are gone
     across = found.tokens(99, 101)
@@ -341,46 +309,28 @@ def test_wrong_text_is_refused_with_its_place(lm, chat, tmp_path):
         assert [path.name for path in config.shards_dir.iterdir()] == [".lock"]
 
 
-def test_invalid_utf8_behind_the_first_block_is_placed_right(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "BLOCK", 64)
-    with pytest.raises(UserError, match="byte 1003"):
-        write(
-            with_text(lm, tmp_path, b"\xef\xbb\xbf" + "é".encode() * 500 + b"\xe9" + b" more" * 100)
-        )
-
-
-def test_missing_shards_are_refused(lm):
-    refused(lm, "meta.json")
-    lm.shards_dir.mkdir()
-    (lm.shards_dir / "meta.json").write_text("{}")
-    refused(lm, "meta.json")
-
-
-def test_shards_of_another_tokenizer_or_kind_are_refused(lm, folder):
+def test_shards_that_something_else_made_are_refused(lm, folder, tmp_path):
+    refused(lm, MANIFEST)
     write(lm)
-    refused(
-        dataclasses.replace(lm, tokenizer=TokenizerConfig(dir=str(folder / "smaller"))),
-        "meta.json",
-        "tokenizer",
-    )
-    refused(
-        dataclasses.replace(lm, data=dataclasses.replace(lm.data, document="line")),
-        "document 'block'",
-        "'line'",
-    )
-    refused(dataclasses.replace(lm, task="chatlm"), "task 'lm'")
+    Tokenizer.load(folder / "bpe").save(tmp_path / "other")
+    other = Tokenizer.load(tmp_path / "other")
+    other.backend.add_special_tokens(["[MORE]"])
+    other.save(tmp_path / "other")
+    refused(replace(lm, tokenizer=TokenizerConfig(dir=str(tmp_path / "other"))), "tokenizer was")
+    refused(replace(lm, data=replace(lm.data, document="line")), "document was 'block'")
+    refused(replace(lm, task="chatlm"), "document was 'block' and is 'row'")
 
 
 def test_shards_of_other_or_changed_files_are_refused(lm, tmp_path):
-    config = with_text(lm, tmp_path, "one")
+    config = with_text(lm, tmp_path, "one two")
     write(config)
-    refused(
-        dataclasses.replace(config, data=dataclasses.replace(config.data, train=lm.data.train)),
-        "prose.txt",
-    )
-    with_text(lm, tmp_path, "another")
-    refused(config, "own.txt")
-    (tmp_path / "own.txt").unlink()
+    refused(replace(config, data=replace(config.data, train=lm.data.train)), "prose.txt is new")
+    path = tmp_path / "own.txt"
+    os.utime(path, ns=(1, 1))
+    assert opened(config).documents == 1
+    path.write_text("two one")  # of the same size
+    refused(config, "own.txt has changed")
+    path.unlink()
     assert opened(config).documents == 1  # shards may travel without their text
 
 
@@ -414,7 +364,7 @@ def test_shards_of_which_only_some_were_renamed_are_refused(lm, tmp_path, monkey
     )
     with pytest.raises(UserError, match="not written"):
         write(lm)
-    refused(lm, "meta.json")
+    refused(lm, MANIFEST)
 
 
 def flip_a_bit(path):
@@ -427,7 +377,7 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["train-documents.bin", "train-turns.bin", "train-speakers.bin", "meta.json"]
+    "name", ["train-documents.bin", "train-turns.bin", "train-speakers.bin", MANIFEST]
 )
 def test_a_zeroed_file_or_a_flipped_bit_is_refused_when_shards_are_opened(chat, name):
     write(chat)
@@ -439,7 +389,7 @@ def test_a_zeroed_file_or_a_flipped_bit_is_refused_when_shards_are_opened(chat, 
 
 
 def test_a_flipped_bit_of_the_tokens_is_refused_when_the_first_is_read(lm, monkeypatch):
-    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
     write(lm)
     flip_a_bit(lm.shards_dir / "train-00001.bin")
     found = opened(lm)
@@ -451,34 +401,14 @@ def test_a_flipped_bit_of_the_tokens_is_refused_when_the_first_is_read(lm, monke
 
 def test_ends_that_are_not_in_order_or_end_elsewhere_are_refused(chat):
     write(chat)
-    path = chat.shards_dir / "meta.json"
     for ends in ([0, 4, 2], [0, 2, 4], [1, 2, 5]):
         damaged = np.array(ends, "<i8").tobytes()
         (chat.shards_dir / "train-documents.bin").write_bytes(damaged)
-        meta = json.loads(path.read_text())
-        state = meta["splits"]["train"]["files"]["train-documents.bin"]
-        state["digest"] = digests.new_digest(damaged).hexdigest()
-        del meta["digest"]
-        path.write_text(json.dumps(digests.seal(meta)))
+        manifest = read_manifest(chat.shards_dir)
+        state = manifest["splits"]["train"]["files"]["train-documents.bin"]
+        state["digest"] = new_digest(damaged).hexdigest()
+        write_manifest(chat.shards_dir, manifest)
         refused(chat, "train-documents.bin", "0 to 5")
-
-
-def test_shards_of_the_format_before_are_refused(lm):
-    write(lm)
-    path = lm.shards_dir / "meta.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    refused(lm, "found shards of format 1; wanted 2")
-
-
-def test_text_edited_to_the_same_size_is_refused_and_a_touched_file_is_not(lm, tmp_path):
-    config = with_text(lm, tmp_path, "one two")
-    write(config)
-    path = tmp_path / "own.txt"
-    os.utime(path, ns=(1, 1))
-    assert opened(config).documents == 1
-    path.write_text("two one")
-    os.utime(path, ns=(2, 2))
-    refused(config, "own.txt as it was before it changed")
 
 
 def test_text_edited_while_it_is_encoded_is_refused_when_the_shards_are_opened(
@@ -491,7 +421,7 @@ def test_text_edited_while_it_is_encoded_is_refused_when_the_shards_are_opened(
         os.utime(tmp_path / "own.txt", ns=(2, 2))
         return encoding.read_blocks(paths, config, split)
 
-    monkeypatch.setattr(shard_writer, "read_blocks", edit_then_read)
+    monkeypatch.setattr(shards, "read_blocks", edit_then_read)
     write(config)
     refused(config, "own.txt")
 
@@ -508,33 +438,73 @@ def test_the_digest_of_shards_tells_contents_apart_and_nothing_else(lm, tmp_path
     assert opened(edited).digest != digest
 
 
-def run_shards(config, tmp_path, capsys, *options):
-    """(exit status, stdout, stderr) of the command, run in this process."""
-    path = write_config(config, tmp_path)
-    status = 0
-    try:
-        cli(lambda: shard_writer.main([*options, "--config", str(path)]))
-    except SystemExit as stopped:
-        status = stopped.code
-    return status, *capsys.readouterr()
-
-
-def test_verify_tells_every_damaged_file_in_a_line_and_ok_otherwise(lm, tmp_path, capsys):
+def test_the_command_writes_what_is_missing_or_out_of_date_and_verifies(lm, tmp_path, capsys):
     config = with_text(lm, tmp_path, PROSE)
+    path = write_config(config, tmp_path)
+    shards.main(["--config", str(path)])
+    assert "train: 4 documents" in capsys.readouterr().out
+    before = {path.name: path.stat().st_mtime_ns for path in config.shards_dir.iterdir()}
+    shards.main(["--config", str(path)])
+    assert f"{config.shards_dir}: kept as it is; " in capsys.readouterr().out
+    shards.main(["--config", str(path), "--verify"])
+    assert capsys.readouterr().out == f"{config.shards_dir}: OK\n"
+    assert {path.name: path.stat().st_mtime_ns for path in config.shards_dir.iterdir()} == before
+    flip_a_bit(config.shards_dir / "train-00000.bin")
+    assert opened(config).documents == 4  # the ids are not read when shards are opened
+    with pytest.raises(UserError, match="train-00000.bin: found other content"):
+        shards.main(["--config", str(path), "--verify"])
+    with_text(lm, tmp_path, PROSE * 2)
+    shards.main(["--config", str(path)])
+    assert "train: 7 documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["lm", "chatlm"])
+def test_held_out_files_can_be_read_one_by_one(lm, folder, tmp_path, task):
+    texts = ["One.\tTwo.\n\nThree.\tFour.\tFive.\n", "\n", "Six.\tSeven.\n"]
+    names = [str(tmp_path / f"{number}.txt") for number in range(len(texts))]
+    for name, text in zip(names, texts, strict=True):
+        Path(name).write_text(text)
+    data = DataConfig(test=tuple(names), shards=str(tmp_path / "all"))
+    config = replace(lm, task=task, data=data)
     write(config)
-    capsys.readouterr()
-    status, out, err = run_shards(config, tmp_path, capsys, "--verify")
-    assert (status, out.splitlines(), err) == (0, [f"{config.shards_dir}: OK"], "")
-    for path in (config.shards_dir / "train-00000.bin", tmp_path / "own.txt"):
-        flip_a_bit(path)
-    assert opened(config).documents == 4  # neither is read when shards are opened
-    status, out, err = run_shards(config, tmp_path, capsys, "--verify")
-    lines = err.splitlines()
-    assert (status, out, len(lines)) == (2, "", 3)
-    assert "train-00000.bin: found other content" in lines[0]
-    assert "own.txt: has changed" in lines[1] and lines[2].startswith("error: ")
-    (config.shards_dir / "train-00000.bin").unlink()
-    assert run_shards(config, tmp_path, capsys, "--verify")[0] == 2
+    together = open_shards(config, "test", tokenizer_of(config)).by_source()
+    assert list(together) == names and together[names[1]].documents == 0
+    for name in (names[0], names[2]):
+        data = DataConfig(test=(name,), shards=str(tmp_path / "alone"))
+        write(replace(config, data=data))
+        alone = open_shards(replace(config, data=data), "test", tokenizer_of(config))
+        part = together[name]
+        assert part.tokens(0, part.n_tokens).tolist() == alone.tokens(0, alone.n_tokens).tolist()
+        assert (part.n_bytes, part.documents) == (alone.n_bytes, alone.documents)
+        for field in ("starts", "turns", "speakers"):
+            assert getattr(part, field).tolist() == getattr(alone, field).tolist()
+        assert part.prompt(part.documents - 1, 2) == alone.prompt(alone.documents - 1, 2)
+
+
+def test_a_killed_worker_is_one_line(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "PARALLEL_BYTES", 0)
+
+    def kill_workers_then_read(*arguments):
+        yield [("Some text.", True)]
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        yield from encoding.read_blocks(*arguments)
+
+    monkeypatch.setattr(shards, "read_blocks", kill_workers_then_read)
+    with pytest.raises(RunFailed, match="a process that encodes text was killed"):
+        write(lm)
+    assert [path.name for path in lm.shards_dir.iterdir()] == [".lock"]
+
+
+def test_without_semaphores_one_process_encodes(lm, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encoding, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", refuse)
+    write(lm)
+    assert "warning: /dev/shm: No space left on device" in capsys.readouterr().err
+    assert opened(lm).documents == 61
 
 
 def test_a_second_process_that_writes_the_same_shards_is_refused(lm, tmp_path):
@@ -548,15 +518,6 @@ def test_a_second_process_that_writes_the_same_shards_is_refused(lm, tmp_path):
     assert "another process is writing shards here" in err
     assert {path.name: path.read_bytes() for path in config.shards_dir.iterdir()} == before
     write(config)
-
-
-def test_leftovers_of_killed_runs_are_removed(lm):
-    lm.shards_dir.mkdir()
-    for name in ("valid-00007.bin.tmp", ".meta.json.123.tmp"):
-        (lm.shards_dir / name).touch()
-    write(lm)
-    assert not [path for path in lm.shards_dir.iterdir() if path.suffix == ".tmp"]
-    assert not (lm.shards_dir / "valid-00007.bin").exists()
 
 
 def write_config(config, tmp_path):
@@ -587,14 +548,6 @@ def run_cli(config, tmp_path, text):
     )
 
 
-def test_the_command_tells_counts_and_one_line_for_a_mistake(lm, tmp_path):
-    config, process = run_cli(lm, tmp_path, PROSE)
-    assert "4 documents" in process.communicate(timeout=300)[0] and process.returncode == 0
-    config, process = run_cli(lm, tmp_path, b"\xff")
-    assert process.communicate(timeout=300)[1].splitlines()[-1].startswith("error: ")
-    assert process.returncode == 2
-
-
 def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
     config, process = run_cli(lm, tmp_path, PROSE * 60_000)
     wait_until(lambda: len(list(config.shards_dir.glob("*.tmp"))) >= 2, process)
@@ -606,7 +559,7 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
         os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
     left = [path for path in config.shards_dir.iterdir() if path.name != ".lock"]
     assert [path.suffix for path in left] == [".tmp", ".tmp"]
-    refused(config, "meta.json")
+    refused(config, MANIFEST)
     write(with_text(lm, tmp_path, PROSE))
     assert opened(config).documents == 4 and not list(config.shards_dir.glob("*.tmp"))
 
@@ -641,45 +594,3 @@ def test_default_tokenizers_fall_back_where_words_would_differ(folder):
     assert np.frombuffer(encoder.encode([PROSE])[0], encoder.dtype).tolist() == changed.encode(
         PROSE
     )
-
-
-def test_files_may_be_named_in_any_way_and_folders_are_passed_over(lm, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine" / "deep").mkdir(parents=True)
-    (tmp_path / "mine" / "a.txt").write_text("Some text.", encoding="utf-8")
-    for pattern in ("./mine/*.txt", "mine//a.txt", "mine/**"):
-        config = dataclasses.replace(lm, data=dataclasses.replace(lm.data, train=(pattern,)))
-        write(config)
-        assert opened(config).documents == 1
-
-
-def test_a_file_named_twice_or_by_a_link_is_encoded_once(lm, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("Some text.")
-    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
-    patterns = (f"{tmp_path}/a*.txt", f"{tmp_path}/*.txt")
-    config = dataclasses.replace(lm, data=dataclasses.replace(lm.data, train=patterns))
-    write(config)
-    assert opened(config).documents == 1
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 1 and "2 of 3 names" in warnings[0]
-
-
-def test_a_file_that_cannot_be_read_is_named_in_one_line(lm):
-    data = dataclasses.replace(lm.data, train=("/proc/self/mem",))
-    if not Path("/proc/self/mem").exists():
-        pytest.skip("needs /proc")
-    with pytest.raises(UserError, match="^/proc/self/mem: cannot be read: Input/output error"):
-        write(dataclasses.replace(lm, data=data))
-
-
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(lm, tmp_path):
-    Path(lm.data.shards).write_text("a file")
-    with pytest.raises(UserError, match="wanted a folder that can be written"):
-        write(lm)
-
-
-def test_help_says_what_the_command_does_with_an_example(capsys):
-    with pytest.raises(SystemExit):
-        shard_writer.main(["--help"])
-    shown = capsys.readouterr().out
-    assert "token ids on disk" in shown and "example:\n  gptchat shards --config" in shown

@@ -14,7 +14,8 @@ ROWS = (
     ("data",),
     ("model",),
     ("inference", "training"),
-    ("train", "evaluate", "chat", "serve", "bench", "new", "paths", "clean"),
+    ("train", "figures", "chat", "serve", "bench", "new"),
+    ("evaluate",),
 )
 LAZY = {"gptchat", "gptchat.__main__"}  # they import other modules by name, on first use
 TRACKED = {  # what may stand at the top beside hidden files

@@ -549,7 +549,6 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_old_one_stays(
     ("arguments", "message"),
     [
         (["train.learning_rat=1"], "unknown key"),
-        (["tokenizer.dir=nowhere"], "nowhere"),
         (["init_from=nowhere"], "nowhere"),
         (["train.device=abacus"], "train.device"),
         (["run=/dev/null"], "/dev/null: File exists"),
@@ -562,13 +561,6 @@ def test_wrong_use_is_one_line_and_exit_status_2(
     output = run("train", "--config", small / "lm.toml", f"run={tmp_path}", *arguments, status=2)
     assert message in output and output.startswith("error: "), output
     assert output.count("\n") == 1, output
-
-
-def test_shards_of_another_tokenizer_are_refused(small: Path, tmp_path: Path) -> None:
-    other = f"tokenizer.dir={tmp_path}/tokenizer"
-    run("tokenizer", "--config", small / "lm.toml", other, "tokenizer.vocab_size=390")
-    with pytest.raises(UserError, match="found shards of tokenizer"):
-        make_run(small, "lm", tmp_path / "run", other)
 
 
 # --- what a run reports

@@ -1,4 +1,4 @@
-"""Vocabularies: what they are trained on, and who may train them again."""
+"""Vocabularies: trained once, again when text or settings change, and never over another's."""
 
 import json
 import os
@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gptchat.config import load_config
 from gptchat.console import UserError
-from gptchat.data import tokenizer, vocabulary
+from gptchat.data import tokenizer
 
 CONFIG = """
 run = "{folder}/run"
@@ -26,96 +25,103 @@ num_steps = 1
 """
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
+class Own:
     """A folder with text, a config and the vocabulary that it has trained."""
-    (tmp_path / "a.txt").write_text("To be or not to be, that is the question. " * 20)
-    (tmp_path / "own.toml").write_text(CONFIG.format(folder=tmp_path, size=280))
-    tokenizer.main(["--config", str(tmp_path / "own.toml")])
-    return tmp_path
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        self.folder = folder
+        self.capsys = capsys
+        self.file = folder / "tokenizer/tokenizer.json"
+        (folder / "a.txt").write_text("To be or not to be, that is the question. " * 20)
+        (folder / "own.toml").write_text(CONFIG.format(folder=folder, size=280))
+        assert "280 entries" in self.train()
+
+    def train(self, *overrides: str) -> str:
+        """What the command prints."""
+        tokenizer.main(["--config", str(self.folder / "own.toml"), *overrides])
+        return self.capsys.readouterr().out
+
+    def refused(self, *overrides: str) -> str:
+        """The line that refuses; the vocabulary stays."""
+        before = self.file.read_bytes()
+        with pytest.raises(UserError) as error:
+            self.train(*overrides)
+        assert self.file.read_bytes() == before
+        return str(error.value)
+
+    def begin_run(self) -> None:
+        (self.folder / "run").mkdir()
+        (self.folder / "run/checkpoint.safetensors").touch()
 
 
-def standing(folder: Path, name: str = "own.toml") -> vocabulary.Standing:
-    path = str(folder / name)
-    return vocabulary.standing(load_config(path), path)
+@pytest.fixture
+def own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Own:
+    return Own(tmp_path, capsys)
 
 
-def test_a_vocabulary_is_trained_once(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert standing(own) == (True, False, "")
-    capsys.readouterr()
-    tokenizer.main(["--config", str(own / "own.toml")])
-    assert capsys.readouterr().out.startswith(f"{own}/tokenizer: kept as it is; it was trained by")
-    os.utime(own / "a.txt")  # touched, not changed
-    assert standing(own) == (True, False, "")
+def test_a_vocabulary_is_trained_once(own: Own) -> None:
+    kept = f"{own.folder}/tokenizer: kept as it is; it was trained by these settings on this text\n"
+    assert own.train() == kept
+    os.utime(own.folder / "a.txt")  # touched, not changed
+    assert own.train() == kept
+    (own.folder / "a.txt").unlink()
+    assert own.train() == kept
 
 
-def test_a_config_is_the_same_however_its_path_is_spelled(
-    own: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(own)
-    (own / "b.txt").write_text("More.")
-    for name in ("own.toml", "./own.toml", f"../{own.name}/own.toml"):
-        assert vocabulary.standing(load_config(name), name) == (True, True, "")
+def test_other_settings_or_text_train_it_again(own: Own) -> None:
+    assert "270 entries" in own.train("tokenizer.vocab_size=270")
+    assert "280 entries" in own.train()
+    (own.folder / "b.txt").write_text("More.")
+    assert "280 entries" in own.train()
 
 
-def test_new_text_trains_it_again_unless_a_run_has_begun(own: Path) -> None:
-    (own / "b.txt").write_text("More.")
-    assert standing(own) == (True, True, "")
-    (own / "run").mkdir()
-    (own / "run/checkpoint.safetensors").touch()
-    found = standing(own)
-    assert (found.is_own, found.needs_training) == (True, False)
-    assert f"{own}/b.txt is new: {own}/run was trained with it" in found.note
-    before = (own / "tokenizer/tokenizer.json").read_bytes()
-    with pytest.raises(UserError, match="b.txt is new: .*/run was trained with it; wanted another"):
-        tokenizer.main(["--config", str(own / "own.toml")])
-    assert (own / "tokenizer/tokenizer.json").read_bytes() == before
+def test_a_vocabulary_that_a_run_has_begun_with_stays(own: Own) -> None:
+    own.begin_run()
+    assert "kept as it is" in own.train()
+    assert "vocab_size was 280 and is 270: it is the vocabulary of" in own.refused(
+        "tokenizer.vocab_size=270"
+    )
+    (own.folder / "b.txt").write_text("More.")
+    assert "b.txt is new: it is the vocabulary of" in own.refused()
+
+
+def test_a_vocabulary_of_another_run_stays(own: Own) -> None:
+    assert "kept as it is" in own.train("run=elsewhere")
+    assert "vocab_size was 280" in own.refused("run=elsewhere", "tokenizer.vocab_size=270")
+
+
+@pytest.mark.parametrize("change", ["no record", "damaged record", "other file", "GPT-2's files"])
+def test_a_vocabulary_that_was_not_trained_here_stays(own: Own, change: str) -> None:
+    record = own.folder / "tokenizer/manifest.json"
+    if change == "no record":
+        record.unlink()
+    elif change == "damaged record":
+        record.write_text("{}")
+    elif change == "other file":
+        own.file.write_text(json.dumps(json.loads(own.file.read_text())))
+    else:
+        own.file.unlink()
+        (own.folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    before = {path.name: path.read_bytes() for path in own.file.parent.iterdir()}
+    assert "kept as it is; it was not trained here" in own.train("tokenizer.vocab_size=270")
+    assert {path.name: path.read_bytes() for path in own.file.parent.iterdir()} == before
 
 
 def test_a_training_that_is_killed_between_its_files_can_be_done_again(
-    own: Path, monkeypatch: pytest.MonkeyPatch
+    own: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    (own / "b.txt").write_text("More. " * 20)
+    (own.folder / "b.txt").write_text("More. " * 20)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tokenizer.Tokenizer, "save", killed)
-        tokenizer.main(["--config", str(own / "own.toml")])
-    assert standing(own) == (True, True, "")  # the old one is still there
-    tokenizer.main(["--config", str(own / "own.toml")])
-    assert standing(own) == (True, False, "")
+        own.train()
+    assert "280 entries" in own.train()
+    assert "kept as it is" in own.train()
 
 
-def test_a_vocabulary_whose_text_is_gone_stays(own: Path) -> None:
-    (own / "a.txt").unlink()
-    assert standing(own) == (True, False, "")
-
-
-@pytest.mark.parametrize("change", ["no record", "other file", "other config", "damaged record"])
-def test_a_vocabulary_that_the_config_has_not_trained_is_never_trained_over(
-    own: Path, change: str
-) -> None:
-    file, record = own / "tokenizer/tokenizer.json", own / "tokenizer" / vocabulary.RECORD
-    name = "own.toml"
-    if change == "no record":
-        record.unlink()
-    elif change == "other file":
-        file.write_text(json.dumps(json.loads(file.read_text())))
-    elif change == "damaged record":
-        record.write_text("{}")
-    else:
-        name = "other.toml"
-        (own / name).write_text(CONFIG.format(folder=own, size=270))
-    before = file.read_bytes()
-    assert not standing(own, name).is_own and "kept as it is" in standing(own, name).note
-    with pytest.raises(UserError, match="found a vocabulary that .* has not trained; wanted"):
-        tokenizer.main(["--config", str(own / name)])
-    assert file.read_bytes() == before
-
-
-def test_no_folder_has_no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    assert vocabulary.find("") is None
-    assert vocabulary.find(".") == Path("tokenizer.json")
+def test_a_run_that_starts_from_a_model_trains_none(own: Own) -> None:
+    own.file.unlink()
+    assert "out/lm/model: its vocabulary is used" in own.train("init_from=out/lm/model")
+    assert not own.file.exists()

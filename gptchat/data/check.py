@@ -184,9 +184,10 @@ def _find_files(config: Config, report: Report) -> dict[str, list[Path]]:
             continue  # they are drawn from the files of train
         name = split.partition("-")[0]
         for pattern in patterns:
-            if not matching_files(pattern):
+            if not matching_files([pattern]):
                 report.refuse(f"{pattern}: {why_no_file(pattern)}, named by [data] {name}")
-        files[split], repeated = split_repeats(chain.from_iterable(map(matching_files, patterns)))
+        named = chain.from_iterable(matching_files([pattern]) for pattern in patterns)
+        files[split], repeated = split_repeats(named)
         if repeated:
             report.warnings.append(f"{repeated[0]} is named twice by [data] {name}, read once")
         for path in files[split]:

@@ -57,6 +57,19 @@ SPLIT_BOUNDS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a h
 # 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
 MAX_CHARS = 300
 
+FILES = (  # of the default corpora, where the default configs expect them
+    "data/lm/speeches-early.txt",
+    "data/lm/speeches-late.txt",
+    "data/lm/conversations.txt",
+    "data/lm/valid.txt",
+    "data/lm/chat-valid.txt",
+    "data/lm/test.txt",
+    "data/lm/chat-test.txt",
+    "data/chatlm/train.tsv",
+    "data/chatlm/valid.tsv",
+    "data/chatlm/test.tsv",
+    "data/chatlm/test-whole.tsv",
+)
 PRIVATE_OR_LINK = re.compile(
     r"""
     @\w | \w@                                # e-mail addresses, names on other networks
@@ -205,6 +218,12 @@ def write_corpora(out: Path) -> None:
         talks[split].append(turns)
     write_text(out / "lm", talks)
     write_rows(out / "chatlm", talks)
+
+
+def write_missing(names: Iterable[str]) -> None:
+    """Write the default corpora if one of their files is among these names, and is missing."""
+    if any(name in FILES and not Path(name).exists() for name in names):
+        write_corpora(Path("data"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,6 +29,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptchat.console import UserError
@@ -42,7 +43,7 @@ from gptchat.data.json_files import (
     read_texts,
     show,
 )
-from gptchat.data.reading import Source, filled_lines, read_text
+from gptchat.data.reading import filled_lines, read_text
 
 SHAREGPT_SPEAKERS = {"gpt": 1, "human": 0, "system": 0}
 _ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\\": r"\\"}  # character -> its escape
@@ -63,7 +64,7 @@ class Format:
 
     name: str
     endings: tuple[str, ...]  # of file names, `.gz` apart
-    entries: Callable[[Source], Iterator[tuple[int, Any]]]
+    entries: Callable[[str | Path], Iterator[tuple[int, Any]]]
     turns: Callable[[Any, str, bool], list[TextTurn]]
     answered: Callable[[Any, str], str]
     unread_keys: Callable[[Any], list[str]]
@@ -77,18 +78,18 @@ class Prompt(NamedTuple):
     entry: Any  # of the file's format
 
 
-def format_of(path: Source) -> Format:
+def format_of(path: str | Path) -> Format:
     """The format of a file of dialogues."""
     return JSON if is_json(path) else format_named(path) or TSV
 
 
-def format_named(path: Source) -> Format | None:
+def format_named(path: str | Path) -> Format | None:
     """The format that a file's ending names, if it names one."""
     name = str(path).lower().removesuffix(".gz")
     return next((format for format in FORMATS if name.endswith(format.endings)), None)
 
 
-def read_dialogues(path: Source) -> Iterator[list[TextTurn]]:
+def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
     """The turns of every dialogue of a file, the response last.
 
     Raises UserError that names the line, in JSON also the field, of what is no such dialogue.
@@ -100,7 +101,7 @@ def read_dialogues(path: Source) -> Iterator[list[TextTurn]]:
             yield turns
 
 
-def read_prompts(path: Source) -> Iterator[Prompt]:
+def read_prompts(path: str | Path) -> Iterator[Prompt]:
     """The dialogues of a file that are to be answered, whoever speaks last.
 
     Raises UserError as `read_dialogues` does.
@@ -111,7 +112,7 @@ def read_prompts(path: Source) -> Iterator[Prompt]:
         yield Prompt(place, format.turns(entry, place, True), entry)
 
 
-def texts_of(path: Source) -> Iterator[str]:
+def texts_of(path: str | Path) -> Iterator[str]:
     """The text that a vocabulary is trained on: of dialogues the turns, else pieces of a file.
 
     A file is one of dialogues if its ending names their format, or if it is JSON without texts.

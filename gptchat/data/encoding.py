@@ -3,7 +3,7 @@
 `read_blocks` reads the documents (lm) or dialogues (chatlm) of text files in blocks of about BLOCK
 characters. `ParallelEncoder` encodes blocks in worker processes (in a thread if there is little
 text), each with an `Encoder` of its own, and gives the results back in the order of the blocks.
-shard_writer.py writes them to disk.
+shards.py writes them to disk.
 
 Invariants:
 - Memory is flat: a few blocks are under way at once, however large the files.
@@ -23,23 +23,28 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import tokenizers
 
 from gptchat.config import Config
+from gptchat.console import RunFailed
 from gptchat.data.dialogue import TextTurn
 from gptchat.data.dialogue_files import read_dialogues
 from gptchat.data.json_files import is_json, read_texts
-from gptchat.data.reading import Source, read_text
+from gptchat.data.reading import read_text
 from gptchat.data.scripts import WORDS
 from gptchat.data.splits import DocumentPiece, dialogues_of, pieces_of
-from gptchat.data.tokenizer import Tokenizer, tokenizer_for
+from gptchat.data.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,7 +74,7 @@ def in_order(
         yield pending.popleft().result()
 
 
-def read_documents(path: Source, document: str, size: int) -> Iterator[DocumentPiece]:
+def read_documents(path: str | Path, document: str, size: int) -> Iterator[DocumentPiece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
     A document longer than `size` comes in several pieces, cut where white space begins, or else
@@ -121,7 +126,7 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
         yield block
 
 
-def read_blocks(paths: Sequence[Source], config: Config, split: str) -> Iterator[list[Any]]:
+def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[list[Any]]:
     """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm).
 
     `split` may also be train-0 and so on, an entry of train.
@@ -136,6 +141,13 @@ def read_blocks(paths: Sequence[Source], config: Config, split: str) -> Iterator
     all_pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
     pieces = pieces_of(split, all_pieces, held_out)
     return in_blocks(pieces, lambda piece: len(piece[0]))
+
+
+def granted_cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -240,24 +252,38 @@ class ParallelEncoder:
     """Encodes blocks of `read_blocks` on all cores. Use it as a context manager.
 
     It owns one worker process per core or, for less than PARALLEL_BYTES of text, a thread of this
-    process. Each worker loads the config's tokenizer once, when it starts.
+    process. Each worker has a tokenizer of its own.
     """
 
-    def __init__(self, config: Config, n_bytes: int):
-        self.executor: Executor
-        if n_bytes < PARALLEL_BYTES:
-            self.executor = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(config,))
-        else:
-            self.executor = ProcessPoolExecutor(
-                os.cpu_count(),
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(config,),
-            )
+    def __init__(self, tokenizer: Tokenizer, task: str, n_bytes: int):
+        arguments = (tokenizer.json, task)
+        self.n_workers = granted_cores() if n_bytes >= PARALLEL_BYTES else 1
+        self.executor: Executor = ThreadPoolExecutor(1, "", _start_worker, arguments)
+        if n_bytes >= PARALLEL_BYTES:
+            context = multiprocessing.get_context("spawn")
+            try:
+                self.executor = ProcessPoolExecutor(
+                    self.n_workers, context, _start_worker, arguments
+                )
+            except OSError as error:  # no semaphores
+                print(
+                    f"warning: /dev/shm: {error.strerror}; so text is encoded in one process, "
+                    "which takes longer",
+                    file=sys.stderr,
+                )
 
     def encode(self, blocks: Iterable[list[Any]]) -> Iterator[Encoded]:
-        """The encoded blocks, in order; two blocks per core are under way at once."""
-        return in_order(self.executor, _encode_in_worker, blocks, ahead=2 * (os.cpu_count() or 1))
+        """The encoded blocks, in order; two blocks per worker are under way at once.
+
+        Raises RunFailed where a worker was killed.
+        """
+        try:
+            yield from in_order(self.executor, _encode_in_worker, blocks, ahead=2 * self.n_workers)
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a process that encodes text was killed, as the system does where memory is "
+                "short; the same command begins anew"
+            ) from None
 
     def __enter__(self) -> "ParallelEncoder":
         return self
@@ -271,14 +297,14 @@ class ParallelEncoder:
 _worker = threading.local()
 
 
-def _start_worker(config: Config) -> None:
+def _start_worker(tokenizer_json: str, task: str) -> None:
     """Runs once in each worker before its first block."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
         threading.Thread(target=_end_with_parent, daemon=True).start()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder = Encoder(tokenizer_for(config))
-    if config.task == "chatlm":
+    encoder = Encoder(Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json)))
+    if task == "chatlm":
         _worker.encode = encoder.encode_dialogues
     else:
         _worker.encode = encoder.encode_documents

@@ -6,10 +6,11 @@ A file is told by how it begins, whatever its ending. Objects have at most LONGE
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gptchat.console import UserError
-from gptchat.data.reading import LONGEST_LINE, Source, filled_lines, read_text
+from gptchat.data.reading import LONGEST_LINE, filled_lines, read_text
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, which UTF-8 cannot hold
 _ARRAY_START = re.compile(r"\s*\[\s*")
@@ -17,19 +18,19 @@ _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 _JSON_START = re.compile(r'(\[\s*)?\{\s*"')
 
 
-def is_json(path: Source) -> bool:
+def is_json(path: str | Path) -> bool:
     """Whether a file begins like JSON objects, or like an array of them."""
     return bool(_JSON_START.match(_beginning(path)))
 
 
-def has_texts(path: Source) -> bool:
+def has_texts(path: str | Path) -> bool:
     """Whether the first object of a file has a text."""
     for number, entry in json_entries(path):
         return "text" in parse_object(entry, f"{path}:{number}", "text")
     return False
 
 
-def read_texts(path: Source) -> Iterator[str]:
+def read_texts(path: str | Path) -> Iterator[str]:
     """The documents of a JSON file for an LM: the `text` of each object.
 
     Raises UserError that names the line for anything else.
@@ -45,12 +46,12 @@ def read_texts(path: Source) -> Iterator[str]:
         yield check_characters(values["text"], f"{place}: text")
 
 
-def json_entries(path: Source) -> Iterator[tuple[int, str]]:
+def json_entries(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number of its line, JSON) of every line, or of every item of an array."""
     return _array_items(path) if _beginning(path).startswith("[") else filled_lines(path)
 
 
-def _beginning(path: Source) -> str:
+def _beginning(path: str | Path) -> str:
     """What a file begins with, white space apart."""
     text = ""
     for piece in read_text(path):
@@ -60,7 +61,7 @@ def _beginning(path: Source) -> str:
     return text
 
 
-def _array_items(path: Source) -> Iterator[tuple[int, str]]:
+def _array_items(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number of its line, JSON) of every item of an array, and of what is left if that is none."""
     decoder = json.JSONDecoder()
     number = 1

@@ -10,11 +10,9 @@ All readers have this in common:
 
 import codecs
 import gzip
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from io import IncrementalNewlineDecoder
 from pathlib import Path
@@ -37,34 +35,13 @@ MAGIC = {
 }
 
 
-@dataclass(frozen=True)
-class Span:
-    """A file of whose text only the bytes start..stop-1 are read; elsewhere it is the file's path.
-
-    It begins and ends at a line end, or where the file does. Line numbers are those of the file.
-    """
-
-    path: Path
-    start: int
-    stop: int
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-Source = str | os.PathLike[str]  # a path, or a Span
-
-
-def is_gzip(path: Source) -> bool:
+def is_gzip(path: str | Path) -> bool:
     """Whether a file's ending says that it is compressed."""
     return Path(path).suffix.lower() == ".gz"
 
 
 @contextmanager
-def open_bytes(path: Source) -> Iterator[BinaryIO]:
+def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
     """The bytes of a file's text. Raises UserError for a file that cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -78,7 +55,7 @@ def open_bytes(path: Source) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def to_bytes(text: str, path: Source) -> bytes:
+def to_bytes(text: str, path: str | Path) -> bytes:
     """What a file of that name contains if its text is this one."""
     data = text.encode()
     return gzip.compress(data, mtime=0) if is_gzip(path) else data
@@ -99,22 +76,18 @@ def _uncompressed_size(path: Path, size: int, mtime_ns: int) -> int:
         return sum(map(len, iter(lambda: file.read(1 << 20), b"")))
 
 
-def read_text(path: Source, size: int = PIECE) -> Iterator[str]:
+def read_text(path: str | Path, size: int = PIECE) -> Iterator[str]:
     """The text of a file, read `size` bytes at a time.
 
     A piece ends with a line feed, if there is one in it, or with the file.
     """
-    start = path.start if isinstance(path, Span) else 0
-    utf8 = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = IncrementalNewlineDecoder(utf8, translate=True)
-    n_lines = first_line(path)
+    n_lines = 1
     rest = ""  # the beginning of a line whose end has not been read
     is_last = False
     with open_bytes(path) as file:
-        file.seek(start)
         while not is_last:
-            if isinstance(path, Span):
-                size = min(size, path.stop - file.tell())
             data = file.read(size)
             if file.tell() == len(data):
                 _refuse_other_formats(path, data)
@@ -141,7 +114,7 @@ def read_text(path: Source, size: int = PIECE) -> Iterator[str]:
         yield rest
 
 
-def _refuse_other_formats(path: Source, data: bytes) -> None:
+def _refuse_other_formats(path: str | Path, data: bytes) -> None:
     """Raise UserError if a file that begins with `data` is no UTF-8 text."""
     for magic, problem in MAGIC.items():
         if data.startswith(magic):
@@ -150,12 +123,12 @@ def _refuse_other_formats(path: Source, data: bytes) -> None:
         raise UserError(f"{path}: found NULs; wanted UTF-8 (iconv converts from others)")
 
 
-def read_lines(path: Source) -> Iterator[str]:
+def read_lines(path: str | Path) -> Iterator[str]:
     """The lines of a file, without their ends.
 
     Raises UserError for a line of more than LONGEST_LINE characters, of which little more is read.
     """
-    number = first_line(path)
+    number = 1
     rest = ""  # the beginning of a line whose end has not been read
     for text in read_text(path):
         *lines, rest = (rest + text).split("\n")
@@ -171,15 +144,8 @@ def read_lines(path: Source) -> Iterator[str]:
         yield rest
 
 
-def filled_lines(path: Source) -> Iterator[tuple[int, str]]:
+def filled_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number, line) of every line that is not empty."""
-    for number, line in enumerate(read_lines(path), first_line(path)):
+    for number, line in enumerate(read_lines(path), 1):
         if line:
             yield number, line
-
-
-def first_line(path: Source) -> int:
-    """The number of the first line that is read; what stands before a Span is read for it."""
-    if not isinstance(path, Span) or path.start == 0:
-        return 1
-    return 1 + sum(text.count("\n") for text in read_text(Span(path.path, 0, path.start), 1 << 20))

@@ -4,8 +4,8 @@
 A byte-level vocabulary made elsewhere, such as GPT-2's, loads as it is. The special tokens that it
 lacks can be appended.
 
-A vocabulary is trained over only if the same config has trained it, settings or text have changed
-since, and no run has begun with it (`vocabulary.py`).
+A vocabulary is trained again only if settings or text have changed since the same run trained it,
+and that run has not begun. Its folder has a record of that (artifacts.py), and the name of the run.
 
 A tokenizer's directory holds `tokenizer.json` and `tokenizer_config.json`, which transformers'
 AutoTokenizer loads. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
@@ -24,6 +24,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +32,23 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gptchat.artifacts import (
+    changed_input,
+    changed_setting,
+    file_digest,
+    input_states,
+    lock_folder,
+    new_digest,
+    read_manifest,
+    write_manifest,
+)
 from gptchat.config import Config, TokenizerConfig, load_config
 from gptchat.console import CommandParser, Progress, UserError
-from gptchat.data import vocabulary
+from gptchat.data.corpora import write_missing
 from gptchat.data.dialogue_files import texts_of
 from gptchat.data.reading import text_size
 from gptchat.data.scripts import pattern_of, pre_tokenizer
-from gptchat.files import atomic_write, expand
+from gptchat.files import atomic_write, expand, matching_files
 
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
@@ -235,12 +246,30 @@ class Tokenizer:
                 settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def start_directory(config: Config) -> str:
+    """The model directory that a run loads at its start; "" stands for new weights.
+
+    It is `init_from`. Where that is gone, a run that has a checkpoint loads its own best model: it
+    has the same size and tokenizer, and the weights come from the checkpoint.
+    """
+    own = Path(config.run, "model")
+    can_load_own = has_begun(config.run) and Path(own, "model.safetensors").is_file()
+    if config.init_from and can_load_own and not Path(config.init_from).is_dir():
+        return str(own)
+    return config.init_from
+
+
+def has_begun(run: str) -> bool:
+    """Whether there is a run in this folder that the same config would resume."""
+    return Path(run, "checkpoint.safetensors").is_file()
+
+
 def tokenizer_for(config: Config) -> Tokenizer:
     """The tokenizer of a run, with every special token.
 
     It is the one of the model that the run starts from, if there is one, else the config's.
     """
-    tokenizer = Tokenizer.load(config.init_from or config.tokenizer.dir)
+    tokenizer = Tokenizer.load(start_directory(config) or config.tokenizer.dir)
     tokenizer.add_missing_specials()
     return tokenizer
 
@@ -390,6 +419,81 @@ def _ended_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def find_vocabulary(folder: str) -> Path | None:
+    """The file of the vocabulary in a folder, if there is one; "" is no folder."""
+    paths = [Path(folder, name) for name in ("tokenizer.json", "merges.txt")]
+    return next((path for path in paths if folder and path.is_file()), None)
+
+
+def prepare_vocabulary(config: Config, asked: bool = False) -> None:
+    """Train the vocabulary in `[tokenizer] dir` if it is missing or out of date.
+
+    Default corpora that it is trained on are written first. A vocabulary that another run trained,
+    that a run has begun with, or that was not trained here is kept, as one line says. If somebody
+    `asked` for it and it is out of date, that line is a UserError.
+    """
+    settings = config.tokenizer
+    if config.init_from:
+        if asked:
+            print(f"{config.init_from}: its vocabulary is used, so none is trained")
+        return
+    found = find_vocabulary(settings.dir)
+    if found is None:
+        _train_and_save(config, replaced="")
+        return
+    digest = file_digest(found)
+    manifest = read_manifest(settings.dir) or {}
+    if digest not in (manifest.get("vocabulary"), manifest.get("replaced")):
+        if asked:
+            print(f"{settings.dir}: kept as it is; it was not trained here")
+        return
+    change = changed_setting(manifest["settings"], _settings(settings))
+    change = change or changed_input(manifest["inputs"], matching_files(settings.files))
+    if not change and digest == manifest["replaced"] != manifest["vocabulary"]:
+        change = "its training was cut short"
+    owner = manifest["run"]
+    if not change:
+        if asked:
+            print(f"{settings.dir}: kept as it is; it was trained by these settings on this text")
+    elif owner == config.run and not has_begun(owner):
+        _train_and_save(config, replaced=digest)
+    else:
+        line = f"{settings.dir}: kept, although {change}: it is the vocabulary of {owner}"
+        if asked:
+            raise UserError(f"{line}; wanted another [tokenizer] dir")
+        print(line)
+
+
+def _train_and_save(config: Config, replaced: str) -> None:
+    """Train a vocabulary and write it behind its record.
+
+    The record also has the digest of the vocabulary that is `replaced`: if the process is killed
+    between the two files, the old one still counts as trained here.
+    """
+    settings = config.tokenizer
+    write_missing(settings.files)
+    with lock_folder(Path(settings.dir), "another process is training a vocabulary here"):
+        inputs = input_states(matching_files(settings.files))
+        tokenizer = train_tokenizer(settings)
+        record = {
+            "settings": _settings(settings),
+            "inputs": inputs,
+            "run": config.run,
+            "vocabulary": new_digest(tokenizer.json.encode()).hexdigest(),
+            "replaced": replaced,
+        }
+        write_manifest(Path(settings.dir), record)
+        tokenizer.save(settings.dir)
+    print(f"{settings.dir}: {tokenizer.vocab_size:,} entries")
+
+
+def _settings(settings: TokenizerConfig) -> dict[str, Any]:
+    """The settings on which the vocabulary depends."""
+    values = asdict(settings)
+    del values["dir"]
+    return values
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         "tokenizer",
@@ -399,21 +503,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    settings = config.tokenizer
-    standing = vocabulary.standing(config, arguments.config)
-    if not standing.is_own:
-        raise UserError(
-            f"{settings.dir}: found a vocabulary that {arguments.config} has not trained; "
-            "wanted another [tokenizer] dir, or that one moved away"
-        )
-    if standing.note:
-        raise UserError(f"{standing.note}; wanted another [tokenizer] dir")
-    if not standing.needs_training:
-        print(f"{settings.dir}: kept as it is; it was trained by these settings on this text")
-        return
-    sources = vocabulary.source_states(settings)
-    tokenizer = train_tokenizer(settings)
-    vocabulary.write_record(settings, arguments.config, sources, tokenizer.json.encode())
-    tokenizer.save(settings.dir)
-    print(f"{settings.dir}: {tokenizer.vocab_size:,} entries")
+    prepare_vocabulary(load_config(arguments.config, arguments.overrides), asked=True)

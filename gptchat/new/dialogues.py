@@ -1,7 +1,7 @@
 """What a ChatLM learns of a person's dialogues, and what it is asked at the end: from a sample."""
 
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import islice
 
 from gptchat.data.dialogue import TextTurn
 from gptchat.data.dialogue_files import read_dialogues
@@ -21,7 +21,7 @@ def sample(patterns: Sequence[str]) -> list[Dialogue]:
 
     Raises UserError for a line that is no dialogue.
     """
-    paths = list(chain.from_iterable(map(matching_files, patterns)))
+    paths = matching_files(patterns)
     chosen = paths[:: max(1, -(-len(paths) // FILES))]  # rounded up
     dialogues: list[Dialogue] = []
     for path in chosen:

@@ -15,7 +15,7 @@ the draining at once.
 
 from collections.abc import Sequence
 
-from gptchat.files import lock_folder
+from gptchat.artifacts import lock_folder
 from gptchat.runtime import handle_stop_signals
 from gptchat.serve.archive import archive, check_settings
 from gptchat.serve.options import EVERYWHERE, LOOPBACK, Options, read_options

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptchat.config import load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.files import shipped
 
@@ -59,6 +60,8 @@ def read_options(argv: Sequence[str] | None) -> Options:
     )
     add = parser.add_argument
     add("--model", action="append", metavar="NAME=DIR", help="default: out/{chatlm,lm}/model")
+    config_help = "of a run whose model is served, as NAME its task; may be repeated"
+    add("--config", action="append", default=[], metavar="FILE", help=config_help)
     add("--host", default=LOOPBACK, help="where the API listens; 0.0.0.0 in a container")
     add("--port", type=int, default=8080, help="the next four are used on loopback")
     add("--auth", action="store_true", help="ask for a bearer token, kept in RUN/key_file.json")
@@ -67,7 +70,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add("--configs", default=shipped("configs") / "serve", help="TorchServe's configuration")
     add("--archive-only", action="store_true", help="make the archives and leave")
     args = parser.parse_args(argv)
-    named = args.model or trained_models()
+    named = args.model or trained_models(args.config)
     if not args.archive_only:
         check_ports(args.host, args.port)
     return Options(
@@ -82,14 +85,19 @@ def read_options(argv: Sequence[str] | None) -> Options:
     )
 
 
-def trained_models() -> list[str]:
-    """NAME=DIR of the models that `make` has trained."""
+def trained_models(config_files: Sequence[str]) -> list[str]:
+    """NAME=DIR of the models that have been trained from configs, by default from ours."""
+    folders = {"chatlm": "out/chatlm", "lm": "out/lm"}
+    if config_files:
+        configs = map(load_config, config_files)
+        folders = {config.task: config.run for config in configs}
     trained = []
-    for name in ("chatlm", "lm"):
-        if Path(f"out/{name}/model/model.safetensors").is_file():
-            trained.append(f"{name}=out/{name}/model")
+    for name, folder in folders.items():
+        if Path(folder, "model", "model.safetensors").is_file():
+            trained.append(f"{name}={folder}/model")
     if not trained:
-        raise UserError("found no model in out/chatlm or out/lm; `gptchat train` makes them")
+        names = " or ".join(folders.values())
+        raise UserError(f"found no model in {names}; `gptchat train` makes them")
     return trained
 
 

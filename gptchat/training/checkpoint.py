@@ -183,8 +183,7 @@ def compare_configs(saved: Checkpoint, config: dict[str, Any]) -> list[str]:
         run = config["run"]
         raise UserError(
             f"{saved.path}: the data is no longer what this run began with: {differences}; put it "
-            f"back, or remove {run} to train anew; `touch {run}/test.txt` lets make keep the run "
-            "as it is"
+            f"back, or remove {run} to train anew"
         )
     raise UserError(
         f"{saved.path}: made with another config: {differences}; change it back, or name another "

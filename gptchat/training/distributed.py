@@ -9,8 +9,9 @@ float64, so they never wait for the device. `wrap_model` prepares a model for tr
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,14 @@ class World:
         self.device = usable_device(device, int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.host_group = dist.new_group(backend="gloo")
+        self.patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Let process 0 do some work, while the others wait for it, however long it takes."""
+        if self.rank == 0:
+            work()
+        if self.size > 1:
+            dist.barrier(self.patient_group)
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number's sum over all processes."""

@@ -12,12 +12,13 @@ from typing import IO, Any
 
 import torch
 
+from gptchat.artifacts import lock_folder
 from gptchat.config import Config
 from gptchat.console import UserError
 from gptchat.data.batches import Batches
 from gptchat.data.shards import open_sources
-from gptchat.data.tokenizer import Tokenizer, tokenizer_for
-from gptchat.files import lock_folder, remove_temporary_files
+from gptchat.data.tokenizer import Tokenizer, start_directory, tokenizer_for
+from gptchat.files import remove_temporary_files
 from gptchat.model import pretrained
 from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2, GPT2Config
@@ -90,7 +91,7 @@ def start(config: Config, world: World) -> Run:
         remove_temporary_files(folder / "model")
     saved = checkpoint.read(folder)
 
-    model, tokenizer = start_model(config, saved)
+    model, tokenizer = start_model(config)
     train_batches = open_batches(config, "train", model, tokenizer)
     valid_batches = open_batches(config, "valid", model, tokenizer)
     digests = {
@@ -148,7 +149,7 @@ def choose_precision(config: Config, world: World) -> Config:
     return replace(config, train=replace(config.train, precision=precision))
 
 
-def start_model(config: Config, saved: Checkpoint | None) -> tuple[GPT2, Tokenizer]:
+def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
     """A new model of the config's size, or the one that `init_from` names, and its tokenizer.
 
     A model of `init_from` gets the special tokens and token types that it lacks. A ChatLM draws the
@@ -160,7 +161,7 @@ def start_model(config: Config, saved: Checkpoint | None) -> tuple[GPT2, Tokeniz
         tokenizer = tokenizer_for(config)
         return GPT2(GPT2Config.of(config.model, tokenizer.vocab_size)), tokenizer
     model, tokenizer, model_task = pretrained.load_model(
-        start_directory(config, saved), dropout=config.model.dropout
+        start_directory(config), dropout=config.model.dropout
     )
     check_size(config, model.config)
     appended = pretrained.adapt(model, tokenizer, config.train.seed)
@@ -172,19 +173,6 @@ def start_model(config: Config, saved: Checkpoint | None) -> tuple[GPT2, Tokeniz
     return model.train(), tokenizer
 
 
-def start_directory(config: Config, saved: Checkpoint | None) -> str:
-    """The model directory that a run loads at its start.
-
-    It is `init_from`. If that is gone, a resumed run loads its own best model: it has the same size
-    and tokenizer, and the weights come from the checkpoint.
-    """
-    own = Path(config.run, "model")
-    can_load_own = saved is not None and Path(own, "model.safetensors").is_file()
-    if can_load_own and not Path(config.init_from).is_dir():
-        return str(own)
-    return config.init_from
-
-
 def fingerprint(config: Config, model: GPT2, saved: Checkpoint | None) -> list[float]:
     """A few weights that identify the model that a run started from; [] for new weights.
 
@@ -192,7 +180,7 @@ def fingerprint(config: Config, model: GPT2, saved: Checkpoint | None) -> list[f
     """
     if not config.init_from:
         return []
-    if saved and start_directory(config, saved) != config.init_from:
+    if saved and start_directory(config) != config.init_from:
         return saved.config["text"]["init"]
     return model.ln_f.weight[:4].tolist()  # any training changes these
 
