@@ -314,9 +314,14 @@ def git_lfs_pointer(name: str) -> Callable[[Path], object]:
     return edit
 
 
-def no_right_to_read(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    (directory / "model.safetensors").mkdir()  # as root one may read all else
+def folder_in_place_of(name: str) -> Callable[[Path], object]:
+    """An OSError for whoever reads it, even for root."""
+
+    def edit(directory: Path) -> None:
+        (directory / name).unlink()
+        (directory / name).mkdir()
+
+    return edit
 
 
 C_FC = "transformer.h.1.mlp.c_fc.weight"
@@ -359,7 +364,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "LFS pointer as bin": (git_lfs_pointer("pytorch_model.bin"), ["bin", "git lfs pull"]),
     "lost shard": (lost_shard, ["index.json: names model-00001-of", "no file beside it"]),
     "shard elsewhere": (shard_elsewhere, ["index.json: names other", "no file beside it"]),
-    "no weights": (no_right_to_read, ["found no weights"]),
+    "no weights": (folder_in_place_of("model.safetensors"), ["found no weights"]),
+    "unreadable": (folder_in_place_of("config.json"), ["config.json: cannot be read: Is a"]),
     "no config": (lambda directory: (directory / "config.json").unlink(), ["found no config.json"]),
     "broken config": (cut("config.json"), ["config.json", "JSON"]),
     "no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), ["tokenizer.json"]),

@@ -56,14 +56,16 @@ class WeightFile:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError for anything else."""
-    if not path.is_file():
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (FileNotFoundError, NotADirectoryError):
         problem = f"found no {path.name}" if path.parent.is_dir() else "no such directory"
         raise UserError(
             f"{path.parent}: {problem}; wanted a model directory in Hugging Face layout"
-        )
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a JSON object: {error}") from None
 
 
