@@ -322,8 +322,7 @@ def answer_file(
 
     Raises UserError, which names the file and the line, before anything is written.
     """
-    (path,) = expand([glob.escape(source)], "--input")
-    prompts = list(read_prompts(path))
+    prompts = list(read_prompts(source))
     requests = []
     cut_rows = []  # their numbers
     for number, prompt in enumerate(prompts):
@@ -382,6 +381,8 @@ def parse_arguments(
     unpaired = (args.input is None) != (args.output is None)
     if unpaired or (args.input and args.prompt is not None):
         raise UserError("wanted --input and --output together, and no --prompt with them")
+    if args.input:
+        expand([glob.escape(args.input)], "--input")  # it is there
     if args.input and format_named(args.output) not in (None, format_of(args.input)):
         raise UserError(
             f"--output {args.output}: found another format than that of --input {args.input}; "
