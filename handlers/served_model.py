@@ -134,7 +134,13 @@ def _load(directory: Path, name: str, settings: ServerSettings) -> ServedModel:
     model, tokenizer, task = pretrained.load_model(directory, default_device())
     slots = slots_that_fit(model.config, settings)
     generator = TextGenerator(
-        model, tokenizer, task, slots, settings.dtype, prefix_cache=settings.prefix_cache
+        model,
+        tokenizer,
+        task,
+        slots,
+        settings.dtype,
+        prefix_cache=settings.prefix_cache,
+        defaults=pretrained.answer_defaults(directory),
     )
     token_types = [1] if task == "chatlm" else None
     generate(generator.engine, [Request([0], token_types)])
