@@ -292,12 +292,11 @@ def test_a_chat_run_goes_on_without_the_lm_it_started_from_but_not_from_another(
     small: Path, tmp_path: Path
 ) -> None:
     lm, chat = tmp_path / "lm", tmp_path / "chat"
-    trained(small, "lm", lm, *SHORT)
+    trained(small, "lm", lm, "train.num_steps=2")
     settings = [f"init_from={lm / 'model'}", *NEW_SIZE, "train.eval_interval=5"]
-    trained(small, "chatlm", tmp_path / "whole", *settings, "train.num_steps=10")
-    trained(small, "chatlm", chat, *settings, "train.num_steps=5", "train.schedule=cosine")
+    trained(small, "chatlm", chat, *settings, "train.num_steps=5")
     lm.rename(tmp_path / "away")
-    assert trained(small, "chatlm", chat, *settings, "train.num_steps=10").state.step == 10
+    assert trained(small, "chatlm", chat, *settings, "train.num_steps=7").state.step == 7
     with pytest.raises(UserError, match="lm/model"):
         make_run(small, "chatlm", tmp_path / "new", *settings)
     trained(small, "lm", lm, "train.num_steps=3")
@@ -305,7 +304,7 @@ def test_a_chat_run_goes_on_without_the_lm_it_started_from_but_not_from_another(
         make_run(small, "chatlm", chat, *settings)
     shutil.rmtree(lm)
     (tmp_path / "away").rename(lm)
-    assert trained(small, "chatlm", chat, *settings, "train.num_steps=12").state.step == 12
+    assert make_run(small, "chatlm", chat, *settings, "train.num_steps=9").state.step == 7
 
 
 def test_a_second_run_on_the_same_folder_is_refused_and_removes_nothing(
@@ -382,7 +381,7 @@ def test_a_value_that_is_not_finite_ends_the_run_before_anything_is_saved(
         loop.train(made)
     for before, after in zip(kept, files_of(tmp_path), strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert scalars(tmp_path, "train/loss")[-1][0] == 10
+    assert scalars(tmp_path, "train/loss")[-1][0] == (13 if place == "stop" else 10)
     assert made.lock
     made.lock.close()
     monkeypatch.setattr(loop, "train_step", plain_step)
