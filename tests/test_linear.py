@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptchat.console import UserError
@@ -60,7 +59,7 @@ def test_this_torch_has_every_kernel_that_the_machine_supports(dtype, capsys):
 @pytest.mark.parametrize(
     ("n_in", "n_out", "bias"), [(768, 2304, True), (3072, 768, True), (64, 311, False)]
 )
-@pytest.mark.parametrize("rows", [1, 3, 32, 130])
+@pytest.mark.parametrize("rows", [1, 32])
 @torch.inference_mode()
 def test_kernels_equal_f_linear_within_their_rounding(dtype, n_in, n_out, bias, rows):
     torch.manual_seed(0)
@@ -136,12 +135,6 @@ def test_int8_keeps_a_row_of_zeros_and_the_shape():
 
 
 @torch.inference_mode()
-def test_int8_without_vnni_is_at_most_twice_as_inexact(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    linear, x = nn.Linear(768, 64), torch.randn(4, 768)
-    assert distance(fast_linear(linear, "int8")(x), linear(x)) < 2 * ROUNDING["int8"]
-
-
 @torch.inference_mode()
 def test_without_onednn_the_linear_layers_are_plain(monkeypatch, capsys):
     monkeypatch.setattr(linear_module, "onednn_supports", lambda dtype: False)
@@ -194,25 +187,15 @@ PREPACK = ("quantized", "linear_prepack")
 FBGEMM = ("quantized", "linear_with_input_q_dq_qweight_dq_output_fp32")
 ONEDNN_OP = torch.ops.mkldnn._linear_pointwise.default._op
 FBGEMM_OP = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
-CHANGED_OPERATORS = [  # (dtype, (namespace, operator), what stands there now)
-    *((dtype, REORDER, None) for dtype in ("float32", "bfloat16")),
-    *((dtype, ONEDNN, None) for dtype in ("float32", "bfloat16")),
-    *((dtype, ONEDNN, SimpleNamespace(default=object())) for dtype in ("float32", "bfloat16")),
-    *((dtype, ONEDNN, as_operator(raising)) for dtype in ("float32", "bfloat16")),
-    *((dtype, ONEDNN, as_operator(doubling(ONEDNN_OP))) for dtype in ("float32", "bfloat16")),
+CHANGED_OPERATORS = [  # (dtype, (namespace, operator), what is there now)
+    ("float32", REORDER, None),
     ("float32", REORDER, lambda weight: weight.flip(0)),
+    ("float32", ONEDNN, as_operator(doubling(ONEDNN_OP))),
     ("bfloat16", IS_BF16_SUPPORTED, None),
+    ("bfloat16", ONEDNN, as_operator(raising)),
     ("int8", PREPACK, None),
-    ("int8", PREPACK, raising),
-    ("int8", FBGEMM, None),
     ("int8", FBGEMM, SimpleNamespace(default=object())),
-    ("int8", FBGEMM, as_operator(raising)),
     ("int8", FBGEMM, as_operator(doubling(FBGEMM_OP))),
-]
-MISSING_FUNCTIONS = [  # (dtype, where, name)
-    ("int8", torch, "_make_per_channel_quantized_tensor"),
-    ("int8", torch.cpu, "_is_vnni_supported"),
-    ("float32", torch._C, "DisableTorchFunctionSubclass"),
 ]
 
 
@@ -250,27 +233,15 @@ def test_f_linear_answers_with_one_warning_where_an_operator_has_changed(
     assert "F.linear" in error
 
 
-@pytest.mark.parametrize(("dtype", "module", "name"), MISSING_FUNCTIONS)
-def test_the_engine_answers_with_one_warning_where_a_function_is_missing(
-    dtype, module, name, monkeypatch, capsys
-):
+def test_the_engine_answers_with_one_warning_where_a_function_is_missing(monkeypatch, capsys):
     torch.manual_seed(0)
     model = GPT2(SMALL)
-    if dtype == "int8":
-        expected = answers_of_f_linear(model, dtype)
-    else:
-        expected = answers(model, "float32")
-    monkeypatch.delattr(module, name)
-    assert answers(model, dtype) == expected
+    expected = answers(model, "float32")
+    monkeypatch.delattr(torch._C, "DisableTorchFunctionSubclass")
+    assert answers(model, "float32") == expected
     error = capsys.readouterr().err
     assert_one_warning(error)
-    assert name in error
-
-
-def test_trying_a_kernel_leaves_the_random_state_alone():
-    before = torch.get_rng_state()
-    assert kernel_works("float32")
-    assert torch.equal(torch.get_rng_state(), before)
+    assert "DisableTorchFunctionSubclass" in error
 
 
 def test_private_torch_is_used_in_linear_alone():
@@ -309,43 +280,6 @@ def test_a_prepared_model_computes_the_same_with_and_without_a_cache(dtype):
     assert torch.equal(model.logits(model.hidden(ids, types)), wanted)
 
 
-def largest_difference(model: GPT2, dtype: str, *engines: dict[str, int]) -> float:
-    """Between log-probabilities of the same greedy answers of two engines."""
-    torch.manual_seed(1)
-    sampling = Sampling(temperature=0, max_new_tokens=8, logprobs=1)
-    prompts = [torch.randint(311, (length,)).tolist() for length in range(1, 36, 5)]
-    requests = [Request(ids, sampling=sampling) for ids in prompts]
-    one, other = (generate(Engine(model, dtype=dtype, **sizes), requests) for sizes in engines)
-    difference = 0.0
-    for [first], [second] in zip(one, other, strict=True):
-        assert [output.token for output in first] == [output.token for output in second]
-        pairs = zip(first, second, strict=True)
-        difference = max(
-            [difference, *(abs(a.scored.logprob - b.scored.logprob) for a, b in pairs)]
-        )
-    return difference
-
-
-def test_int8_answers_depend_on_slots_and_chunks_through_attention_alone(monkeypatch):
-    """As the engine's docstring says: with attention in float64 they do not."""
-    attention = F.scaled_dot_product_attention
-
-    def in_float64(q, k, v, attn_mask=None, **options):
-        mask = None if attn_mask is None else attn_mask.double()
-        return attention(q.double(), k.double(), v.double(), attn_mask=mask, **options).float()
-
-    torch.set_num_threads(1)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", in_float64)
-    monkeypatch.setattr(linear_module, "kernel_works", lambda dtype: True)
-    torch.manual_seed(0)
-    model = GPT2(SMALL)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.25)
-    alone = {"slots": 1, "prefill_chunk": 64}
-    for sizes in ({"slots": 5, "prefill_chunk": 7}, {"slots": 8, "prefill_chunk": 64}):
-        assert largest_difference(model, "int8", alone, sizes) < 1e-5
-
-
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(UserError, match="dtype is 'int4'; wanted auto, float32, bfloat16, int8"):
         prepare_for_inference(GPT2(SMALL), "int4")
@@ -369,13 +303,3 @@ def test_auto_is_the_fastest_that_the_cpu_multiplies(monkeypatch, engines, bfloa
     prepare_for_inference(model, "auto")
     layer = model.h[0].mlp.c_fc
     assert type(layer) is kernel if kernel is Int8Linear else layer.dtype == kernel
-
-
-def test_a_model_whose_activation_no_kernel_knows_is_prepared_too():
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(**vars(SMALL) | {"activation_function": "quick_gelu"})).eval()
-    ids = torch.randint(311, (2, 9))
-    with torch.inference_mode():
-        wanted = model.hidden(ids)
-        prepare_for_inference(model)
-        assert distance(model.hidden(ids), wanted) < 1e-5

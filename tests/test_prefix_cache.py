@@ -82,15 +82,6 @@ def test_the_longest_beginning_of_ids_and_types_is_found_among_free_slots():
     assert cache.find(2, [8, 7], [0, 0]) == Prefix(2, 0)
 
 
-def test_a_prompt_that_goes_on_takes_the_slot_and_what_was_in_the_way_takes_its_place():
-    cache = small_cache()
-    cache.remember(1, [5, 6], [])
-    cache.remember(3, [1, 2, 3], [])
-    cache.take(1, cache.find(1, [1, 2, 3, 4], []))
-    assert held(cache, 1, 3) == [3, 3, 3] and cache.contents[1] == NOTHING
-    assert held(cache, 3, 2) == [1, 1] and cache.contents[3].ids == [5, 6]
-
-
 def test_a_prompt_that_branches_off_gets_a_copy_in_the_slot_used_least_recently():
     cache = small_cache()
     for slot, ids in ((2, [8, 8]), (0, [1, 2, 3, 4]), (1, [5, 6]), (3, [7])):
@@ -99,33 +90,6 @@ def test_a_prompt_that_branches_off_gets_a_copy_in_the_slot_used_least_recently(
     assert held(cache, 0, 2) == [0, 0] and cache.contents[0] == NOTHING
     assert held(cache, 2, 4) == [0, 0, 0, 0] and cache.contents[2].ids == [1, 2, 3, 4]
     assert [cache.contents[slot].ids for slot in (1, 3)] == [[5, 6], [7]]
-
-
-def test_an_empty_slot_is_given_up_before_one_that_holds_something():
-    cache = small_cache()
-    cache.remember(0, [1, 2], [])
-    cache.remember(2, [5, 6], [])
-    cache.take(0, cache.find(0, [9, 9], []))
-    assert cache.contents[0] == NOTHING and cache.contents[1].ids == [1, 2]
-    assert held(cache, 1, 2) == [0, 0] and cache.contents[2].ids == [5, 6]
-
-
-def test_where_only_one_slot_is_free_its_own_beginning_is_used_in_place():
-    cache = small_cache()
-    cache.remember(3, [1, 2, 3], [])
-    prefix = cache.find(3, [1, 2, 9], [])
-    cache.take(3, prefix)
-    assert prefix == Prefix(3, 2) and held(cache, 3, 2) == [3, 3]
-    assert cache.contents == [NOTHING] * 4
-
-
-def test_two_slots_that_change_places_keep_both():
-    cache = small_cache(slots=2)
-    cache.remember(0, [5, 6, 7], [])
-    cache.remember(1, [1, 2], [])
-    cache.move(1, 0, 2, spare=1)
-    assert held(cache, 0, 2) == [1, 1] and held(cache, 1, 3) == [0, 0, 0]
-    assert cache.contents[0] == NOTHING and cache.contents[1].ids == [5, 6, 7]
 
 
 def test_a_disabled_cache_remembers_nothing():
@@ -177,18 +141,6 @@ def test_a_regenerated_answer_computes_one_token_and_leaves_the_other_branch(mod
         assert engine.passes[0] == [2]
 
 
-def test_candidates_share_a_prefix_and_each_may_be_continued(model):
-    engine = Watched(model, slots=5, prefix_cache=True)
-    ids = list(range(20, 40))
-    engine.answer(Request(ids, sampling=greedy(2)))
-    candidates = engine.answer(Request([*ids, 3], sampling=Sampling(max_new_tokens=6, seed=3), n=4))
-    assert engine.passes[0] == [1] and engine.passes[1] == [1] * 4
-    assert candidates[0][0].n_cached == 20
-    for candidate in candidates:
-        engine.answer(Request([*ids, 3, *candidate.ids, 5], sampling=greedy(1)))
-        assert engine.passes[0] == [2]
-
-
 def test_a_scored_prompt_is_computed_at_every_position(model):
     engine = Watched(model, prefix_cache=True)
     ids = list(range(20, 40))
@@ -196,16 +148,6 @@ def test_a_scored_prompt_is_computed_at_every_position(model):
         request = Request(ids, sampling=greedy(1), score_prompt=True)
         [answer] = engine.answer(request)
         assert engine.passes[0] == [20] and len(answer[0].prompt_logprobs) == 20
-
-
-def test_the_least_recently_used_conversation_is_given_up(model):
-    engine = Watched(model, slots=2, prefix_cache=True)
-    first, second, third = ([start] * 10 for start in (1, 2, 3))
-    for ids in (first, second, third):
-        engine.answer(Request(ids, sampling=greedy(1)))
-    for ids, new in ((third, 1), (second, 1), (first, 11)):
-        engine.answer(Request([*ids, 9], sampling=greedy(1)))
-        assert engine.passes[0] == [new]
 
 
 def test_a_long_prompt_that_is_cancelled_is_continued(model):

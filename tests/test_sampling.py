@@ -153,7 +153,7 @@ def test_everything_heavier_than_an_id_that_may_be_drawn_may_be_drawn(settings):
     if settings.get("temperature") != 0:
         kept = distribution(logits, row(IDS, n_prompt=4, **settings)) > 0
         weights = distribution(logits, row(IDS, n_prompt=4, **settings | uncut))
-        assert weights[kept].min() >= weights[~kept].max()
+        assert kept.all() or weights[kept].min() >= weights[~kept].max()
 
 
 @pytest.mark.parametrize("size", [V, 50_257])

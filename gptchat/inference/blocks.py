@@ -67,23 +67,20 @@ def draw_place(weights: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
     inverse of the cumulative distribution. An entry of weight 0 is never drawn. Where all
     sums are 0, the place is arbitrary.
     """
-    block, share = invert(sums, noise)
+    cumulative = sums.cumsum(-1)
+    aim = noise * cumulative[:, -1:]  # less than the total, rounded too
+    block = invert(cumulative, aim)
+    # Where the noise is in the block's own share is a new number in [0, 1).
+    weight = sums.gather(1, block)
+    share = (aim - (cumulative.gather(1, block) - weight)) / weight
     entries, places = take_block(weights, block, missing=0.0)
     # A block may have small weights only, so they are measured by their largest.
     entries.mul_(ONE / entries.amax(-1, keepdim=True))
-    place, _ = invert(entries.long(), share)
-    return places.gather(1, place)
+    cumulative = entries.long().cumsum(-1)
+    return places.gather(1, invert(cumulative, share * cumulative[:, -1:]))
 
 
-def invert(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The index (R, 1) into integer weights (R, K) to which `noise` (R, 1) leads.
-
-    With it comes where in the entry's own share the noise lies, a new number in [0, 1).
-    """
-    cumulative = weights.cumsum(-1)
-    aim = noise * cumulative[:, -1:]  # less than the total, rounded too
+def invert(cumulative: Tensor, aim: Tensor) -> Tensor:
+    """The index (R, 1) of the first integer above `aim` (R, 1) in a cumulative row (R, K)."""
     index = torch.searchsorted(cumulative, aim.long(), right=True)
-    index.clamp_max_(weights.shape[1] - 1)  # beyond the end where all is NaN
-    weight = weights.gather(1, index)
-    before = cumulative.gather(1, index) - weight
-    return index, (aim - before) / weight
+    return index.clamp_max_(cumulative.shape[1] - 1)  # beyond the end where all is NaN

@@ -153,7 +153,7 @@ class Draw:
 
         OVERWRITES float32 logits (B, V).
         """
-        untouched = logits[self.scored]  # a copy
+        untouched = logits[self.scored] if self.scored else logits  # a copy of what is needed
         scores = logits.float()  # a copy only if they are not float32
         self.change(scores)
         if len(self.groups) == 1:
@@ -273,7 +273,7 @@ class Group:
             places = self.draw_unsorted(weigh(scores, highest, self.scale))
         if ids is not None:
             places = ids.gather(1, places)
-        return places.masked_fill_(~highest.isfinite(), -1)
+        return places.masked_fill_(~(highest.abs() < inf), -1)  # NaN is not below
 
     def draw_sorted(self, weights: Tensor) -> Tensor:
         """A place (R, 1) in each row of descending weights (R, K), cut where top-p ends."""
@@ -284,7 +284,8 @@ class Group:
             inside = cumulative - shares < self.top_p * cumulative[:, -1:]
             last = inside.sum(-1, keepdim=True) - 1
             bound = torch.maximum(weights.gather(1, last.clamp_min_(0)), bound)
-        return invert(shares.masked_fill_(weights < bound, 0), noise(self.rows, weights.device))[0]
+        cumulative = shares.masked_fill_(weights < bound, 0).cumsum(-1)
+        return invert(cumulative, noise(self.rows, weights.device) * cumulative[:, -1:])
 
     def draw_unsorted(self, weights: Tensor) -> Tensor:
         """A place (R, 1) in each row of weights (R, K)."""

@@ -1,39 +1,32 @@
 """Generation for many requests at once: token ids in, token ids out.
 
-A step does two things. It decodes: every live sequence gets its next token, in one forward pass
-over all of them. Then it prefills prompts from the queue, first come first served: several short
-ones together, at most `prefill_chunk` tokens with their padding, or the next `prefill_chunk` tokens
-of a long one. A prompt that is complete draws its first token. The candidates of a request share
-its prefill and start together; a request whose candidates do not all find slots waits, and so do
-those behind it.
+A step decodes, then prefills. Decoding gives every live sequence its next token, in one pass over
+all of them. Prefill takes prompts from the queue, first come first served: several short ones
+together, at most `prefill_chunk` tokens with their padding, or the next `prefill_chunk` tokens of a
+long one. A complete prompt draws its first token. The candidates of a request share its prefill and
+start together; a request whose candidates do not all find slots waits, and so do those behind it.
 
 A slot of the KV cache holds one sequence from position 0 on. Invariants between steps:
 
-- Live sequences occupy the slots 0..len(running)-1, in the order of `running`, so that a pass works
-  on a view of the cache. When one leaves, the last one takes its slot.
-- At most one prompt is partially prefilled. It is first in the queue, stands in the slot after the
-  live sequences and moves with their end; slots for all its candidates are reserved.
+- Live sequences occupy the slots 0..len(running)-1, in the order of `running`, so a pass works on a
+  view of the cache. When one leaves, the last one takes its slot.
+- At most one prompt is partially prefilled. It is first in the queue, in the slot after the live
+  sequences; slots for all its candidates are reserved.
 - All ids of a live sequence but the last are in the cache.
-- The slots after these are free. With `prefix_cache` they hold what ended sequences left there,
-  and a prompt starts where what is cached of it ends (`prefix_cache.py`); without it at 0.
+- The slots after these are free. With `prefix_cache` a prompt starts where what they hold of it
+  ends (`prefix_cache.py`), without it at 0.
 
-Invariants of a pass over n rows:
+Row i of a pass works on slot `first_slot` + i, from its own position `start` on. Rows are padded
+at their end to the longest one. Padding is written to the row's own slot, at positions that are
+overwritten before anything attends to them; so max(start) + width <= length limits what is
+prefilled together. A partially prefilled prompt is alone in its pass.
 
-- Row i works on the slot `first_slot` + i, and writes from its own position `start` on. All before
-  it is in the cache.
-- Rows are padded at their end to the longest one. Padding is written too, but only to its row's own
-  slot, to positions that are overwritten before anything attends to them. No row reaches beyond the
-  cache: max(start) + width <= length, which limits what is prefilled together.
-- A partially prefilled prompt is alone in its pass.
-
-So an answer does not depend on the other requests, except for rounding: padding, `slots`,
+An answer does not depend on the other requests, except for rounding: padding, `slots`,
 `prefill_chunk` and `prefix_cache` change the order in which attention sums, and so the last bit of
-its float32 results. (A cached prefix may have been decoded, token by token; and which prompts are
-cached depends on earlier requests.) With float32 that moves log-probabilities by 3e-6. bfloat16 and
-int8 round to 8 bits what comes next, where a last bit can become a whole step: log-probabilities
+its float32 results. With float32 that moves log-probabilities by 3e-6. In bfloat16 and int8 the
+next operation rounds to 8 bits, so a last-bit difference can flip a rounding: log-probabilities
 moved by up to 0.08, and up to 7 % of answers (8 of 120, of 24 tokens each) took another token
-somewhere. (int8 with attention in float64: none.) The same requests at the same steps since the
-engine's start give the same answers.
+somewhere. Replaying the same requests at the same steps on a fresh engine reproduces the answers.
 
 Only one thread may use an engine at a time.
 """
@@ -81,8 +74,8 @@ class Engine:
     """Generates with a model in `slots` slots of `length` positions.
 
     `dtype`, one of `linear.DTYPES` or "auto", packs the layers for speed; None takes them as they
-    are. The engine has its own copy of the model, which shares parameters but can be packed without
-    harm to the original. `suppress` are ids that are never drawn; `characters` is what the setting
+    are. The engine has its own copy of the model, which shares parameters; packing leaves the
+    original as it was. `suppress` are ids that are never drawn; `characters` is what the setting
     `whole_characters` needs. A step prefills at most `prefill_chunk` prompt tokens, so that long
     prompts do not stall the live sequences. `prefix_cache` uses keys and values of ended sequences
     again, at the price that answers depend on earlier requests, by rounding.
@@ -303,7 +296,7 @@ class Engine:
     def _start(self, group: list[QueuedRequest], last: Tensor) -> list[Output]:
         """Make prefilled requests live, and draw their first tokens from `last` (group, C).
 
-        The prompts stand in the slots after the live sequences; further candidates get copies.
+        The prompts are in the slots after the live sequences; further candidates get copies.
         """
         first = len(self.running)
         prompt_of = list(range(len(group)))  # index into the group of each new sequence
@@ -342,8 +335,8 @@ class Engine:
         """Take a sequence out of its slot.
 
         The last live sequence takes the slot, and the partial prompt the one that becomes free. A
-        broken sequence, whose logits left nothing to draw, may have keys and values that are no
-        numbers; they are not used again, nor left for a mask to hide, which is a sum.
+        broken sequence, whose logits left nothing to draw, may have keys and values that are NaN;
+        they are zeroed, since a mask, which is added, could not hide them.
         """
         self.batch = None
         cache = self.prefix_cache

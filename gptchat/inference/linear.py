@@ -1,24 +1,21 @@
 """Fast linear layers for inference, and the only home of private torch APIs.
 
 `prepare_for_inference` casts a model's parameters and, on a CPU, replaces its nn.Linear modules, in
-place. A decoding step reads every weight once, so on a CPU its speed depends on memory bandwidth
-and on the layout of the weights. They are packed once: float32 and bfloat16 into oneDNN's blocked
-layout, int8 into FBGEMM's (one row through all layers of GPT-2 124M on two cores: 10, 5.1 and 3.6
-ms). Everything else on a CPU is float32 whatever the dtype, except the token embedding, which is
-bfloat16 with bfloat16 and int8. The KV cache is float32 too: with a single query row SDPA reads a
-float32 cache at memory speed, a bfloat16 cache nine times slower.
+place. A decoding step reads every weight once, so its speed depends on memory bandwidth and the
+layout of the weights. float32 and bfloat16 are packed into oneDNN's blocked layout, int8 into
+FBGEMM's (one row through all layers of GPT-2 124M on two cores: 10, 5.1 and 3.6 ms). Everything
+else on a CPU is float32, except the token embedding, which is bfloat16 with bfloat16 and int8. The
+KV cache is float32 too: with a single query SDPA reads a bfloat16 cache nine times slower.
 
-The kernels are private parts of torch, which may change with any release. So before layers are
-packed, their kernel is compared with F.linear on a small layer, once per process for each kernel.
-Where it is missing, raises or disagrees, F.linear takes its place and one line on stderr says so:
-an upgrade of torch may slow generation down, but does not break it.
+The kernels are private parts of torch, which may change with any release. So each is compared with
+F.linear on a small layer, once per process, before layers are packed. Where it is missing, raises
+or disagrees, F.linear takes its place and one line on stderr says so. (A CPU for which oneDNN has
+no such kernel uses F.linear without a message.)
 
-(A CPU for which oneDNN has no such kernel uses F.linear without a message.)
-
-Invariants: a layer's output row does not depend on what the other rows hold, and the parameter
-tensors that the model had are never written to: other models may share them. Nor does it depend on
-the number of rows with int8, whose sums are of integers; oneDNN chooses its order of summation by
-that number, which moves float32 by 1e-6 of the largest output and bfloat16 by its own rounding.
+Invariants: a layer's output row does not depend on what the other rows hold, and the parameters
+that the model had are never written to: other models may share them. With int8, whose sums are of
+integers, nor does it depend on the number of rows; oneDNN chooses its order of summation by that
+number, which moves float32 by 1e-6 of the largest output and bfloat16 by its own rounding.
 """
 
 import sys
@@ -35,7 +32,7 @@ from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2
 
 DTYPES = ("float32", "bfloat16", "int8")
-# What F.linear computes in, where it stands in for the kernel of a dtype
+# What F.linear computes in, where it replaces the kernel of a dtype
 PLAIN_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 # How far an output row may be from F.linear's in the self-test: relative, in the 2-norm
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}

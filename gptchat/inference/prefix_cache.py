@@ -1,15 +1,13 @@
 """What the free slots of a KV cache still hold, so that a prompt's beginning is not computed again.
 
-A sequence that ends leaves its keys and values in its slot, where they stay until the slot is
-needed. A prompt that begins with the same ids and token types, such as the next turn of the same
-conversation, starts from there. So of a conversation's next prompt only the new message is
-prefilled, as long as no old turn has been dropped from it: what is behind a dropped turn stands at
-other positions, and its keys and values are others.
+A sequence that ends leaves its keys and values in its slot until the slot is needed. A prompt that
+begins with the same ids and token types, such as the next turn of a conversation, starts from
+there. If a conversation has lost its oldest turns, nothing is shared: what follows is at other
+positions.
 
-Which slot a prompt gets: the one with the longest common prefix, if the prompt goes on where that
-ends. Otherwise the slot used least recently, into which the common prefix is copied; so a
-conversation's other branches, or one that only begins alike, are not lost. Whatever stands in the
-slot where the engine wants a sequence to be moves to the slot that is given up.
+A prompt gets the slot with the longest common prefix, if it goes on where that ends. Otherwise it
+gets the slot used least recently, into which the common prefix is copied: a conversation's other
+branches are not lost. If the target slot holds cached data, it moves to the evicted slot.
 
 Invariants: `contents[slot]` describes positions that are right in the cache. Slots in use have
 none. When not `enabled`, no slot has any, and `move` is a plain copy.
@@ -24,7 +22,7 @@ from gptchat.model.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class Contents:
-    """Ids whose keys and values stand in a slot from position 0 on.
+    """Ids whose keys and values are in a slot from position 0 on.
 
     `types` are as many, or () where the engine's requests have no token types. `last_used` orders
     the slots by time; 0 is that of an empty one.
@@ -60,7 +58,7 @@ class PrefixCache:
         self.clock = 0  # sequences remembered so far
 
     def remember(self, slot: int, ids: Ids, types: Ids) -> None:
-        """A sequence has ended whose keys and values of `ids` stand in the slot."""
+        """A sequence has ended; the slot holds the keys and values of `ids`."""
         if self.enabled and ids:
             self.clock += 1
             self.contents[slot] = Contents(list(ids), list(types), self.clock)
@@ -92,8 +90,8 @@ class PrefixCache:
     def move(self, source: int, target: int, length: int, spare: int) -> None:
         """Copy `length` positions into another slot, which is in use from then on.
 
-        What `target` has held until then goes to `spare`, which may be `source`, and takes the
-        place of what is there; if `spare` is `target`, it is forgotten.
+        What `target` held moves to `spare`, which may be `source`, and replaces what is there; if
+        `spare` is `target`, it is forgotten.
         """
         kv = self.cache.kv
         kept = self.contents[target]

@@ -129,7 +129,7 @@ class CharacterFilter:
 
     `forbidden[state]` (V,), bool, says it for each state of `UTF8_STATES`; `forbidden[BROKEN]`
     forbids nothing. While a character is unfinished, special tokens are forbidden, too, and rows of
-    a model that stand for no token. There is always an id that goes on, since the vocabulary has an
+    a model without a token. There is always an id that goes on, since the vocabulary has an
     entry for each byte. V is the model's `vocab_size`, which need not be the tokenizer's.
     """
 
