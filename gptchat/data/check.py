@@ -7,12 +7,12 @@ if training would refuse something.
 - A line that is no dialogue does not end the search, but a file that cannot be read to its end is
   given up where that is.
 - Documents are duplicates if their texts are equal; dialogues, if the texts of all turns are.
-- Nothing is encoded. Tokens are estimated from the characters per token of a sample if there is a
-  tokenizer, else as BYTES_PER_TOKEN bytes each.
+- Nothing is encoded. Tokens are estimated from the bytes of text and the size of the vocabulary.
 - Memory is flat but for 8 bytes a document.
 """
 
 import json
+import math
 import re
 import sys
 from array import array
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,9 @@ import numpy as np
 from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
 from gptchat.data.dialogue import TextTurn, excerpts, fit, input_length
-from gptchat.data.dialogue_files import TSV, format_of, read_dialogues
+from gptchat.data.dialogue_files import TSV, format_of
 from gptchat.data.encoding import read_documents
-from gptchat.data.reading import PIECE, read_text
+from gptchat.data.reading import PIECE
 from gptchat.data.splits import (
     HASHED,
     SPLITS,
@@ -42,11 +42,8 @@ from gptchat.data.splits import (
     split_of_dialogue,
     split_patterns,
 )
-from gptchat.files import file_id, matching_files, split_repeats, why_no_file
+from gptchat.files import expand, file_id, matching_files
 
-SAMPLED_FILES = 10
-SAMPLED_ROWS = 1000  # dialogues of a sampled file; of text it is PIECE bytes
-BYTES_PER_TOKEN = 4  # of UTF-8, where there is no tokenizer yet
 MANY = 0.01  # share of duplicates or cut rows from which on they are a warning
 SHOWN = 20  # lines of refusals
 # Names of a spreadsheet's columns.
@@ -64,10 +61,10 @@ class Report:
 
     task: str
     n_ctx: int  # 0: that of a model that is not there yet
-    characters_per_token: float = BYTES_PER_TOKEN
+    bytes_per_token: float
     n_files: int = 0
     n_bytes: int = 0  # of the files, compressed or not
-    n_characters: int = 0
+    text_bytes: int = 0  # UTF-8 of documents or turns
     documents: Counter[str] = field(default_factory=Counter)  # of each of `split_patterns`
     hashes: dict[str, array] = field(default_factory=lambda: {s: array("Q") for s in SPLITS})
     duplicates: int = 0  # documents of train that occur in it before
@@ -85,7 +82,7 @@ class Report:
 
     @property
     def n_tokens(self) -> float:
-        return self.n_characters / self.characters_per_token
+        return self.text_bytes / self.bytes_per_token
 
     @property
     def refusals(self) -> list[str]:
@@ -101,17 +98,17 @@ class Report:
         first, count = self.refused.get(kind, (message, 0))
         self.refused[kind] = (first, count + 1)
 
-    def add(self, split: str, drawn: str, text_hash: int, n_characters: int) -> None:
+    def add(self, split: str, drawn: str, text_hash: int, n_bytes: int) -> None:
         """Count a document of a file of `split`; `drawn` is its own split if some are held out."""
         if drawn in ("valid", "test"):
             split = drawn
         self.documents[split] += 1
-        self.n_characters += n_characters
+        self.text_bytes += n_bytes
         self.hashes[split.partition("-")[0]].append(text_hash)
 
     def note_length(self, turns: list[TextTurn], targets: str) -> None:
         """Count a dialogue if it is too long for the context."""
-        lengths = [int(len(text) / self.characters_per_token) for _, text in turns]
+        lengths = [int(len(text.encode()) / self.bytes_per_token) for _, text in turns]
         if self.n_ctx == 0 or input_length(lengths) <= self.n_ctx:
             return
         cut_tokens = 0
@@ -151,12 +148,17 @@ class TableSigns:
         return signs
 
 
+def bytes_per_token(vocab_size: int) -> float:
+    """UTF-8 bytes of a token, estimated: in English 2.1 with 512 entries, 4.1 with 8,192."""
+    return max(1.0, min(4.4, 2.1 + 0.5 * math.log2(vocab_size / 512)))
+
+
 def check(config: Config) -> Report:
     """Look through all files that the config names for its splits."""
-    report = Report(config.task, _context(config))
+    ratio = bytes_per_token(config.tokenizer.vocab_size)
+    report = Report(config.task, _context(config), ratio)
     files = _find_files(config, report)
     paths = list(chain.from_iterable(files.values()))
-    report.characters_per_token = _characters_per_token(config, paths)
     report.n_files = len(paths)
     report.n_bytes = sum(path.stat().st_size for path in paths)
     read = _read_documents if config.task == "lm" else _read_dialogues
@@ -182,14 +184,16 @@ def _find_files(config: Config, report: Report) -> dict[str, list[Path]]:
     for split, patterns in split_patterns(config.data).items():
         if config.data.held_out and split in ("valid", "test"):
             continue  # they are drawn from the files of train
-        name = split.partition("-")[0]
+        name = f"[data] {split.partition('-')[0]}"
+        n_named = 0
         for pattern in patterns:
-            if not matching_files([pattern]):
-                report.refuse(f"{pattern}: {why_no_file(pattern)}, named by [data] {name}")
-        named = chain.from_iterable(matching_files([pattern]) for pattern in patterns)
-        files[split], repeated = split_repeats(named)
-        if repeated:
-            report.warnings.append(f"{repeated[0]} is named twice by [data] {name}, read once")
+            try:
+                n_named += len(expand([pattern], name))
+            except UserError as error:
+                report.refuse(str(error))
+        files[split] = matching_files(patterns)
+        if n_named > len(files[split]):
+            report.warnings.append(f"{name} names {n_named - len(files[split])} files twice")
         for path in files[split]:
             other = split_by_file.setdefault(file_id(path), split)
             if other != split:
@@ -206,42 +210,22 @@ def _context(config: Config) -> int:
     return 0
 
 
-def _characters_per_token(config: Config, paths: Sequence[Path]) -> float:
-    """Characters per token in a sample of the files."""
-    texts: list[str] = []
-    for path in paths[:: max(1, len(paths) // SAMPLED_FILES)]:
-        with suppress(UserError):  # the search will find it
-            if config.task == "lm":
-                texts += islice(read_text(path), 1)
-            else:
-                dialogues = islice(read_dialogues(path), SAMPLED_ROWS)
-                texts += [text for turns in dialogues for _, text in turns]
-    sample = "\n".join(texts)
-    if not sample:
-        return BYTES_PER_TOKEN
-    from gptchat.data.tokenizer import Tokenizer  # only here: it takes time to load
-
-    with suppress(UserError):
-        tokenizer = Tokenizer.load(config.init_from or config.tokenizer.dir)
-        return len(sample) / len(tokenizer.encode(sample))
-    return BYTES_PER_TOKEN * len(sample) / len(sample.encode())
-
-
 def _read_documents(path: Path, split: str, config: Config, report: Report) -> None:
     text_hash = new_hash()
-    n_characters = 0
+    n_bytes = 0
     beginning = ""  # as much as the split depends on
     held_out = config.data.held_out
     for text, ends in read_documents(path, config.data.document, PIECE):
-        text_hash.update(text.encode())
-        n_characters += len(text)
+        data = text.encode()
+        text_hash.update(data)
+        n_bytes += len(data)
         if held_out and len(beginning) < HASHED:
             beginning += text
         if ends:
             drawn = split_of(beginning[:HASHED], held_out) if held_out else ""
-            report.add(split, drawn, as_number(text_hash), n_characters)
+            report.add(split, drawn, as_number(text_hash), n_bytes)
             text_hash = new_hash()
-            n_characters = 0
+            n_bytes = 0
             beginning = ""
 
 
@@ -262,7 +246,8 @@ def _read_dialogues(path: Path, split: str, config: Config, report: Report) -> N
         table.add(texts)
         held_out = config.data.held_out
         drawn = split_of_dialogue(texts, held_out) if held_out else ""
-        report.add(split, drawn, hash_of("\0".join(texts)), sum(map(len, texts)))
+        n_bytes = len("".join(texts).encode())
+        report.add(split, drawn, hash_of("\0".join(texts)), n_bytes)
         report.note_length(turns, config.data.targets)
     if format is TSV:
         report.warnings += [f"{path}: {sign}" for sign in table.signs()]
@@ -302,7 +287,7 @@ def lines_of(report: Report, config_file: str) -> Iterable[str]:
     yield (
         f"{config_file}: {report.n_files} files, {report.n_bytes / 1e6:.2f} MB, "
         f"{report.documents.total():,} {report.unit} ({counts}), about "
-        f"{report.n_tokens:,.0f} tokens ({report.characters_per_token:.2f} characters each)"
+        f"{report.n_tokens:,.0f} tokens ({report.bytes_per_token:.1f} bytes each)"
     )
     yield (
         f"twice: {report.duplicates:,} of train; also in train: {report.overlap['valid']:,} of "

@@ -147,8 +147,8 @@ def plan_configs(
     for task, files in patterns.items():
         if task == "lm":
             reports[task], document = sizing.survey(task, files, default)
-            size = reports[task].n_characters / reports[task].documents["train"]
-            cuts[task] = {"document": Choice(document, f"of {size:,.0f} characters on average")}
+            size = reports[task].text_bytes / reports[task].documents["train"]
+            cuts[task] = {"document": Choice(document, f"of {size:,.0f} bytes on average")}
         else:
             targets = Choice(*choose_targets(sample(files), has_lm=bool(text)))
             reports[task], _ = sizing.survey(task, files, default, targets.value)

@@ -28,7 +28,7 @@ import torch
 
 from gptchat.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from gptchat.console import UserError
-from gptchat.data.check import BYTES_PER_TOKEN, Report, check
+from gptchat.data.check import Report, bytes_per_token, check
 from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.runtime import tune_memory
@@ -177,15 +177,8 @@ def tokens_per_step(recipe: Config) -> int:
     return train.batch_size * train.gradient_accumulation_steps * recipe.model.n_ctx
 
 
-def text_bytes(report: Report) -> float:
-    """UTF-8 bytes of documents or turns. The report was made without a tokenizer."""
-    return report.n_tokens * BYTES_PER_TOKEN
-
-
 def count_tokens(report: Report, vocab_size: int) -> float:
-    """Tokens of the data: English has 2.1 bytes a token with 512 entries, 4.1 with 8,192."""
-    bytes_per_token = min(4.4, 2.1 + 0.5 * math.log2(vocab_size / 512))
-    return text_bytes(report) / bytes_per_token
+    return report.text_bytes / bytes_per_token(vocab_size)
 
 
 def choose_vocabulary(n_bytes: float, recipe: Config) -> int:
@@ -204,7 +197,7 @@ def choose_context(report: Report, n_ctx: int) -> int:
 
 
 def choose_held_out(report: Report) -> float:
-    share = max(HELD_OUT_BYTES / text_bytes(report), HELD_OUT_DOCUMENTS / report.documents["train"])
+    share = max(HELD_OUT_BYTES / report.text_bytes, HELD_OUT_DOCUMENTS / report.documents["train"])
     return float(f"{min(0.1, share):.2g}")
 
 
@@ -216,7 +209,7 @@ def plan_all(
     n_ctx = recipe.model.n_ctx
     if "chatlm" in reports:
         n_ctx = choose_context(reports["chatlm"], n_ctx)
-    vocab_size = choose_vocabulary(sum(map(text_bytes, reports.values())), recipe)
+    vocab_size = choose_vocabulary(sum(report.text_bytes for report in reports.values()), recipe)
     sizer = Sizer(recipe, flops, vocab_size, n_ctx)
     seconds = 60 * minutes * STEPS_SHARE
     if len(reports) == 1:
