@@ -15,7 +15,7 @@ from gptchat.data.dialogue import SPEAKERS, TextTurn
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.inference.generate import load_generator
 from gptchat.inference.sampling import Sampling
-from gptchat.model.pretrained import adapt, load_model, save_static, save_weights
+from gptchat.model.pretrained import adapt, answer_defaults, load_model, save_static, save_weights
 from tests.hf_models import byte_tokenizer, random_gpt2, write
 from tests.serving import tiny_model
 
@@ -149,5 +149,8 @@ def test_the_documented_way_to_pass_token_types_answers_as_we_do(
     rows = load_model(directory)[0].config.type_rows
     assert seen["input_ids"].tolist() == [ids]
     assert seen["token_type_ids"].tolist() == [[rows[type] for type in types]]
-    sampling = Sampling(temperature=0, max_new_tokens=20, whole_characters=0)
+    penalty = answer_defaults(directory).sampling["repetition_penalty"]  # transformers reads it too
+    sampling = Sampling(
+        temperature=0, max_new_tokens=20, whole_characters=0, repetition_penalty=penalty
+    )
     assert variables["answer"] == generator.complete([generator.request(prompt, sampling)])[0]
