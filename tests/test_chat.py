@@ -482,7 +482,10 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
             ["--model", "BOT", "--input", "BAD_JSONL", "--output", "OUT_JSONL"],
             "bad.jsonl:1: messages[0].role: found 'human'; wanted one of assistant, user,",
         ),
-        (["--model", "BOT", "--input", "LONG_JSONL", "--output", "OUT"], "found another format than that of --input"),
+        (
+            ["--model", "BOT", "--input", "LONG_JSONL", "--output", "OUT"],
+            "found another format than that of --input",
+        ),
     ],
 )
 def test_wrong_use_is_one_line(bot, tmp_path, monkeypatch, capsys, arguments, reason):
