@@ -118,7 +118,7 @@ def test_a_server_that_refuses_is_one_line_with_its_reason(monkeypatch):
     def refuse(request, timeout):
         raise HTTPError(request.full_url, 400, "Bad", Message(), BytesIO(b'{"error": "no room"}'))
 
-    monkeypatch.setattr(serving.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(serving.DIRECT, "open", refuse)
     with pytest.raises(UserError, match=r"http://x: status 400: .*no room"):
         serving.ask("http://x", Request([1]))
 
@@ -149,6 +149,7 @@ class Streaming(BaseHTTPRequestHandler):
 
 
 def test_a_streamed_answer_is_timed_by_its_chunks_and_counted_by_the_server(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # it is not asked
     server = ThreadingHTTPServer(("127.0.0.1", 0), Streaming)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     stamps: list[float] = []
