@@ -37,9 +37,15 @@ def new_digest(data: Any = b"") -> "hashlib.blake2b":
 
 
 def file_digest(path: str | Path) -> str:
-    """The digest of a whole file, read in blocks (about 1 GB a second)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, new_digest).hexdigest()
+    """The digest of a whole file, read in blocks (about 1 GB a second).
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, new_digest).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def json_digest(content: Any) -> str:
@@ -55,15 +61,13 @@ def input_states(paths: Iterable[Path]) -> dict[str, FileState]:
     """
     states: dict[str, FileState] = {}
     for path in paths:
-        try:
-            status = path.stat()
-            digest = file_digest(path)  # the last of the three
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if not path.exists():
+            raise UserError(f"{path}: cannot be read: there is no such file")
+        status = path.stat()
         states[str(path)] = {
             "bytes": status.st_size,
             "mtime_ns": status.st_mtime_ns,
-            "digest": digest,
+            "digest": file_digest(path),  # after size and time
         }
     return states
 

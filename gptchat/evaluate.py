@@ -130,7 +130,8 @@ def write_figures(run: Path, figures_of: "dict[str, Figures]") -> None:
     from gptchat.training import model_card
 
     with atomic_write(run / "test.txt") as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines_of(figures_of)))
+        text = "".join(f"{line}\n" for line in lines_of(figures_of))
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     try:
         model_card.add_evaluation(run / "model", figures_of)
     except UserError as error:

@@ -6,6 +6,7 @@ never a part. A process that is killed while it writes leaves a temporary file, 
 """
 
 import glob
+import json
 import os
 import re
 import stat
@@ -93,7 +94,13 @@ def _match(pattern: str) -> tuple[list[Path], list[Path]]:
 
 def _holds_record(folder: Path) -> bool:
     """Whether a folder is one of the vocabularies, shards or runs that gptchat wrote."""
-    return any((folder / name).exists() for name in ("manifest.json", "checkpoint.safetensors"))
+    if (folder / "checkpoint.safetensors").exists():
+        return True
+    try:
+        record = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"settings", "digest"} <= record.keys()  # not another's
 
 
 def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -121,6 +128,8 @@ def why_no_file(pattern: str) -> str:
     """Why a glob pattern matches no regular file."""
     if pattern.startswith("~"):
         return "`~` is no home folder here, wanted its whole path"
+    if _match(pattern)[1]:
+        return "matches only files that gptchat wrote, which are left out"
     matched = glob.glob(pattern, recursive=True)
     is_read_as_pattern = glob.escape(pattern) != pattern
     if not matched and is_read_as_pattern and os.path.lexists(pattern):

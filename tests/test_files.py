@@ -1,14 +1,16 @@
 """Files: globs name what there is, and a file is replaced whole or not at all."""
 
+import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from gptchat.artifacts import lock_folder
+from gptchat.artifacts import file_digest, input_states, lock_folder, read_manifest, write_manifest
 from gptchat.console import UserError
-from gptchat.files import atomic_write, expand
+from gptchat.files import atomic_write, expand, matching_files
 
 
 def test_globs_name_files_in_order_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
@@ -61,11 +63,61 @@ def test_a_file_with_several_names_is_taken_once_with_one_warning(
     assert not capsys.readouterr().err
 
 
+def test_a_pattern_leaves_out_what_gptchat_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = ["mine.txt", "data/mine.txt", "talks/prompts.tsv", "notes/out.txt"]
+    written = ["out/lm/test.txt", "elsewhere/run/test.txt", "elsewhere/run/model/a.txt"]
+    written.append("configs/mine/prompts.tsv")
+    for name in [*own, *written, "configs/mine/chatlm.toml"]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    write_manifest(Path("elsewhere/run"), {"settings": {}})
+    Path("manifest.json").write_text('{"name": "somebody else\'s"}')
+    assert sorted(map(str, expand(["**/*.t[xs][tv]"], "[data] train"))) == sorted(own)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "[data] train: gptchat wrote 4 files that match" in line
+    assert matching_files(["data/*.txt"]) == [Path("data/mine.txt")]
+    assert expand([*written], "--text") == list(map(Path, written))  # named one by one
+    with pytest.raises(UserError, match="elsewhere/.*: matches only files that gptchat wrote"):
+        expand(["elsewhere/**/*.txt"], "[data] train")
+    Path("out/own").mkdir()
+    Path("out/own/a.txt").touch()
+    assert matching_files(["out/own/*.txt"]) == [Path("out/own/a.txt")]
+
+
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     with lock_folder(tmp_path / "run", "somebody writes"):
         with pytest.raises(UserError, match="run: somebody writes; wait for it"):
             lock_folder(tmp_path / "run", "somebody writes")
     lock_folder(tmp_path / "run", "somebody writes").close()
+
+
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock_folder(tmp_path, "busy").close()
+    assert f"warning: {tmp_path}: this file system has no locks" in capsys.readouterr().err
+
+
+def test_a_record_that_was_changed_counts_as_missing(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"settings": {"a": 1}})
+    assert read_manifest(tmp_path) == {"settings": {"a": 1}}
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace("1", "2", 1))
+    assert read_manifest(tmp_path) is None and read_manifest(tmp_path / "none") is None
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing: cannot be read: there is no such file"):
+        input_states([tmp_path / "nothing"])
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        file_digest(tmp_path)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
