@@ -13,6 +13,7 @@ files, folders and devices exist is checked by the command that uses them.
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -318,6 +319,12 @@ def _check_combinations(config: Config, source: str) -> None:
     """Raise UserError for values that are possible alone but not together."""
     if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
+    folders = [config.run, config.tokenizer.dir, str(config.shards_dir)]
+    if len(set(map(os.path.normpath, folders))) < 3:
+        raise UserError(
+            f"{source}: run, [tokenizer] dir and [data] shards: found {', '.join(folders)}; "
+            "wanted three folders"
+        )
     data = config.data
     if data.held_out > 0 and (data.valid or data.test):
         raise UserError(

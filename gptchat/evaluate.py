@@ -8,10 +8,10 @@ it is now is encoded for the moment. The second evaluates any model directory, a
 on any text (a ChatLM: dialogues, TSV or JSONL). Each file has figures of its own, but with
 `held_out`, and for the split train, the split has them as a whole.
 
-The figures of a run on its test split are also written to `test.txt` in its folder and into the
-model card. A ChatLM answers the dialogues of `--prompts`, too, into `answers.tsv`. All this is done
-only where model, text and settings have changed since; the record of it is the folder's
-`manifest.json`. This part does not import torch, so that it takes no time.
+With --config alone, the figures also go to `test.txt` in the run's folder and into the model card,
+and the model's answers to the dialogues of --prompts to `answers.tsv`. The folder's `manifest.json`
+records what they were made from; if that is as it was, the figures are printed from there, without
+importing torch.
 """
 
 import glob
@@ -112,7 +112,8 @@ def evaluate_run(config: Config, prompts: str) -> "dict[str, Figures]":
     if record is not None:
         change = changed_setting(record["settings"], settings)
         if not change and not changed_input(record["inputs"], inputs):
-            print(f"{folder}: not evaluated again; model, text and settings are as they were")
+            line = f"{folder}: not evaluated again; model, text and settings are as they were"
+            print(line, file=sys.stderr)
             return record["figures"]
     record = {"settings": settings, "inputs": input_states(inputs), "figures": {}}
     if patterns:
@@ -183,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "wanted --config FILE, or --model DIR and --text FILE without section.key=value"
         )
     split = args.split or "test"
-    is_run = args.config and not (args.model or args.text or args.split)
+    is_run = args.config and not (args.model or args.text or args.split or args.overrides)
     if args.prompts and not is_run:
-        raise UserError("--prompts: wanted --config FILE, and no --model, --text or --split")
+        raise UserError("--prompts: wanted --config FILE and nothing else that is evaluated")
     if is_run:
         model = f"{config.run}/model"
         figures_of = evaluate_run(config, args.prompts or "")

@@ -1,15 +1,15 @@
 """Which documents are for training, for validation (valid) and for the test.
 
-Files that the config names for a split hold it. With `[data] held_out` the files of `train` hold
-all three, and each document or dialogue is drawn by a hash of its text: a share of `held_out`
-becomes valid, as large a share test, the rest train.
+The config names files for each split, or only files of `train` and a share, `[data] held_out`. With
+a share, a hash of each document's text decides: a share of `held_out` is valid, as much again is
+test, and the rest is train.
 
 Invariants:
 - A document's split depends on its text and on `held_out` only: it stays where it is when other
   documents are added, moved or removed. Equal documents are in the same split.
-- Hashed are a document's first HASHED characters (so one that grows at its end stays, too), or all
-  turns of a dialogue but the response (so all answers to one prompt stay together). TSV rows that
-  show one conversation at different turns are different dialogues.
+- The hash is of a document's first HASHED characters, so that one that grows at its end stays, or
+  of all turns of a dialogue but the response, so that all answers to one prompt stay together. TSV
+  rows that show one conversation at different turns are different dialogues.
 - The hash is BLAKE2b of the UTF-8 bytes, 8 bytes long. As a big-endian number divided by 2**64 it
   is below `held_out` for valid, and below twice that for test.
 """
@@ -83,12 +83,7 @@ def hash_of(text: str) -> int:
 
 def split_of(text: str, held_out: float) -> str:
     """The split of a document or dialogue, given the part of its text that is hashed."""
-    return split_at(hash_of(text), held_out)
-
-
-def split_at(text_hash: int, held_out: float) -> str:
-    """The split of a document or dialogue with this hash."""
-    place = text_hash / 2**64
+    place = hash_of(text) / 2**64
     if place < held_out:
         return "valid"
     if place < 2 * held_out:
