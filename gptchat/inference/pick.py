@@ -14,7 +14,7 @@ the reply to the answer. The latter needs a ChatLM that has learned the turns of
 (`targets = "turns"` or "all"), or both of whom speak alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ CANDIDATES = 5  # where one is picked and the model does not say among how many;
 PRIOR_WEIGHT = 0.7
 CONTEXT_WEIGHT = 0.1
 LENGTH_OFFSET = 5  # tokens
-TOKENS_AT_ONCE = 4096  # of padded rows in one pass
+TOKENS_AT_ONCE = 512  # of padded rows in one pass
 LOGITS_AT_ONCE = 256  # rows of the vocabulary's size that are in memory together
 
 
@@ -53,8 +53,10 @@ def mutual_information(
     `answers` are ids with the one that ended the answer, `logprobs` their log-probabilities after
     the context.
     """
-    prior = reply_logprobs(model, sep_id, [()] * len(answers), answers)
-    backward = reply_logprobs(model, sep_id, answers, [context] * len(answers))
+    n = len(answers)
+    turns = [*[()] * n, *answers]
+    logprobs_of_replies = reply_logprobs(model, sep_id, turns, [*answers, *[context] * n])
+    prior, backward = logprobs_of_replies[:n], logprobs_of_replies[n:]
     scores = []
     for answer, logprob, alone, of_context in zip(answers, logprobs, prior, backward, strict=True):
         information = (logprob - PRIOR_WEIGHT * alone) / (len(answer) + LENGTH_OFFSET)
@@ -68,20 +70,21 @@ def reply_logprobs(
 ) -> list[float]:
     """log p(reply | turn) of each pair, where the turn [SEP] reply fits into the model's context.
 
-    All pairs are computed together, as rows that are padded at their end.
+    Pairs of similar length are computed together, as rows that are padded at their end.
     """
     lengths = [len(turn) + 1 + len(reply) for turn, reply in zip(turns, replies, strict=True)]
-    sums: list[float] = []
-    for part in _parts(lengths):
-        sums += _score_rows(model, sep_id, turns[part], replies[part], max(lengths[part]))
-    return sums
-
-
-def _parts(lengths: Sequence[int]) -> Iterator[slice]:
-    """Rows that are computed together: as many as TOKENS_AT_ONCE allows."""
-    size = max(1, TOKENS_AT_ONCE // max(lengths))
-    for first in range(0, len(lengths), size):
-        yield slice(first, first + size)
+    by_length = sorted(range(len(lengths)), key=lambda pair: lengths[pair])
+    logprobs = [0.0] * len(lengths)
+    while by_length:
+        width = lengths[by_length[-1]]
+        part = by_length[-max(1, TOKENS_AT_ONCE // width) :]
+        del by_length[-len(part) :]
+        sums = _score_rows(
+            model, sep_id, [turns[pair] for pair in part], [replies[pair] for pair in part], width
+        )
+        for pair, logprob in zip(part, sums, strict=True):
+            logprobs[pair] = logprob
+    return logprobs
 
 
 def _score_rows(
