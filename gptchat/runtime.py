@@ -20,10 +20,9 @@ SECONDS_TO_REPEAT = 1.0  # from a stop signal to the next of its kind that count
 def tune_memory() -> None:
     """Make allocations and garbage collections cheaper, in a process that has loaded all it needs.
 
-    Python's garbage collector no longer visits the objects that exist now; walking through all of
-    torch's cost a decoding step 6 %. glibc keeps the memory that is freed: otherwise every large
-    tensor goes back to the kernel and is faulted in again, which doubles the time of a training
-    step. Without glibc that part does nothing.
+    Python's garbage collector no longer visits the objects that exist now, which cost a decoding
+    step 6 %. glibc keeps the memory that is freed: giving every large tensor back to the kernel
+    doubles the time of a training step. Without glibc that part does nothing.
     """
     gc.collect()
     gc.freeze()
@@ -50,12 +49,11 @@ def handle_stop_signals(
 
 
 def on_stop_signals(stop: Callable[[], None]) -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP call `stop`, between two steps of the main thread.
+    """From now on SIGINT, SIGTERM and SIGHUP call `stop`, in the main thread.
 
     One that comes SECONDS_TO_REPEAT or more after the first of its kind ends the process at once,
-    with exit status 128 + its number. What comes sooner asks for the same again, since signals come
-    in bursts: Ctrl-C from the terminal and from torchrun, that of `end_with_parent` once for each
-    thread of a parent that is killed.
+    with exit status 128 + its number. Sooner ones are the same request: signals come in bursts,
+    such as Ctrl-C from the terminal and from torchrun.
     """
     first_times: dict[int, float] = {}
 

@@ -1,20 +1,14 @@
 """Micro-batch number to batch, without state: a pure function of (seed, number).
 
-Training sees an endless sequence of rows, epoch after epoch. Micro-batch g holds the `batch_size`
-rows from g * batch_size on, across the end of an epoch if need be. Micro-batch i of a step is
-number step * per_step + i; processes only divide these numbers among themselves. So there is no
-loader or generator state to save: a resumed run, or one with another number of processes, goes on
-with the same batches.
+Training sees an endless sequence of rows, epoch after epoch (row_order.py). Micro-batch g holds the
+`batch_size` rows from g * batch_size on. Micro-batch i of a step is number step * per_step + i;
+processes only divide these numbers among themselves. So there is no loader or generator state to
+save: a resumed run, or one with another number of processes, goes on with the same batches.
 
-What a row holds is in row_order.py: lm, a window of `n_ctx` tokens; chatlm, whole dialogues packed
-into `n_ctx` positions. With weights, several sources have fixed shares of the rows.
-
-Invariants:
-- The same seed and number give the same micro-batch, in any process, in any order of calls.
-- An epoch of a source holds every dialogue once, and every token of lm at least once.
-- A dialogue is never split to fill a row, its positions start at 0, and its segment number keeps
-  attention inside it. Only a dialogue longer than `n_ctx` is truncated or, with targets
-  "responder" or "turns", cut into excerpts between its turns: dialogue.py says how.
+A row is a window of `n_ctx` tokens (lm), or whole dialogues packed into `n_ctx` positions (chatlm).
+A packed dialogue's positions start at 0, and its segment number keeps attention inside it. Only a
+dialogue longer than `n_ctx` is truncated or, with targets "responder" or "turns", cut into excerpts
+between its turns: dialogue.py says how.
 """
 
 from collections.abc import Iterator, Sequence
@@ -126,7 +120,7 @@ class Batches:
 
     @cached_property
     def rows_per_epoch(self) -> int:
-        """Rows of all sources together: of one source, until every token or dialogue was seen."""
+        """Rows of all sources together."""
         return sum(order.rows_per_epoch for order in self.orders)
 
     @property
@@ -140,10 +134,7 @@ class Batches:
         return ("L['targets']:0", "L['target_positions']:0")
 
     def steps_per_epoch(self, per_step: int) -> int:
-        """Steps of `per_step` micro-batches that take as many rows as there are.
-
-        The last step may begin the next epoch.
-        """
+        """Steps of `per_step` micro-batches in an epoch; the last may begin the next epoch."""
         return ceil_div(self.rows_per_epoch, self.batch_size * per_step)
 
     def micro_batch(self, number: int) -> Batch:

@@ -1,24 +1,19 @@
 """The order of a split's rows: number in the endless sequence -> what the row holds, without state.
 
-A source is one split's shards. Its rows come epoch after epoch, an epoch holding all of them once,
-each epoch in an order of its own.
+The same seed and row number give the same row, in any process, in any order of calls. An epoch
+holds every row of a source (one split's shards) once, in an order of its own. Permutations are
+computed from a key, so memory grows only by three integers for each pool of dialogues.
 
-WindowOrder (lm): a row is a window of `n_ctx` tokens, which may span documents. Each epoch treats
-the stream as a circle, cuts it into windows from an offset of its own, and shuffles them. No token
-is left out; the last window repeats up to n_ctx - 1 tokens of the first.
+WindowOrder (lm): each epoch treats the stream of tokens as a circle, cuts it into windows of
+`n_ctx` tokens from an offset of its own, and shuffles them. No token is left out; the last window
+repeats up to n_ctx - 1 tokens of the first.
 
-DialogueOrder (chatlm): dialogues are dealt at random into pools of POOL dialogues, the same in all
-epochs. The excerpts of a pool's dialogues (see `dialogue.excerpts`; one a dialogue unless it is
-longer than a row) are packed whole into rows of `n_ctx` tokens, longest first, by best fit (99 %
-full with the default corpora). Each epoch shuffles the pools and the rows of a pool; from epoch to
-epoch the packing differs only in which of several equally long excerpts takes a place.
+DialogueOrder (chatlm): dialogues are dealt at random into pools, the same in all epochs. Those of a
+pool, or their excerpts if they are longer than a row, are packed whole into rows of `n_ctx` tokens,
+longest first, by best fit (99 % full with the default corpora). Each epoch shuffles the pools and
+the rows of a pool.
 
 Mixture: several sources give fixed shares of the rows, spread evenly, each in its own order.
-
-Invariants:
-- The same seed and row number give the same row, in any process, in any order of calls.
-- Permutations are computed from a key. All that is kept and grows with the data is three integers
-  for each pool.
 """
 
 from collections.abc import Iterator, Sequence

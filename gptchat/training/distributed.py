@@ -1,9 +1,8 @@
 """The processes that train together: their ranks, this one's device, and sums over all of them.
 
-Rank and number of processes are those that torchrun sets in the environment; without it there is
-one process, rank 0, whose sums are its own numbers. Under torchrun there is a process group even
-for one process, so that one GPU is enough to try DDP over NCCL. Sums are taken on the host in
-float64, so they never wait for the device. `wrap_model` prepares a model for training under this.
+torchrun sets rank and number of processes in the environment; without it there is one process, rank
+0. Under torchrun there is a process group even for one process, so one GPU is enough to try DDP
+over NCCL. Sums are taken on the host in float64, so they never wait for the device.
 """
 
 import os
@@ -92,9 +91,8 @@ def lost_processes_in_one_line(world: World) -> Iterator[None]:
 def usable_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one.
 
-    It is also made the current one, before anything is put on a GPU: otherwise every process would
-    hold memory of GPU 0, too. With `local_rank`, a process takes the GPU of that number.
-    Raises UserError if the device does not work here.
+    With `local_rank`, a process takes the GPU of that number. It becomes the current device, so
+    that no process holds memory of GPU 0, too. Raises UserError if the device does not work here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,10 +4,9 @@ AdamW (Loshchilov & Hutter 2019, fused) updates every parameter, with weight dec
 With `optimizer = "muon"` the matrices of the transformer blocks go to Muon instead (muon.py). The
 learning rate is a pure function of the step number.
 
-Muon orthogonalises in bfloat16 where the device multiplies that, whatever the precision of the run.
-That makes rounding differences larger: two processes sum gradients in another order than one, and
-after six steps their weights differ by 2e-3 with Muon in bfloat16, by 7e-6 with Muon in float32 and
-by 6e-6 with AdamW. A resumed run with the same number of processes is exact all the same.
+Muon orthogonalises in bfloat16 where the device multiplies that, which makes rounding differences
+larger: two processes sum gradients in another order than one, and after six steps their weights
+differ by 2e-3 with Muon in bfloat16, by 7e-6 with Muon in float32 and by 6e-6 with AdamW.
 """
 
 import math
