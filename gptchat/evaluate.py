@@ -14,6 +14,7 @@ records what they were made from; if that is as it was, the figures are printed 
 importing torch.
 """
 
+import argparse
 import glob
 import json
 import sys
@@ -159,7 +160,8 @@ def lines_of(figures_of: "dict[str, Figures]") -> list[str]:
     return [f"{name}: {format_figures(figures)}" for name, figures in figures_of.items()]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Raises UserError for options that do not go together."""
     parser = CommandParser(
         "evaluate",
         "Measure loss, perplexity and bits per byte of a model on each file of a run's split,\n"
@@ -176,37 +178,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--json", action="store_true", help="print one JSON object")
     add("overrides", nargs="*", metavar="section.key=value", help="changes a key of the config")
     args = parser.parse_intermixed_args(argv)
-    config = Config()
-    if args.config:
-        config = load_config(args.config, args.overrides)
-    elif args.overrides or not (args.model and args.text):
+    if not args.config and (args.overrides or not (args.model and args.text)):
         raise UserError(
             "wanted --config FILE, or --model DIR and --text FILE without section.key=value"
         )
-    split = args.split or "test"
-    is_run = args.config and not (args.model or args.text or args.split or args.overrides)
-    if args.prompts and not is_run:
+    if args.prompts and not is_of_run(args):
         raise UserError("--prompts: wanted --config FILE and nothing else that is evaluated")
-    if is_run:
-        model = f"{config.run}/model"
-        figures_of = evaluate_run(config, args.prompts or "")
-    else:
-        model = args.model or f"{config.run}/model"
-        if args.text:
-            split = "test"
-            names = tuple(glob.escape(name) for name in args.text)
-            config = replace(config, data=replace(config.data, test=names, held_out=0.0))
-        elif not patterns_of(config.data, split):
-            raise UserError(f"[data] {split}: found no files named; wanted some, or --text FILE")
-        figures_of = measure(
-            replace(config, init_from=model), split, config.task if args.config else ""
-        )
+    return args
+
+
+def is_of_run(args: argparse.Namespace) -> bool:
+    """Whether a run is evaluated as its config says."""
+    return args.config and not (args.model or args.text or args.split or args.overrides)
+
+
+def evaluate(args: argparse.Namespace, config: Config) -> "dict[str, Figures]":
+    """The figures that the arguments ask for."""
+    if is_of_run(args):
+        return evaluate_run(config, args.prompts or "")
+    split = args.split or "test"
+    if args.text:
+        split = "test"
+        names = tuple(glob.escape(name) for name in args.text)
+        config = replace(config, data=replace(config.data, test=names, held_out=0.0))
+    elif not patterns_of(config.data, split):
+        raise UserError(f"[data] {split}: found no files named; wanted some, or --text FILE")
+    config = replace(config, init_from=args.model or f"{config.run}/model")
+    return measure(config, split, config.task if args.config else "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    config = load_config(args.config, args.overrides) if args.config else Config()
+    figures_of = evaluate(args, config)
     if args.json:
+        model = args.model or f"{config.run}/model"
         print(json.dumps({"model": model, "files": figures_of}, indent=2))
         return
     if not figures_of:
         print(f"{args.config}: names no test files, so there are no figures")
-    print("\n".join(lines_of(figures_of)))
+    for line in lines_of(figures_of):
+        print(line)
     if args.prompts:
         print_answers(Path(config.run, "answers.tsv"))
 

@@ -205,6 +205,33 @@ def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text)
     assert "more.txt: loss " in capsys.readouterr().out
 
 
+def test_figures_of_a_run_are_recorded_until_model_or_text_change(
+    tmp_path, monkeypatch, capsys, text
+):
+    model = tmp_path / "run" / "model"
+    write(random_gpt2(1, torch.float32), model)
+    config = tmp_path / "lm.toml"
+    config.write_text(
+        f'run = "{tmp_path}/run"\n[data]\ntest = "{text}"\n'
+        "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 48\n[train]\nnum_steps = 1\n"
+    )
+    counted = []
+    measure = evaluate.measure
+    monkeypatch.setattr(
+        evaluate, "measure", lambda *arguments: counted.append(1) or measure(*arguments)
+    )
+    first = run(monkeypatch, capsys, "--config", config)
+    assert run(monkeypatch, capsys, "--config", config) == first and len(counted) == 1
+    assert (tmp_path / "run/test.txt").read_text().startswith(f"{text}: loss ")
+    run(monkeypatch, capsys, "--config", config, "model.n_ctx=16")  # leaves the record
+    assert run(monkeypatch, capsys, "--config", config) == first and len(counted) == 2
+    text.write_text("Another text.\n")
+    second = run(monkeypatch, capsys, "--config", config)
+    write(random_gpt2(2, torch.float32), model)
+    third = run(monkeypatch, capsys, "--config", config)
+    assert len(counted) == 4 and first != second != third
+
+
 def test_module_runs_by_itself_and_its_help_has_an_example():
     done = subprocess.run(
         [sys.executable, "-m", "gptchat.evaluate", "--help"],

@@ -564,7 +564,7 @@ def test_a_killed_run_leaves_nothing_half_made_and_no_process(lm, tmp_path):
     assert opened(config).documents == 4 and not list(config.shards_dir.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("document", ["block", "line", "file", "row"])
+@pytest.mark.parametrize("document", ["block", "row"])
 def test_memory_is_flat_in_the_size_of_the_input(lm, chat, tmp_path, monkeypatch, document):
     monkeypatch.setattr(encoding, "PARALLEL_BYTES", 1 << 40)  # in this process, which is measured
     monkeypatch.setattr(encoding, "BLOCK", 1 << 14)
