@@ -83,7 +83,7 @@ serve: $(VENV)/.serve  ## archive what was trained and serve it over HTTP; Ctrl-
 tensorboard: $(VENV)/.base  ## losses, rates and samples of all runs in a browser
 	$(VENV)/bin/tensorboard --logdir out --host $(HOST)
 
-bench: lm $(VENV)/.test  ## speed beside transformers, about five minutes
+bench: $(VENV)/.test  ## speed beside transformers, about five minutes
 	$(GPTCHAT) bench decode $(ARGS)
 	$(GPTCHAT) bench train $(ARGS)
 
