@@ -26,7 +26,7 @@ from gptchat.data.shards import open_shards
 from gptchat.data.tokenizer import tokenizer_for
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.training import checkpoint
+from gptchat.training import checkpoint, model_card
 from gptchat.training.distributed import World
 from gptchat.training.monitor import Monitor, step_flops
 from gptchat.training.optim import lr_scale, make_optimizers, optimizer_state, set_learning_rate
@@ -599,6 +599,16 @@ def test_the_card_describes_the_model_that_was_saved(chat_run: Run) -> None:
     assert f"{n_parameters:,} parameters" in card.text
     assert f" {chat_run.state.best_loss:.4f} |" in card.text
     assert "train.learning_rate = 0.003" in card.text and card.text.count(" -> ") >= 3
+
+
+def test_figures_of_test_files_are_added_to_the_card_once(chat_run: Run) -> None:
+    path = chat_run.model_dir / "README.md"
+    before = path.read_text()
+    for loss in (5.25, 4.5):
+        model_card.add_evaluation(chat_run.model_dir, {"a.tsv": {"loss": loss}, "b.tsv": {"x": 1}})
+    assert path.read_text().startswith(before)
+    assert path.read_text().count("## Evaluation") == 1
+    assert "| `a.tsv` | 4.5000 |  |" in path.read_text()
 
 
 def test_what_only_reports_ends_no_run(
