@@ -160,7 +160,7 @@ def test_packed_loss_and_gradients_are_the_sum_of_the_dialogues_one_by_one(
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
     small: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Targets are spread unevenly over the micro-batches of chat; each must weigh the same."""
+    """That of the mean loss. Targets are spread unevenly over the micro-batches of chat."""
     outcomes = []
     for rows, accumulation in ((12, 1), (1, 12)):
         settings = [f"train.batch_size={rows}", "model.dropout=0", "train.max_grad_norm=0"]
@@ -169,11 +169,16 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
         monkeypatch.setattr(made.optimizer, "zero_grad", lambda: None)
         micro_batches = [made.train_batches.micro_batch(i) for i in range(accumulation)]
         made.model.double()
+        if accumulation == 1:
+            [batch] = micro_batches
+            (made.model(**batch.inputs("cpu")) / batch.n_targets).backward()
+            mean = gradients(made.model)
         loss_sum, _ = loop.train_step(made, micro_batches)
         outcomes.append((gradients(made.model), float(loss_sum)))
     (whole, loss), (accumulated, same_loss) = outcomes
     assert same_loss == pytest.approx(loss, rel=1e-9)
     assert_close(accumulated, whole, 1e-9)
+    assert_close(whole, mean, 1e-9)
 
 
 def test_a_micro_batch_without_targets_gives_zero() -> None:
