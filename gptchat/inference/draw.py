@@ -137,12 +137,12 @@ class Draw:
         self.penalizes = bool(self.counted) or any(s.repetition_penalty != 1 for s in settings)
         penalties = [s.repetition_penalty for s in settings]
         self.repetition_penalty = column(penalties, self.device).float()
-        biased = [i for i, s in enumerate(settings) if s.logit_bias]
         self.biases: list[tuple[int, Tensor, Tensor]] = []  # of a row: ids and what they get
-        for i in biased:
-            ids, biases = settings[i].bias_arrays
-            of_row = torch.from_numpy(ids).to(self.device), torch.from_numpy(biases).to(self.device)
-            self.biases.append((i, *of_row))
+        for i, s in enumerate(settings):
+            if s.logit_bias:
+                ids = torch.tensor([*s.logit_bias], device=self.device)
+                biases = torch.tensor([*s.logit_bias.values()], dtype=torch.float32)
+                self.biases.append((i, ids, biases.to(self.device)))
         by_top_k: dict[int | None, list[int]] = {}  # None: greedy rows
         for i, s in enumerate(settings):
             by_top_k.setdefault(s.top_k if s.temperature else None, []).append(i)

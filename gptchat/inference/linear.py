@@ -20,7 +20,7 @@ number, which moves float32 by 1e-6 of the largest output and bfloat16 by its ow
 
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -36,7 +36,8 @@ DTYPES = ("float32", "bfloat16", "int8")
 PLAIN_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 # How far an output row may be from F.linear's in the self-test: relative, in the 2-norm
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}
-_fallback_reported = False
+# A context in which torch looks for no `__torch_function__` of arguments: 7 us a packed weight.
+without_torch_function = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
 
 
 def cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -149,7 +150,12 @@ def kernel_works(dtype: str) -> bool:
             if not error <= TOLERANCE[dtype]:
                 raise ArithmeticError(f"differs from F.linear by {error:.1%}")
     except Exception as error:  # a private API that has changed may raise anything
-        _report_fallback(f"the {dtype} kernel", "F.linear", error)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"warning: torch {torch.__version__} lacks the {dtype} kernel as gptchat knows it; "
+            f"F.linear takes its place, which is slower ({reason:.200})",
+            file=sys.stderr,
+        )
         return False
     return True
 
@@ -159,31 +165,6 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _report_fallback(missing: str, replacement: str, error: Exception) -> None:
-    """Say on stderr what is slower from now on; the first time in a process only."""
-    global _fallback_reported
-    if not _fallback_reported:
-        _fallback_reported = True
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(
-            f"warning: torch {torch.__version__} lacks {missing} as gptchat knows it; "
-            f"{replacement} takes its place, which is slower ({reason:.200})",
-            file=sys.stderr,
-        )
-
-
-def without_torch_function() -> AbstractContextManager[None]:
-    """A context in which torch does not look for `__torch_function__` of its arguments.
-
-    That saves 7 us for each packed weight that an operator is given.
-    """
-    try:
-        return torch._C.DisableTorchFunctionSubclass()
-    except AttributeError as error:
-        _report_fallback("DisableTorchFunctionSubclass", "the usual dispatch", error)
-        return nullcontext()
 
 
 def _best_dtype(device: torch.device) -> str:

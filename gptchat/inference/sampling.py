@@ -7,9 +7,6 @@ terminal, the server and the page take names, defaults, ranges and help from `SE
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-
-import numpy as np
 
 from gptchat.inference.text import WordFilter
 from gptchat.settings import Setting, check_all, declared, setting
@@ -69,13 +66,6 @@ class Sampling:
     def for_item(self, number: int) -> "Sampling":
         """The settings for item `number` of a list, which draws noise of its own: seed + number."""
         return replace(self, seed=self.seed + number)
-
-    @cached_property
-    def bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (n,), int64, and biases (n,), float32: those that `logit_bias` has at first use."""
-        ids = np.fromiter(self.logit_bias.keys(), np.int64, len(self.logit_bias))
-        biases = np.fromiter(self.logit_bias.values(), np.float32, len(self.logit_bias))
-        return ids, biases
 
 
 ANOTHER_SEED = -1  # as people write it: another one each time
