@@ -35,7 +35,7 @@ class GptchatHandler:
         self.metrics = context.metrics
         self.service = Service(
             model,
-            page=render_page(model.name, chat_models, describe(model)),
+            page=render_page(model.name, chat_models, describe(model)) if model.chats else "",
             draining=Path(os.environ.get("GPTCHAT_RUN", folder)) / "draining",
             record=self.record,
             host=os.environ.get("GPTCHAT_HOST", "localhost"),

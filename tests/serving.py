@@ -22,6 +22,7 @@ from gptchat.config import ServerSettings
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.model.pretrained import TRAINED_HERE, AnswerDefaults
 from handlers.served_model import load_served_model
 from handlers.service import Arrival, Chunk, Service
 
@@ -41,6 +42,7 @@ def tiny_model(
     n_positions: int = 128,
     seed: int = 0,
     ends: bool = True,
+    defaults: AnswerDefaults = TRAINED_HERE,
 ) -> Path:
     """A model directory with random weights, wide enough that greedy answers vary, and about 300
     tokens. Without `ends`, its answers have all the tokens that were asked for."""
@@ -73,7 +75,7 @@ def tiny_model(
             model.ln_f.weight[0], model.ln_f.bias[0] = 0, 1
             model.wte.weight[:, 0] = 0
             model.wte.weight[tokenizer.cls_id, 0] = -1000
-    pretrained.save_static(folder, config, tokenizer, task)
+    pretrained.save_static(folder, config, tokenizer, task, defaults)
     pretrained.save_weights(folder, model)
     return folder
 

@@ -13,12 +13,14 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import openai
 import pytest
-from serving import Server, tiny_model
+from conftest import run
+from serving import Server, configs, tiny_model
 
 from gptchat.data.dialogue_files import read_dialogues
-from gptchat.inference.generate import CHAT_SAMPLING
 from gptchat.inference.sampling import SETTINGS
+from gptchat.model.pretrained import TRAINED_HERE, AnswerDefaults
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
@@ -35,13 +37,18 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     # An answer without a token would be no turn.
     large = {"n_embd": 256, "n_layer": 6, "n_positions": 256, "ends": False}
+    picks = AnswerDefaults(TRAINED_HERE.sampling, candidates=8, pick="mmi")
     server = Server(
         folder / "run",
         {
             "chatlm": tiny_model(folder / "chatlm", "chatlm", **large),
-            "second": tiny_model(folder / "second", "chatlm", ends=False),
+            "second": tiny_model(
+                folder / "second", "chatlm", n_positions=256, ends=False, defaults=picks
+            ),
         },
+        f"--configs={configs(folder / 'configs')}",
     )
+    server.models = folder
     yield server.wait_until_ready()
     server.stop()
 
@@ -513,17 +520,15 @@ def test_settings_are_those_of_the_server_and_are_checked(browser, server):
     find(browser, "#tune").click()
     fields = browser.find_elements("css selector", "#fields [id^=setting-]:is(input, textarea)")
     names = {field.get_attribute("id").removeprefix("setting-") for field in fields}
-    assert names >= {*SETTINGS, "n", "seed", "stop", "bad_words"}
+    assert names >= {*SETTINGS, "n", "best_of", "seed", "stop", "bad_words"}
     for name, wrong in {"top_p": "2", "top_k": "1.5", "seed": "x"}.items():
         find(browser, f"#setting-{name}").send_keys(wrong)
         assert "wanted" in find(browser, f"#setting-{name}-help").text
     find(browser, "#setting-temperature").send_keys("0,7")
     browser.get_log("performance")
     say(browser, "hello")
-    body = last_body(browser)
-    sent = {name: body[name] for name in SETTINGS}
-    defaults = {name: getattr(CHAT_SAMPLING, name) for name in SETTINGS}
-    assert sent == defaults | {"temperature": 0.7, "max_new_tokens": 64} and "seed" not in body
+    sent = last_body(browser).keys() - {"model", "messages", "n", "stream", "stream_options"}
+    assert sent == {"temperature"}  # all else is the model's own
 
 
 def test_tokens_a_second_are_told_and_an_answer_can_be_copied(browser, server):
@@ -551,6 +556,29 @@ def test_other_models_of_the_server_can_be_chosen_with_the_same_conversation(bro
     browser.get_log("performance")
     say(browser, "and you?")
     assert last_body(browser)["model"] == "second" and len(turns(browser)) == 4
+
+
+def test_same_seed_gives_the_answer_of_the_terminal_and_of_openais_client(browser, server):
+    """The model picks among candidates, and its own settings hold everywhere."""
+    show(browser, server)
+    choose(browser, seed=5)
+    find(browser, "#model option:last-child").click()
+    eventually(lambda: browser.title == "second")
+    thinking = browser.execute_script(
+        "text.value = 'good morning'; submit();"
+        "return getComputedStyle(document.querySelector('.live'), '::before').content"
+    )
+    assert "thinking" in thinking
+    wait_for_the_answer(browser)
+    ((_, _), (_, answer)) = messages(browser)
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/predictions/second/1.0/v1", api_key="-"
+    )
+    asked = [{"role": "user", "content": "good morning"}]
+    choices = client.chat.completions.create(model="second", messages=asked, seed=5).choices
+    assert [choice.message.content for choice in choices] == [answer]
+    said = ["--prompt", "good morning", "--seed", 5, "--dtype", "float32"]
+    assert run("chat", "--model", server.models / "second", *said).strip() == answer.strip()
 
 
 def test_key_is_asked_for_and_kept_for_the_tab_unless_ticked(browser, proxy):

@@ -33,7 +33,7 @@ def render_page(name: str, models: Sequence[str], description: Mapping[str, Any]
     server = {
         "name": name,
         "models": list(models),
-        "settings": _settings(description["components"]["schemas"]["original"]["properties"]),
+        "settings": _settings(description["components"]["schemas"]),
         "max_messages": MOST_TURNS,
     }
     html = html.replace("{style}", styles, 1).replace("{script}", scripts, 1)
@@ -54,10 +54,14 @@ def _put_in(html: str, reference: re.Pattern[str], tag: str) -> tuple[str, str]:
     return reference.sub(inline, html), " ".join(hashes)
 
 
-def _settings(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The schemas of all settings, each under the first of its names."""
-    return {
-        name: schema
-        for name, schema in properties.items()
-        if name not in NOT_SETTINGS and schema.get("x-setting", name) == name
-    }
+def _settings(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """The schemas of the settings that both APIs have, each under the first of its names.
+
+    The page asks OpenAI's, so the defaults are from there, but for the number of candidates.
+    """
+    original, chat = [schemas[name]["properties"] for name in ("original", "chat")]
+    settings = {"n": original["n"]}
+    for name in original:
+        if name not in NOT_SETTINGS and chat[name].get("x-setting", name) == name:
+            settings.setdefault(name, chat[name])
+    return settings

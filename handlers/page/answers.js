@@ -51,7 +51,7 @@ async function ask({ n = 1, earlier = null, sent = null }) {
   state.notice = null;
   draw();
   scrollToEnd();
-  announce("Writing an answer");
+  announce("Thinking of an answer");
   const outcome = await attempt(request);
   takeIn(request, earlier);
   if (state.request !== request) return;  // another conversation is shown by now

@@ -2,17 +2,20 @@
 // The form of settings, built from the JSON Schema that the server puts into the page, so that it
 // shows whatever this server's model can do. An empty field means the default.
 
+const OWN = "the model's";
 const NAMES = { n: "Candidates" };  // where the setting's own name would tell too little
 const HELP = {
   n: "answers among which Regenerate lets you pick",
   seed: "the same seed gives the same answer; empty or -1: another each time",
   stop: "what ends the answer, one a line; \\n is a line break",
   bad_words: "what the answer must not contain, one a line",
+  pick: "the rule that chooses among the candidates drawn",
 };
 
 // --- a setting: its kind, its text in a field, its value
 
 function kindOf(schema) {
+  if (schema.enum) return "choice";
   if (schema.type === "number" || schema.type === "integer") return schema.type;
   if (Array.isArray(schema.default)) return "words";
   return "";  // no field can show it
@@ -26,6 +29,10 @@ function textOf(value) {
 // The value of a field's text; undefined for the default. Throws an Error that says what is wanted.
 function valueOf(text, schema) {
   if (!text.trim()) return undefined;
+  if (kindOf(schema) === "choice") {
+    if (!schema.enum.includes(text)) throw new Error("wanted one of " + schema.enum.join(", "));
+    return text;
+  }
   if (kindOf(schema) === "words") {
     return text.split("\n").filter(line => line).map(line => line.replaceAll("\\n", "\n"));
   }
@@ -45,15 +52,10 @@ function wanted(schema) {
 
 // --- what is sent
 
-// Every setting but `n`, defaults included, since those of OpenAI's API are others.
+// What the person chose; the server fills in the model's own settings. `n` is for Regenerate.
 function settingsToSend() {
-  const values = {};
-  for (const [name, schema] of Object.entries(server.settings)) {
-    const value = chosenValue(name) ?? schema.default;
-    const isNothing = value === undefined || value.length === 0;
-    if (name !== "n" && kindOf(schema) && !isNothing) values[name] = value;
-  }
-  return values;
+  const names = Object.keys(state.chosen).filter(name => name !== "n");
+  return Object.fromEntries(names.map(name => [name, chosenValue(name)]));
 }
 
 function candidates() {
@@ -77,14 +79,18 @@ function drawSettings() {
 }
 
 function drawSetting(name, schema) {
-  const isWords = kindOf(schema) === "words";
-  const field = element(isWords ? "textarea" : "input", "");
+  const kind = kindOf(schema);
+  const isWords = kind === "words";
+  const field = element({ words: "textarea", choice: "select" }[kind] ?? "input", "");
   const help = element("p", "help", HELP[name] ?? schema.description ?? "");
   const label = element("label", "", NAMES[name] ?? readable(name));
   field.id = label.htmlFor = "setting-" + name;
   help.id = field.id + "-help";
   field.setAttribute("aria-describedby", help.id);
-  field.placeholder = isWords ? "none" : schema.default ?? "random";
+  field.placeholder = isWords ? "none" : schema.default ?? (name === "seed" ? "random" : OWN);
+  if (kind === "choice") {
+    field.append(new Option(OWN, ""), ...schema.enum.map(value => new Option(value)));
+  }
   field.value = textOf(chosenValue(name));
   field.autocomplete = "off";
   if (isWords) field.rows = 2;
