@@ -25,6 +25,7 @@ from gptchat.inference.text import StreamDecoder
 from handlers.body import Refusal
 from handlers.loop import Ticket
 from handlers.served_model import ServedModel
+from handlers.settings import Plan
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -59,13 +60,12 @@ class Choice(CandidateText):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        index: int,
         stop: Sequence[str],
         beginning: Sequence[int],
         echo: str,
     ):
         super().__init__(tokenizer, stop, beginning, echo)
-        self.index = index
+        self.index = 0  # in the answer
         self.tokens: list[ScoredToken] = []
         self.n_text_sent = 0  # characters
         self.n_tokens_sent = 0
@@ -99,7 +99,10 @@ class Choice(CandidateText):
 
 
 class Generation:
-    """What is generated for one request: n choices for each prompt.
+    """What is generated for one request: n choices for each prompt, out of `plan.best_of`.
+
+    Where a choice is to be made, all candidates of a prompt are completed before `rank`, on the
+    decode thread, says which are the best; a stream then sends each at once.
 
     A subclass is an API. It says what can be asked for (`declare`), reads that into `requests` for
     the engine, and shapes answers. `undeclared` are the fields of the body that `declare` lacks.
@@ -110,12 +113,14 @@ class Generation:
     path: ClassVar[str]  # after /predictions/NAME/1.0/
     whole_answer: ClassVar[type[Struct]]
     chunk: ClassVar[type[Struct]]  # an event
+    ranks_all: ClassVar[bool] = False  # also if all candidates are given
 
     def __init__(
         self,
         model: ServedModel,
         id: str,
         asked: Any,
+        plan: Plan,
         requests: Sequence[Request],
         stop: Sequence[str],
         *,
@@ -129,19 +134,26 @@ class Generation:
         self.requests = requests
         self.ignored = ignored  # fields, as `unread.py` counts them
         self.stream: bool = asked.stream
-        self.n: int = asked.n  # candidates of each prompt
+        self.n: int = asked.n  # choices for each prompt
+        self.pick = plan.pick
         self.began = time.monotonic()
         self.created = int(time.time())
         self.first_token = 0.0  # time.monotonic(), as `began`; 0: none yet
         self.n_cached = 0  # prompt tokens that the engine had in its cache
+        self.logprobs: int | None = None  # that the client asked for
         self.tokenizer = model.generator.tokenizer
         self.echoes = echo  # the prompt's text comes before the answer
-        self.choices: list[Choice] = []
+        self.candidates: list[list[Choice]] = []  # of each prompt
         for request in requests:
             text = self.tokenizer.decode(list(request.input_ids)) if echo else ""
-            for _ in range(self.n):
-                choice = Choice(self.tokenizer, len(self.choices), stop, beginning, text)
-                self.choices.append(choice)
+            drawn = [Choice(self.tokenizer, stop, beginning, text) for _ in range(plan.best_of)]
+            self.candidates.append(drawn)
+        self.given: list[list[Choice]] = [[] for _ in requests]  # choices of each prompt
+        self.best: list[Choice] = [drawn[0] for drawn in self.candidates]
+        self.ranks = plan.best_of > self.n or (self.ranks_all and self.n > 1)
+        if not self.ranks:
+            for prompt in range(len(requests)):
+                self.choose(prompt, list(range(self.n)))
 
     @classmethod
     def declare(cls, model: ServedModel) -> type[Struct]:
@@ -149,8 +161,13 @@ class Generation:
         raise NotImplementedError
 
     @property
+    def choices(self) -> list[Choice]:
+        """What the client gets, as far as it is known."""
+        return [choice for choices in self.given for choice in choices]
+
+    @property
     def done(self) -> bool:
-        return all(choice.finish_reason for choice in self.choices)
+        return all(self.given) and all(choice.finish_reason for choice in self.choices)
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -165,6 +182,11 @@ class Generation:
     def n_new_tokens(self) -> int:
         return sum(choice.n_tokens for choice in self.choices)
 
+    @property
+    def n_drawn_tokens(self) -> int:
+        """Of all candidates."""
+        return sum(choice.n_tokens for drawn in self.candidates for choice in drawn)
+
     def take(self, prompt: int, output: Output) -> bool:
         """Add an output of the request for prompt number `prompt`.
 
@@ -175,18 +197,38 @@ class Generation:
             self._take_prompt_scores(prompt, output.prompt_logprobs)
         if output.token is not None and not self.first_token:
             self.first_token = time.monotonic()
-        choice = self.choices[prompt * self.n + output.candidate]
+        choice = self.candidates[prompt][output.candidate]
         choice.take(output)
         return choice.must_cancel
 
     def _take_prompt_scores(self, prompt: int, scores: list[Scored]) -> None:
         decoder = StreamDecoder(self.tokenizer)
         offset = 0
-        first = prompt * self.n
         for scored in scores:
-            for choice in self.choices[first : first + self.n]:
+            for choice in self.candidates[prompt]:
                 choice.tokens.append(ScoredToken(offset, scored))
             offset += len(decoder.push(scored.token))
+
+    def is_to_rank(self, prompt: int) -> bool:
+        """Whether a prompt's candidates have all ended, and one is to be chosen."""
+        drawn = self.candidates[prompt]
+        return self.ranks and all(choice.finish_reason for choice in drawn)
+
+    def rank(self, prompt: int) -> list[int]:
+        """The numbers of a prompt's candidates, best first. It may run the model."""
+        generator = self.model.generator
+        return generator.rank(self.pick, self.requests[prompt], self.candidates[prompt])
+
+    def choose(self, prompt: int, ranking: list[int]) -> None:
+        """Give the first n of a ranking; all of them in the order in which they were drawn."""
+        if self.given[prompt]:
+            return
+        drawn = self.candidates[prompt]
+        self.best[prompt] = drawn[ranking[0]]
+        chosen = ranking[: self.n] if len(drawn) > self.n else range(self.n)
+        for index, number in enumerate(chosen, prompt * self.n):
+            drawn[number].index = index
+            self.given[prompt].append(drawn[number])
 
     def events(self) -> list[Struct]:
         """What a stream sends now."""

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from gptchat.inference.engine import Engine, Output, Request
 
@@ -37,8 +38,8 @@ class Ticket:
     has_token: bool = False
 
 
-# An output of a request, or the exception with which the engine refused the request.
-Result = tuple[Ticket, Output | Exception]
+# An output of a request, what a call for it returned, or the exception that either raised.
+Result = tuple[Ticket, Any]
 
 
 class DecodeLoop(threading.Thread):
@@ -73,6 +74,10 @@ class DecodeLoop(threading.Thread):
         The outbox may still hold outputs of it.
         """
         self.inbox.put(partial(self._cancel, ticket, candidate))
+
+    def call(self, ticket: Ticket, function: Callable[[], Any]) -> None:
+        """Have a function run between two steps, which may use the model."""
+        self.inbox.put(partial(self._call, ticket, function))
 
     def collect(self, hurry: bool) -> list[Result]:
         """Begin a round and wait for its batch.
@@ -130,6 +135,14 @@ class DecodeLoop(threading.Thread):
         self.engine.cancel(ticket.engine_id, candidate)
         if candidate is None:
             self.tickets.pop(ticket.engine_id, None)
+
+    def _call(self, ticket: Ticket, function: Callable[[], Any]) -> None:
+        try:
+            result = function()
+        except Exception as error:
+            result = error
+        self.batch.append((ticket, result))
+        self.due = True
 
     def _begin_round(self, deadline: float) -> None:
         self.deadline = deadline

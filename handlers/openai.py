@@ -12,16 +12,15 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from gptchat.data.dialogue import SPEAKERS, TextTurn
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.engine import Request
-from gptchat.inference.sampling import Sampling
+from gptchat.inference.pick import CANDIDATES
 from handlers.answers import Choice, Generation, ScoredToken
-from handlers.body import Refusal
+from handlers.body import SYNONYMS, Refusal
 from handlers.original import MOST_TURNS
 from handlers.served_model import ServedModel
-from handlers.settings import MOST_ANSWERS, MOST_LOGPROBS, SamplingMaker, with_settings, words
+from handlers.settings import MOST_ANSWERS, MOST_LOGPROBS, Plan, with_settings, words
 from handlers.unread import check_unread, counted_name
 
 COMPLETION_TOKENS = 16  # OpenAI's default length of a completion
-NEUTRAL = Sampling()  # OpenAI's clients expect settings that change nothing
 
 Best = Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)]
 FinishReason = Literal["stop", "length"]
@@ -197,6 +196,7 @@ class OpenAIGeneration(Generation):
         id: str,
         asked: Any,
         body: dict[str, Any],
+        plan: Plan,
         requests: list[Request],
         logprobs: int | None,
         echo: bool = False,
@@ -205,7 +205,9 @@ class OpenAIGeneration(Generation):
         ignored = check_unread(unread)
         options = body.get("stream_options", {}).keys() - {"include_usage"}
         ignored |= set(map(counted_name, options))
-        super().__init__(model, id, asked, requests, words(asked.stop), echo=echo, ignored=ignored)
+        super().__init__(
+            model, id, asked, plan, requests, words(asked.stop), echo=echo, ignored=ignored
+        )
         self.logprobs = logprobs
 
     def event(self, choice: Choice) -> Struct:
@@ -253,26 +255,31 @@ class Completions(OpenAIGeneration):
 
     @classmethod
     def declare(cls, model: ServedModel) -> type[Struct]:
-        return with_settings(CompletionRequest, cls.kind, model, NEUTRAL, COMPLETION_TOKENS, 1)
+        return with_settings(CompletionRequest, cls.kind, model, COMPLETION_TOKENS, candidates=1)
 
     def __init__(self, model: ServedModel, id: str, asked: Any, body: dict[str, Any]):
         if "messages" in body:
             raise Refusal(
                 "completions take no messages: v1/chat/completions takes them", 400, "messages"
             )
+        keep_greedy_plain(asked, body)
         logprobs = None if asked.logprobs is UNSET else asked.logprobs
         prompts = prompts_of(asked.prompt, model)
-        if len(prompts) * asked.n > MOST_ANSWERS:
-            message = f"{len(prompts) * asked.n} answers at once, wanted at most {MOST_ANSWERS}"
+        plan = Plan(model, asked, logprobs=logprobs)
+        if plan.pick == "mmi":
+            message = "pick is 'mmi': a completion answers no context; wanted median or first"
+            raise Refusal(message, param="pick")
+        answers = len(prompts) * plan.best_of
+        if answers > MOST_ANSWERS:
+            message = f"{answers} answers at once, wanted at most {MOST_ANSWERS}"
             raise Refusal(message, param="prompt")
-        maker = SamplingMaker(model, asked, logprobs)
         requests = []
         for number, given in enumerate(prompts):
             ids = model.prompt(given)
-            sampling = maker.make(model.n_ctx - len(ids), number)
+            sampling = plan.sampling(model.n_ctx - len(ids), number)
             score = asked.echo and logprobs is not None
-            requests.append(model.continuation(ids, sampling, asked.n, score))
-        super().__init__(model, id, asked, body, requests, logprobs, asked.echo)
+            requests.append(model.continuation(ids, sampling, plan.best_of, score))
+        super().__init__(model, id, asked, body, plan, requests, logprobs, asked.echo)
 
     def piece(self, choice: Choice) -> Struct:
         return self._choice(choice, choice.unsent_text, choice.unsent_tokens)
@@ -296,17 +303,20 @@ class Chat(OpenAIGeneration):
 
     @classmethod
     def declare(cls, model: ServedModel) -> type[Struct]:
-        return with_settings(ChatRequest, cls.kind, model, NEUTRAL, model.default_new_tokens, 1)
+        return with_settings(ChatRequest, cls.kind, model, model.chat_new_tokens, candidates=1)
 
     def __init__(self, model: ServedModel, id: str, asked: Any, body: dict[str, Any]):
+        keep_greedy_plain(asked, body)
         logprobs = asked.top_logprobs if asked.logprobs else None
-        sampling = SamplingMaker(model, asked, logprobs).make(model.n_ctx)
+        generator = model.generator
+        candidates = generator.candidates if generator.candidates > 1 else CANDIDATES
+        plan = Plan(model, asked, generator.default_pick, candidates, logprobs)
         turns = [turn for i, message in enumerate(asked.messages) for turn in said(message, i)]
         beginning: list[int] = []
         if turns and turns[-1][0] == SPEAKERS["assistant"]:
             beginning = model.encode(turns.pop()[1])
-        request = model.reply(turns, beginning, sampling, asked.n)
-        super().__init__(model, id, asked, body, [request], logprobs)
+        request = model.reply(turns, beginning, plan.sampling(model.n_ctx), plan.best_of)
+        super().__init__(model, id, asked, body, plan, [request], logprobs)
 
     def piece(self, choice: Choice) -> Struct:
         delta = Delta(choice.unsent_text, "assistant" if choice.sent_nothing else UNSET)
@@ -319,6 +329,14 @@ class Chat(OpenAIGeneration):
 
     def _logprobs(self, tokens: list[ScoredToken]) -> ChatLogprobs | None:
         return None if self.logprobs is None else chat_logprobs(self.tokenizer, tokens)
+
+
+def keep_greedy_plain(asked: Any, body: dict[str, Any]) -> None:
+    """A client that asks for temperature 0, as lm-eval does, wants the likeliest tokens: the
+    model's own repetition penalty does not hold then."""
+    penalty = SYNONYMS["repetition_penalty"]
+    if body.get("temperature") == 0 and not any(name in body for name in penalty):
+        asked.repetition_penalty = 1.0
 
 
 def prompts_of(prompt: str | list[Any], model: ServedModel) -> Sequence[str | list[int]]:

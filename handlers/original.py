@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from gptchat.data.dialogue import SPEAKERS, alternate
-from gptchat.inference.pick import CANDIDATES, pick_median
+from gptchat.inference.pick import CANDIDATES
 from handlers.answers import Choice, Generation
 from handlers.body import SYNONYMS, Refusal
 from handlers.served_model import ServedModel
-from handlers.settings import SamplingMaker, with_settings, words
+from handlers.settings import Plan, with_settings, words
 
 MOST_TURNS = 1000
 
@@ -62,6 +62,8 @@ class OriginalEvent(Struct):
 class Original(Generation):
     """Five candidates, of which the one of median length is the response; one if it is streamed."""
 
+    ranks_all = True
+
     kind = "original"
     path = ""
     whole_answer = OriginalAnswer
@@ -74,8 +76,7 @@ class Original(Generation):
             request,
             cls.kind,
             model,
-            model.generator.sampling,
-            model.default_new_tokens,
+            model.original_new_tokens,
             candidates=CANDIDATES,
             longest=model.most_new_tokens,
         )
@@ -88,22 +89,22 @@ class Original(Generation):
         self.request: dict[str, Any] = {
             key: body[key] for key in ("context", "response") if key in body
         }
-        maker = SamplingMaker(model, asked)
+        plan = Plan(model, asked)
         beginning: list[int] = []
         if model.chats:
             beginning = model.encode(asked.response)
             context = asked.context
             turns = [context] if isinstance(context, str) else context
             dialogue = alternate(turns, last_speaker=SPEAKERS["user"])
-            request = model.reply(dialogue, beginning, maker.make(model.n_ctx), asked.n)
+            request = model.reply(dialogue, beginning, plan.sampling(model.n_ctx), plan.best_of)
         else:
             ids = model.prompt(asked.context)
             room = model.n_ctx - len(ids)
             if given(body, "max_new_tokens") and asked.max_new_tokens > room:
                 found = f"it has {len(ids)} tokens, with {asked.max_new_tokens} to be generated"
                 raise model.too_long(found)
-            request = model.continuation(ids, maker.make(room), asked.n, score=False)
-        super().__init__(model, id, asked, [request], words(asked.stop), beginning=beginning)
+            request = model.continuation(ids, plan.sampling(room), plan.best_of, score=False)
+        super().__init__(model, id, asked, plan, [request], words(asked.stop), beginning=beginning)
 
     @property
     def frame_bytes(self) -> int:
@@ -128,7 +129,7 @@ class Original(Generation):
             seconds=round(now - self.began, 4),
             first_token_seconds=round((self.first_token or now) - self.began, 4),
         )
-        return OriginalAnswer(pick_median(texts), self.request, info)
+        return OriginalAnswer(self.best[0].text, self.request, info)
 
 
 def given(body: dict[str, Any], setting: str) -> bool:

@@ -130,11 +130,10 @@ def check_size(generation: Generation, live: Iterable[Generation]) -> None:
 
 def answer_bytes(generation: Generation) -> int:
     """How large an answer's JSON can become, but for unusually long tokens."""
-    sampling = generation.requests[0].sampling
     text, event, logprob = 16, 320, 100  # bytes: of a token, what is around it, its logprob
     per_token = text
-    if sampling.logprobs is not None:
-        per_token += (1 + sampling.logprobs) * logprob
+    if generation.logprobs is not None:
+        per_token += (1 + generation.logprobs) * logprob
     n_new = sum(request.sampling.max_new_tokens for request in generation.requests)
     n_echoed = generation.n_prompt_tokens if generation.echoes else 0
     total = generation.n * (n_new + n_echoed) * per_token

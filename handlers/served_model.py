@@ -24,7 +24,7 @@ from gptchat.model.gpt2 import GPT2Config
 from gptchat.runtime import tune_memory
 from handlers.body import Refusal
 
-DEFAULT_NEW_TOKENS = 64  # of an answer, where the request does not say
+ORIGINAL_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,14 @@ class ServedModel:
         return min(self.settings.max_new_tokens, self.n_ctx)
 
     @property
-    def default_new_tokens(self) -> int:
-        """A ChatLM's answer leaves half of the context to the dialogue."""
-        most = self.n_ctx // 2 if self.chats else self.n_ctx
-        return min(DEFAULT_NEW_TOKENS, most)
+    def original_new_tokens(self) -> int:
+        """The original API's default length of an answer."""
+        return min(ORIGINAL_NEW_TOKENS, self.chat_new_tokens if self.chats else self.n_ctx)
+
+    @property
+    def chat_new_tokens(self) -> int:
+        """A message's default length: the terminal's, with half the context for the dialogue."""
+        return min(self.generator.sampling.max_new_tokens, self.n_ctx // 2)
 
     @cached_property
     def longest_text(self) -> int:

@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,12 +181,24 @@ class Service:
             answer, prompt = self.owners[ticket]
             self._guarded(answer, self.take, ticket, prompt, output)
 
-    def take(self, answer: Answer, ticket: Ticket, prompt: int, output: Output | Exception) -> None:
-        """Add an output to its answer; free the slot of a candidate that a stop string ended."""
+    def take(self, answer: Answer, ticket: Ticket, prompt: int, output: Any) -> None:
+        """Add an output, or a ranking of candidates, to its answer.
+
+        Frees the slot of a candidate that a stop string ended; has candidates ranked once they all
+        have ended.
+        """
         if isinstance(output, Exception):
             raise output
-        if answer.generation and answer.generation.take(prompt, output):
+        generation = answer.generation
+        if generation is None:
+            return
+        if not isinstance(output, Output):
+            generation.choose(prompt, output)
+            return
+        if generation.take(prompt, output):
             self.loop.cancel(ticket, output.candidate)
+        if generation.is_to_rank(prompt):
+            self.loop.call(ticket, partial(generation.rank, prompt))
 
     def _fail_all(self) -> None:
         """Tell everybody that the decode thread has died; end the process once that is sent."""
@@ -222,7 +235,7 @@ class Service:
             kind = answer.generation.kind
             first_token = answer.generation.first_token
             n_prompt = answer.generation.n_prompt_tokens
-            n_new = answer.generation.n_new_tokens
+            n_new = answer.generation.n_drawn_tokens
             n_cached = answer.generation.n_cached
             for name in sorted(answer.generation.ignored):
                 self._record("counter", "ignored_fields", 1, name)
@@ -232,7 +245,8 @@ class Service:
         self._record("counter", "cached_tokens", n_cached)
         self._record("counter", "generated_tokens", n_new)
         if answer.generation and first_token:
-            longest = max(choice.n_tokens for choice in answer.generation.choices)
+            drawn = [choice for each in answer.generation.candidates for choice in each]
+            longest = max(choice.n_tokens for choice in drawn)
             self._record("histogram", "first_token_seconds", first_seconds)
             self._record("histogram", "token_seconds", (ended - first_token) / longest)
         line = "%s %s %s %s: %d + %d tokens, first %.3f s, all %.3f s"

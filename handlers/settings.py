@@ -1,13 +1,14 @@
-"""The settings that a request of every API may choose: their declaration, and the Sampling of them.
+"""The settings that a request of every API may choose, and the plan that they make.
 
 Numbers, ranges and help are those of `sampling.SETTINGS`. The limits here are constants: they bound
 what one request can cost, and are far above what people ask for.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 
+from gptchat.inference.pick import PICKS
 from gptchat.inference.sampling import ANOTHER_SEED, LARGEST_BIAS, SETTINGS, Sampling, chosen_seed
 from gptchat.inference.text import WordFilter
 from handlers.body import SYNONYMS, Refusal
@@ -43,24 +44,29 @@ def with_settings(
     request: type[Struct],
     name: str,
     model: ServedModel,
-    defaults: Sampling,
     new_tokens: int,
     candidates: int,
     longest: int = LARGEST_LENGTH,
 ) -> type[Struct]:
     """A request's declaration with the settings of all APIs beside its own fields.
 
-    `new_tokens` and `candidates` are the defaults of these two, `longest` is the largest length
-    that may be asked for.
+    The model's own settings are the defaults. `new_tokens` and `candidates` are those of the length
+    and of `n`; `longest` is the largest length that may be asked for.
     """
     most = min(MOST_CANDIDATES, model.generator.engine.slots)
     help = SETTINGS["max_new_tokens"].help
     fields: dict[str, tuple[Any, Any]] = {
-        setting: (_number(setting), getattr(defaults, setting)) for setting in SETTINGS
+        setting: (_number(setting), getattr(model.generator.sampling, setting))
+        for setting in SETTINGS
     }
     fields["max_new_tokens"] = Annotated[int, Meta(ge=0, le=longest, description=help)], new_tokens
     n_help = "candidates; one if they are streamed in the original's API"
     fields["n"] = Annotated[int, Meta(ge=1, le=most, description=n_help)], min(candidates, most)
+    best_help = "candidates drawn for each prompt, of which the n best are given"
+    slots = model.generator.engine.slots
+    best_of = Annotated[int, Meta(ge=1, le=slots, description=best_help)]
+    fields["best_of"] = best_of | UnsetType, UNSET
+    fields["pick"] = Literal[PICKS] | UnsetType, UNSET
     fields["logit_bias"] = Biases, {}
     fields["seed"] = Seed | UnsetType, UNSET
     fields["stop"] = Stops, []
@@ -86,19 +92,32 @@ def words(given: str | list[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-class SamplingMaker:
-    """Makes the Sampling of each prompt of a request. Raises Refusal.
+class Plan:
+    """How the candidates of a request are drawn, and by which rule `pick` the best are chosen.
 
-    Prompt number i has the seed + i, so it draws its own noise, and is answered as it would be
-    alone with that seed.
+    `best_of` candidates are drawn for each prompt. Raises Refusal.
     """
 
-    def __init__(self, model: ServedModel, asked: Any, logprobs: int | None = None):
+    def __init__(
+        self,
+        model: ServedModel,
+        asked: Any,
+        default_pick: str = "median",
+        default_best_of: int = 1,
+        logprobs: int | None = None,
+    ):
+        self.pick, self.best_of = _choice(asked, default_pick, default_best_of)
+        try:
+            model.generator.check_pick(self.pick, model.generator.task)
+        except ValueError as error:
+            raise Refusal(str(error), param="pick") from None
         tokenizer = model.generator.tokenizer
         for id in asked.logit_bias:
             if int(id) >= tokenizer.vocab_size:
                 message = f"logit_bias names token {id}; wanted ids below {tokenizer.vocab_size}"
                 raise Refusal(message, param="logit_bias")
+        if self.best_of > 1 and self.pick == "mmi":
+            logprobs = logprobs or 0
         asked.seed = chosen_seed(ANOTHER_SEED if asked.seed is UNSET else asked.seed)
         forbidden = words(asked.bad_words)
         self.most_new_tokens = min(asked.max_new_tokens, model.most_new_tokens)
@@ -109,7 +128,25 @@ class SamplingMaker:
             "seed": asked.seed,
         }
 
-    def make(self, room: int, number: int = 0) -> Sampling:
-        """For prompt `number`, beside which `room` tokens are left of the context."""
+    def sampling(self, room: int, number: int = 0) -> Sampling:
+        """For prompt `number`, beside which `room` tokens are left of the context.
+
+        Each prompt draws its own noise: it is answered as alone with the seed + number.
+        """
         values = self.values | {"max_new_tokens": min(self.most_new_tokens, room)}
         return Sampling(**values).for_item(number)
+
+
+def _choice(asked: Any, default_pick: str, default_best_of: int) -> tuple[str, int]:
+    """The rule, and among how many. More than are wanted are drawn if that is asked for, or by
+    default for a single answer that is not greedy."""
+    pick = default_pick if asked.pick is UNSET else asked.pick
+    if asked.best_of is UNSET:
+        is_plain = pick == "first" or asked.n > 1 or asked.temperature == 0
+        return pick, asked.n if is_plain else default_best_of
+    if asked.best_of < asked.n:
+        message = f"best_of is {asked.best_of}; wanted at least n, {asked.n}"
+        raise Refusal(message, param="best_of")
+    if pick == "first" and asked.pick is UNSET:
+        pick = "median"
+    return pick, asked.best_of

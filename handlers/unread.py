@@ -42,7 +42,6 @@ UNAVAILABLE = {
     "modalities": Unavailable([["text"]], "this model writes text only"),
     "web_search_options": Unavailable([], "this model searches nothing"),
     "suffix": Unavailable([""], "this model continues a text and fills no gap"),
-    "best_of": Unavailable([1], "all of this model's candidates are returned"),
     "stop_token_ids": Unavailable([[]], "this model stops at strings (stop) only"),
     "ignore_eos": Unavailable([False], "this model's end is banned by logit_bias"),
     "typical_p": Unavailable([1, 0], NO_SUCH_DRAW),

@@ -19,7 +19,7 @@ from gptchat.inference.generate import (
     load_generator,
     prompt_room,
 )
-from gptchat.inference.pick import last_turn, pick_median, reply_logprobs
+from gptchat.inference.pick import last_turn, nearest_to_median, reply_logprobs
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
 
@@ -231,7 +231,7 @@ def test_several_candidates_give_the_one_of_median_length_when_all_have_ended(ge
     texts = [whole_text(generator.tokenizer, c.ids).partition(stop)[0] for c in candidates]
     *earlier, last = generator.stream([request], [stop])
     assert earlier and not any(piece.text or piece.last for piece in earlier)
-    assert last.last and last.text == pick_median(texts)
+    assert last.last and last.text == texts[nearest_to_median(texts)[0]]
 
 
 def logprob_of_reply(generator: TextGenerator, turn: list[int], reply: list[int]) -> float:

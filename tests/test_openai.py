@@ -8,7 +8,10 @@ import torch
 from serving import ROOT, ServiceClient
 from test_service import CHAT, TEXT
 
+from gptchat.inference.generate import load_generator
+from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
+from gptchat.model.pretrained import TRAINED_HERE
 from handlers.body import SYNONYMS
 from handlers.unread import IGNORED, OTHER, UNAVAILABLE
 
@@ -81,20 +84,12 @@ def test_a_last_message_of_the_assistants_is_continued(chat):
     user, begun = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am"})
     original = chat.ask({"context": "hello", "response": "I am", "n": 1, "seed": 3, "top_k": 9})[1]
     for more in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
-        body = {"messages": [user, begun], "seed": 3} | usual(chat) | {"top_k": 9} | more
+        body = {"messages": [user, begun], "seed": 3, "max_tokens": 64, "top_k": 9} | more
         assert "I am" + texts(chat, body, CHAT)[0] == original["response"]
     silent = {"role": "assistant", "content": None}
     asked = [texts(chat, {"messages": m} | GREEDY, CHAT) for m in ([user], [user, silent])]
     assert asked[0] == asked[1]
     assert texts(chat, {"messages": [begun]} | GREEDY, CHAT)[0]
-
-
-def usual(client):
-    """The original API's default settings, as OpenAI's API takes them."""
-    description = client.ask(bytearray(), "v1/openapi.json")[1]
-    properties = description["components"]["schemas"]["original"]["properties"]
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
-    return {name: properties[name]["default"] for name in names}
 
 
 def test_content_may_come_in_parts(chat):
@@ -204,6 +199,97 @@ def test_chat_log_probabilities_list_each_token_with_its_bytes_and_the_best(chat
         best = token["top_logprobs"]
         assert len(best) == 2 and best[0]["logprob"] >= best[1]["logprob"]
         assert best[0] | {"top_logprobs": best} == token  # greedy
+
+
+# --- candidates
+
+
+@pytest.mark.parametrize("pick", ["median", "mmi"])
+def test_the_best_of_several_are_given_as_they_are_ranked(chat, pick):
+    """n of best_of candidates; a stream sends each at once."""
+    generator = chat.service.model.generator
+    asked = ROUTES[CHAT] | {"seed": 5, "max_tokens": 12, "temperature": 1.5, "pick": pick}
+    all_six = texts(chat, asked | {"n": 6}, CHAT)
+    assert texts(chat, asked | {"n": 6, "best_of": 6}, CHAT) == all_six
+    one = texts(chat, asked | {"best_of": 6}, CHAT)
+    two = texts(chat, asked | {"best_of": 6, "n": 2}, CHAT)
+    assert two[0] == one[0] and set(two) <= set(all_six) and len(two) == 2
+    sampling = Sampling(**generator_sampling(asked), max_new_tokens=12, seed=5, logprobs=0)
+    request = generator.request([(0, generator.tokenizer.encode("Hi"))], sampling, n=6)
+    assert one == offline(chat).complete([request], pick=pick)
+    events = events_of(chat.ask(asked | {"best_of": 6, "n": 2, "stream": True}, CHAT)[1])
+    choices = [event["choices"][0] for event in events]
+    assert [choice["delta"]["content"] for choice in choices] == two
+    assert [choice["index"] for choice in choices] == [0, 1]
+    answer = chat.ask(asked | {"best_of": 6}, CHAT)[1]
+    assert answer["usage"]["completion_tokens"] <= 12
+
+
+def generator_sampling(asked):
+    return TRAINED_HERE.sampling | {"temperature": asked["temperature"]}
+
+
+def offline(client):
+    """The same model with an engine of its own, whose steps are the caller's."""
+    return load_generator(client.model, 16, "float32")
+
+
+def test_a_model_that_picks_by_default_does_so_where_a_single_answer_is_drawn(chat, monkeypatch):
+    generator = chat.service.model.generator
+    monkeypatch.setattr(generator, "candidates", 7)
+    monkeypatch.setattr(generator, "default_pick", "mmi")
+    seed = {"seed": 3, "max_tokens": 9, "temperature": 1.5}
+
+    def drawn(body, path=CHAT):
+        generation = chat.service.routes.post(path, ROUTES[path] | seed | body, "", [])
+        return generation.requests[0].n, generation.pick
+
+    assert drawn({}) == drawn({"stream": True}) == (7, "mmi")
+    assert [drawn(body)[0] for body in ({"n": 2}, {"temperature": 0}, {"pick": "first"})] == [
+        2,
+        1,
+        1,
+    ]
+    assert drawn({"best_of": 3, "pick": "median"}) == (3, "median")
+    assert drawn({}, TEXT)[0] == 1  # a completion answers no context
+    assert texts(chat, ROUTES[CHAT] | seed, CHAT) == texts(
+        chat, ROUTES[CHAT] | seed | {"best_of": 7, "pick": "mmi"}, CHAT
+    )
+    original = chat.service.routes.post("", {"context": "Hi"}, "", [])
+    assert (original.requests[0].n, original.pick) == (5, "median")
+
+
+def test_the_originals_response_is_picked_among_its_candidates(chat):
+    asked = {"context": "Hi", "seed": 5, "max_tokens": 12, "temperature": 1.5}
+    answers = [chat.ask(asked | {"pick": pick})[1] for pick in ("first", "median", "mmi")]
+    outputs = [answer["model_info"]["output"] for answer in answers]
+    assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0]) == 5
+    assert answers[0]["response"] == outputs[0][0]
+    message = {"messages": [{"role": "user", "content": "Hi"}], "best_of": 5, "pick": "mmi"}
+    same = {key: value for key, value in asked.items() if key != "context"}
+    assert texts(chat, message | same, CHAT) == [answers[2]["response"]]
+
+
+@pytest.mark.parametrize(
+    "path, body, field",
+    [
+        (CHAT, {"n": 3, "best_of": 2}, "best_of"),
+        (CHAT, {"best_of": 33}, "best_of"),
+        (CHAT, {"pick": "worst"}, "pick"),
+        (TEXT, {"best_of": 2, "pick": "mmi"}, "pick"),
+        (TEXT, {"prompt": ["a"] * 33, "best_of": 2}, "prompt"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_refused(chat, path, body, field):
+    status, answer = chat.ask(ROUTES[path] | body, path)
+    assert (status, answer["error"]["param"]) == (400, field)
+
+
+def test_an_answer_whose_ranking_fails_is_an_error_of_its_own(chat, monkeypatch):
+    monkeypatch.setattr(chat.service.model.generator, "rank", lambda *_: 1 / 0)
+    status, answer = chat.ask(ROUTES[CHAT] | {"best_of": 2}, CHAT)
+    assert answer["error"]["message"] == "internal error"
+    assert texts(chat, ROUTES[CHAT] | GREEDY, CHAT)
 
 
 # --- settings and other fields

@@ -17,6 +17,7 @@ from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.sampling import SETTINGS, Sampling
 from gptchat.inference.text import CharacterFilter
 from gptchat.model import pretrained
+from gptchat.model.pretrained import TRAINED_HERE
 from handlers import routes
 from handlers.served_model import slots_that_fit
 
@@ -189,16 +190,12 @@ def test_no_seed_and_minus_one_are_another_seed_each_time(chat, seed):
     assert infos[0]["output"] != infos[1]["output"]
 
 
-def test_settings_not_given_are_those_of_the_terminal_chat_and_neutral_in_openais_api(chat):
-    neutral = {name: getattr(Sampling(), name) for name in SETTINGS if name != "max_new_tokens"}
-    small = {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.15}
+def test_settings_not_given_are_the_models_own(chat):
+    usual = {name: getattr(Sampling(), name) for name in SETTINGS if name != "max_new_tokens"}
+    usual |= TRAINED_HERE.sampling
     message = {"messages": [{"role": "user", "content": "a"}]}
-    for path, body, usual in (
-        ("", {"context": "a"}, neutral | small),
-        (TEXT, {"prompt": "a"}, neutral),
-        (CHAT, message, neutral),
-    ):
-        for given in ({}, {"top_k": None}, {"top_k": 3, "min_p": 0.5}, neutral):
+    for path, body in (("", {"context": "a"}), (TEXT, {"prompt": "a"}), (CHAT, message)):
+        for given in ({}, {"top_k": None}, {"top_k": 3, "min_p": 0.5}, {"temperature": 1}):
             sampling = sampling_of(chat, body | given, path)
             chosen = {name: value for name, value in given.items() if value is not None}
             assert {name: getattr(sampling, name) for name in usual} == usual | chosen

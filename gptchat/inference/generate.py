@@ -3,8 +3,8 @@
 `load_generator` reads a directory and starts an engine over its model. A `TextGenerator` turns
 encoded dialogues into requests (`request`) and runs requests to text: in pieces (`stream`), as
 whole answers (`complete`), or with fixed seeds (`sample_answers`). Where a request has several
-candidates, all are completed before `pick` chooses one. The server has a decoding loop of its own,
-and uses `CandidateText`, `prompt_room` and `pick`.
+candidates, all are completed before `rank` chooses one. The server has a decoding loop of its own,
+and uses `CandidateText`, `prompt_room` and `rank`.
 
 - Ids that are no text (special tokens, type rows, rows without a token) are never generated, except
   the one that ends a text: [CLS] for a ChatLM, [EOS] for an LM.
@@ -29,7 +29,7 @@ from gptchat.data.dialogue import Turn, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.draw import Scored
 from gptchat.inference.engine import Engine, Output, Request
-from gptchat.inference.pick import PICKS, last_turn, mutual_information, pick_median
+from gptchat.inference.pick import PICKS, last_turn, mutual_information, nearest_to_median
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import CharacterFilter, StreamDecoder
 from gptchat.model import pretrained
@@ -246,25 +246,24 @@ class TextGenerator:
                     if len(candidates[index]) > 1:
                         text = ""
                         if last:
-                            text = self.pick(pick, requests[index], candidates[index]).text
+                            best = self.rank(pick, requests[index], candidates[index])[0]
+                            text = candidates[index][best].text
                     yield Piece(index, text, last)
         finally:
             for request_id in unfinished:
                 self.engine.cancel(request_id)
 
-    def pick(
-        self, rule: str, request: Request, candidates: Sequence[CandidateText]
-    ) -> CandidateText:
-        """The candidate that a rule of PICKS chooses among the completed ones of a request.
+    def rank(self, rule: str, request: Request, candidates: Sequence[CandidateText]) -> list[int]:
+        """The numbers of the completed candidates of a request, best first by a rule of PICKS.
 
-        "mmi" runs the model, and needs log-probabilities. It picks a candidate without text only if
-        all are without.
+        "mmi" runs the model, and needs log-probabilities. Candidates without text come last there.
         """
+        numbers = list(range(len(candidates)))
         texts = [candidate.text for candidate in candidates]
         if rule == "first" or len(candidates) == 1:
-            return candidates[0]
+            return numbers
         if rule == "median":
-            return candidates[texts.index(pick_median(texts))]
+            return nearest_to_median(texts)
         drawn = [candidate.drawn for candidate in candidates]
         scores = mutual_information(
             self.engine.model,
@@ -274,8 +273,7 @@ class TextGenerator:
             logprobs=[sum(scored.logprob or 0.0 for scored in one) for one in drawn],
         )
         has_text = [text != "" for text in texts]
-        best = max(range(len(candidates)), key=lambda number: (has_text[number], scores[number]))
-        return candidates[best]
+        return sorted(numbers, key=lambda number: (has_text[number], scores[number]), reverse=True)
 
     def complete(
         self, requests: Sequence[Request], stop: Sequence[str] = (), pick: str = "median"

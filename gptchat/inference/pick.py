@@ -31,9 +31,15 @@ TOKENS_AT_ONCE = 512  # of padded rows in one pass
 LOGITS_AT_ONCE = 256  # rows of the vocabulary's size that are in memory together
 
 
-def pick_median(texts: Sequence[str]) -> str:
-    """The text of median length in characters; of two in the middle the longer one."""
-    return sorted(texts, key=len)[len(texts) // 2]
+def nearest_to_median(texts: Sequence[str]) -> list[int]:
+    """The numbers of the texts, the one of median length (in characters) first.
+
+    Of two in the middle the longer one is the median.
+    """
+    by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    middle = len(texts) // 2
+    places = sorted(range(len(texts)), key=lambda place: abs(place - middle))
+    return [by_length[place] for place in places]
 
 
 def last_turn(prompt: Ids, sep_id: int) -> Ids:
