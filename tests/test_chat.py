@@ -453,7 +453,7 @@ def test_help_says_what_the_command_does_with_an_example(capsys):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ([], "required: --model"),
+        ([], "wanted either --model DIR"),
         (["--model", "nowhere"], "no such directory"),
         (["--model", "BOT", "--temperature", "hot"], "invalid float value"),
         (["--model", "BOT", "--dtype", "int3"], "invalid choice"),
