@@ -485,7 +485,8 @@ def test_a_killed_worker_is_one_line(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "PARALLEL_BYTES", 0)
 
     def kill_workers_then_read(*arguments):
-        yield [("Some text.", True)]
+        n_blocks = 2 * encoding.granted_cores() + 1  # asked for when all workers have started
+        yield from [[("Some text.", True)]] * n_blocks
         for worker in multiprocessing.active_children():
             worker.kill()
         yield from encoding.read_blocks(*arguments)
