@@ -3,8 +3,7 @@
 `Config` is a training run's TOML file: the keys `task`, `run` and `init_from`, then one section per
 dataclass (`[tokenizer]`, `[data]`, `[model]`, `[train]`). On the command line, `section.key=value`
 or `key=value` overrides a key. `python -m gptchat.config` writes the tables of keys in
-configs/README.md. `ServerSettings` is the section
-`gptchat` of configs/serve/model-config.yaml.
+configs/README.md. `ServerSettings` is the section `gptchat` of configs/serve/model-config.yaml.
 
 Promises: a value comes from the file or from an override, or is the default below. What is wrong is
 a UserError of one line that says where it is, what was found and what is wanted. In a config that
@@ -352,7 +351,8 @@ def _check_combinations(config: Config, source: str) -> None:
 def tables() -> dict[str, str]:
     """The tables of keys in configs/README.md, by the names in their markers."""
     classes = [Config, TokenizerConfig, DataConfig, ModelConfig, TrainConfig]
-    return {cls.__name__: table(cls) for cls in classes}
+    keys = ", ".join(f"`{key}`" for key in sorted(FREE_KEYS))
+    return {cls.__name__: table(cls) for cls in classes} | {"may change": keys}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,10 +147,12 @@ def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") 
     return cls(**arguments)
 
 
-def table(cls: type) -> str:
-    """The settings of a dataclass as a Markdown table, a row each."""
+def table(cls: type, leave_out: Collection[str] = ()) -> str:
+    """The settings of a dataclass as a Markdown table, a row each but for those left out."""
     rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, one in declared(cls).items():
+        if name in leave_out:
+            continue
         rows.append(f"| `{name}` | {one.wanted} | `{json.dumps(one.default)}` | {one.help} |")
     return "\n".join(rows)
 

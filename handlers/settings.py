@@ -1,16 +1,20 @@
 """The settings that a request of every API may choose, and the plan that they make.
 
 Numbers, ranges and help are those of `sampling.SETTINGS`. The limits here are constants: they bound
-what one request can cost, and are far above what people ask for.
+what one request can cost, and are far above what people ask for. `python -m handlers.settings`
+writes the tables in handlers/README.md.
 """
 
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 
+from gptchat.config import ServerSettings
+from gptchat.files import shipped
 from gptchat.inference.pick import PICKS
 from gptchat.inference.sampling import ANOTHER_SEED, LARGEST_BIAS, SETTINGS, Sampling, chosen_seed
 from gptchat.inference.text import WordFilter
+from gptchat.settings import table, update_tables
 from handlers.body import SYNONYMS, Refusal
 from handlers.served_model import ServedModel
 
@@ -150,3 +154,13 @@ def _choice(asked: Any, default_pick: str, default_best_of: int) -> tuple[str, i
     if pick == "first" and asked.pick is UNSET:
         pick = "median"
     return pick, asked.best_of
+
+
+def tables() -> dict[str, str]:
+    """The tables of handlers/README.md, by the names in their markers."""
+    every_api = table(Sampling, leave_out=("logprobs", "seed"))  # declared by each API
+    return {"ServerSettings": table(ServerSettings), "Sampling": every_api}
+
+
+if __name__ == "__main__":
+    update_tables(shipped("handlers") / "README.md", tables())

@@ -1,13 +1,12 @@
 """Config files: read whole, checked by name and type, overridden, and refused in one line."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from gptchat import config
-from gptchat.config import FREE_KEYS, Config, load_config
+from gptchat.config import Config, load_config
 from gptchat.console import UserError
 from gptchat.settings import build, check_all, declared, setting, table, update_tables
 from gptchat.training.metrics import PRECISIONS
@@ -162,9 +161,3 @@ def test_the_choices_of_a_config_are_those_that_training_knows() -> None:
     assert set(choices["schedule"]) == SCHEDULES.keys()
     assert set(choices["precision"]) == PRECISIONS.keys() | {"auto"}
     assert Config().task in declared(Config)["task"].rules["choices"]
-
-
-def test_the_readme_lists_the_keys_that_a_resumed_run_may_change() -> None:
-    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-    section = text.split("\n## Changing the config of a run\n")[1].split("\n## ")[0]
-    assert set(re.findall(r"^- `([\w.]+)`", section, re.MULTILINE)) == FREE_KEYS

@@ -13,15 +13,16 @@ from ts.context import Context, RequestProcessor
 
 from gptchat.config import ServerSettings, build_server_settings
 from gptchat.console import UserError
-from gptchat.inference.generate import CHAT_SAMPLING
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.sampling import SETTINGS
+from gptchat.settings import update_tables
 from handlers import gptchat_handler
 from handlers.gptchat_handler import GptchatHandler
 from handlers.page import FOLDER as PAGE_FOLDER
 from handlers.page import render_page
 from handlers.routes import describe
 from handlers.service import Chunk
+from handlers.settings import tables
 
 torch.set_num_threads(1)
 yaml = pytest.importorskip("yaml")
@@ -162,16 +163,12 @@ def test_wrong_setting_refuses_to_start_with_one_line(tmp_path, settings, reason
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-def test_readme_has_every_setting_with_its_default():
-    text = (ROOT / "handlers" / "README.md").read_text()
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
-    settings = {row[1].strip(" `"): row[2].strip(" `") for row in rows if len(row) > 3}
-    for name, default in vars(ServerSettings()).items():
-        if isinstance(default, tuple):
-            default = list(default)  # as YAML writes it
-        if isinstance(default, bool):
-            default = str(default).lower()
-        assert settings.get(name) == str(default)
+def test_the_readme_has_the_tables_that_python_m_handlers_settings_writes(tmp_path):
+    path = tmp_path / "README.md"
+    current = (ROOT / "handlers/README.md").read_text(encoding="utf-8")
+    path.write_text(current, encoding="utf-8")
+    update_tables(path, tables())
+    assert path.read_text(encoding="utf-8") == current, "run `python -m handlers.settings`"
 
 
 def test_readme_has_every_metric():
@@ -193,14 +190,3 @@ def test_full_queue_says_when_to_try_again(tmp_path):
     assert client.context.get_response_headers(1)["Retry-After"] == "1"
     assert "Retry-After" not in client.context.get_response_headers(0)
     client.finish("first")
-
-
-def test_readme_has_every_sampling_setting_with_the_chats_default():
-    text = (ROOT / "handlers" / "README.md").read_text()
-    (row,) = [line.split("|") for line in text.splitlines() if line.startswith("| `temperature`")]
-    names = [name.strip(" `") for name in row[1].split(",")]
-    defaults = [default.strip() for default in row[3].split(",")]
-    elsewhere = {"max_new_tokens", "whole_characters"}  # rows of their own
-    assert {*names, *elsewhere} == set(SETTINGS) and len(names) + 2 == len(SETTINGS)
-    assert "| `whole_characters` |" in text
-    assert defaults == [f"{getattr(CHAT_SAMPLING, name):g}" for name in names]

@@ -1,11 +1,10 @@
 """OpenAI's API without TorchServe: prompts, messages, streams, log-probabilities, other fields."""
 
 import json
-import re
 
 import pytest
 import torch
-from serving import ROOT, ServiceClient
+from serving import ServiceClient
 from test_service import CHAT, TEXT
 
 from gptchat.inference.generate import load_generator
@@ -348,14 +347,6 @@ def test_what_would_change_the_answer_and_cannot_be_had_is_a_400_that_names_it(c
         assert (status, answer["error"]["param"]) == (400, name)
     status, answer = chat.ask({"context": "a", name: 1})  # the original's API knows no such field
     assert status == 400 and "is unknown here" in answer["error"]["message"]
-
-
-def test_readme_names_every_field_that_is_ignored_or_refused():
-    text = (ROOT / "handlers" / "README.md").read_text(encoding="utf-8")
-    section = text.partition("### What clients send")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`(\w+)`", section))
-    assert {*IGNORED, *UNAVAILABLE} <= named
-    assert {name for names in SYNONYMS.values() for name in names} <= named
 
 
 # --- conversations
