@@ -125,7 +125,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("size", [40, 800])  # less than a block of `blocks`, and some of them
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_drawn_tokens_follow_the_distribution(size, settings):
     """Chi-square over 20,000 draws at fixed seeds, all rows together."""
     logits = some_logits(1, seed=2, scale=1.5, size=size)
@@ -146,7 +146,7 @@ def test_drawn_tokens_follow_the_distribution(size, settings):
     assert abs(statistic - freedom) <= 4 * math.sqrt(2 * freedom), (statistic, freedom)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_everything_heavier_than_an_id_that_may_be_drawn_may_be_drawn(settings):
     """The invariant of the cut, which redraws among what is heavier."""
     uncut = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
