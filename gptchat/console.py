@@ -1,14 +1,18 @@
 """What all commands share: errors of one line, the command-line parser, and progress bars.
 
 Invariants: a user's mistake is a `UserError`, which `cli` turns into one line on stderr and exit
-status 2. Work that went wrong by itself is a `RunFailed`: one line too, exit status 1. Any other
-exception is a bug of ours and keeps its traceback. Nothing here imports torch.
+status 2. Work that went wrong by itself is a `RunFailed`: one line too, exit status 1. What other
+exceptions `cli` knows is written there; the rest are bugs of ours and keep their traceback. Nothing
+here imports torch.
 """
 
 import argparse
 import contextlib
+import errno
 import io
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,23 +32,60 @@ class RunFailed(Exception):
 def cli(main: Callable[[], None]) -> None:
     """Run a command's `main`.
 
-    UserError: one line, exit status 2. RunFailed: one line, exit status 1. Ctrl-C: exit status 130.
+    UserError, or an OSError that names a file: one line, exit status 2. RunFailed, or a disk that
+    is full or fails: one line, exit status 1. Ctrl-C: exit status 130. A reader of the output that
+    has left, as `head` does: no line, exit status 141, the shell's for SIGPIPE.
     What stdout cannot encode, such as file names that are not UTF-8, is printed as escapes.
     """
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(2, str(error))
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail(1, str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and has_lost_reader():
+            sys.exit(128 + signal.SIGPIPE)
+        elif error.filename is not None:
+            fail(2, f"{error.filename}: {error.strerror}")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            fail(1, f"output cannot be written: {error.strerror}")
+        raise
     finally:
         discard_what_cannot_be_printed()
+
+
+def fail(status: int, message: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def open_closed_streams() -> None:
+    """Open the standard streams that this process was started without, on /dev/null.
+
+    Their descriptors would go to the next files that are opened.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
+def has_lost_reader() -> bool:
+    """Whether the reader of stdout or stderr has left."""
+    streams = select.poll()
+    streams.register(sys.stdout, 0)  # 0: errors only
+    streams.register(sys.stderr, 0)
+    return bool(streams.poll(0))
 
 
 def discard_what_cannot_be_printed() -> None:
@@ -70,6 +111,10 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+
+    def print_help(self, file: Any = None) -> None:
+        # argparse's own says nothing if this fails.
+        print(self.format_help(), end="", file=file, flush=True)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; `{self.prog} --help` lists the options")

@@ -141,7 +141,7 @@ def test_all_of_the_package_its_handlers_and_configs_goes_into_a_wheel() -> None
     if tracked.returncode:
         pytest.skip("not a git checkout")
     left_out = {ROOT / name for name in tracked.stdout.splitlines()} - packaged
-    assert {path.name for path in left_out} <= {"README.md", "constraints.txt"}
+    assert {path.name for path in left_out} <= {"README.md", "RESULTS.md", "constraints.txt"}
 
 
 def test_the_console_script_is_there() -> None:
@@ -171,3 +171,42 @@ def test_the_status_is_the_commands_where_its_output_has_no_reader(stream: str) 
     done = subprocess.run(arguments, stdout=writer, stderr=writer, env=buffered, timeout=60)
     os.close(writer)
     assert done.returncode == 130
+
+
+FULL = "error: output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("buffering", ["", "PYTHONUNBUFFERED=1"])
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ("--help >/dev/full", 1, FULL),
+        ("chat --help >/dev/full", 1, FULL),
+        ("tarin >/dev/full 2>/dev/full", 2, ""),
+        ("chat --help >&- <&-", 0, ""),
+        ("tarin 2>&-", 2, ""),
+        ("chat --help | true", 141, ""),
+        ("--help | true", 141, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(words, status, message, buffering) -> None:
+    words, pipe, _ = words.partition("|")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        ["sh", "-c", f"{buffering} {sys.executable} -m gptchat {words}"],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+        stdout=writer if pipe else None,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, message)
+
+
+def test_a_file_that_no_module_could_open_is_named_in_one_line() -> None:
+    code = "from gptchat.console import cli; cli(lambda: open('missing/file', 'w'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    message = "error: missing/file: No such file or directory\n"
+    assert (done.returncode, done.stderr) == (2, message)
