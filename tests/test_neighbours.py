@@ -1,6 +1,7 @@
 """An LM written here gives the same greedy text in other people's runtimes.
 
-Each test is skipped where its packages are not installed. gptchat/model/README.md lists what was tried.
+Each test is skipped where its packages are not installed. gptchat/model/README.md lists what was
+tried.
 """
 
 import json
