@@ -23,7 +23,7 @@ import tomli
 
 from gptchat.console import UserError
 from gptchat.files import shipped
-from gptchat.settings import build, setting, table, update_tables
+from gptchat.settings import BACKSLASH_HINT, build, setting, table, update_tables
 
 
 @dataclass(frozen=True)
@@ -280,13 +280,18 @@ def find_config(path: str) -> Path:
 
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        return tomli.loads(find_config(path).read_text(encoding="utf-8"))
+        return tomli.loads(find_config(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml"
         ) from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte {error.start}; wanted a TOML file in it"
+        ) from None
+    except tomli.TOMLDecodeError as error:
+        hint = f"; {BACKSLASH_HINT}" if "\\" in str(error) else ""
+        raise UserError(f"{path}: not valid TOML: {error}{hint}") from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -35,6 +35,8 @@ RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {  # name -> (test, i
     "above": (operator.gt, "above"),
     "below": (operator.lt, "below"),
 }
+# "data\train.txt" has a tab in TOML, and is an error if the letter has no such meaning.
+BACKSLASH_HINT = "wanted / in paths, or '' around them, where \\ is a backslash"
 
 
 def setting(default: Any, help: str, may_change: bool = False, **rules: Any) -> Any:
@@ -75,6 +77,8 @@ class Setting:
             return None
         is_tuple = typing.get_origin(self.type) is tuple
         items = list(value) if is_tuple and isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, str) and min(item, default=" ") < " " for item in items):
+            raise ValueError(f"found {value!r:.80} with a control character; {BACKSLASH_HINT}")
         if not all(map(self._is_allowed, items)):
             raise ValueError(f"found {value!r:.80}; wanted {self.wanted}")
         item_type = typing.get_args(self.type)[0] if is_tuple else self.type

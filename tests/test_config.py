@@ -66,6 +66,32 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, messag
     assert str(tmp_path / "a.toml") in str(error.value)
 
 
+def test_a_config_of_a_windows_editor_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "\ufeff" + GOOD.replace("\n", "\r\n"))
+    assert load_config(str(tmp_path / "a.toml")) == load_config(write(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize("bytes", [GOOD.encode("utf-16"), "# \xe9\n".encode("latin-1")])
+def test_a_config_in_another_encoding_is_refused(tmp_path: Path, bytes: bytes) -> None:
+    (tmp_path / "a.toml").write_bytes(bytes)
+    with pytest.raises(
+        UserError, match=r"a\.toml: not UTF-8 at byte \d; wanted a TOML file in it$"
+    ):
+        load_config(str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize("path", [r"C:\data\a.txt", r"C:\new\train.txt", r"data\train.txt"])
+def test_a_path_with_backslashes_says_how_to_write_it(tmp_path: Path, path: str) -> None:
+    for value in (f'"{path}"', f'["{path}"]'):
+        with pytest.raises(
+            UserError, match="^[^\n]*a.toml: [^\n]*; wanted / in paths, or '' around them"
+        ):
+            load_config(write(tmp_path, f"[data]\ntrain = {value}\n" + GOOD))
+    literal = load_config(write(tmp_path, f"[data]\ntrain = '{path}'\n" + GOOD))
+    assert literal == load_config(write(tmp_path, GOOD), [f"data.train={path}"])
+    assert literal.data.train == (path,)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
