@@ -52,6 +52,8 @@ from gptchat.inference.text import WordFilter
 from gptchat.runtime import tune_memory
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line feed
+ESCAPED = {r"\n": "\n", r"\t": "\t", "\\\\": "\\"}  # in a --stop
+ESCAPE = re.compile(r"\\[nt\\]")
 PROMPT, LABEL = "you> ", "bot> "
 # \x01 and \x02 enclose what readline must not count as columns of the prompt.
 COLOURED_PROMPT = "\x01\x1b[1;36m\x02you>\x01\x1b[0m\x02 "
@@ -86,7 +88,9 @@ def settings_parser() -> SettingsParser:
         f"added to the logit of a token id, {-LARGEST_BIAS} to {LARGEST_BIAS}; may be repeated"
     )
     add("--logit-bias", action="append", default=[], metavar="ID=BIAS", help=bias_help)
-    stop_help = "ends an answer, unsaid; may be repeated"
+    stop_help = (
+        r"ends an answer, unsaid; \n is a line break, \t a tab, \\ a backslash; may be repeated"
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help=stop_help)
     pick_help = (
         "among several answers, which then do not stream. median: the one of median length; mmi: "
@@ -171,8 +175,11 @@ def encoded_request(
 
 
 def stop_strings(settings: argparse.Namespace) -> list[str]:
-    """The texts of --stop; an empty one, as after `/set stop`, means none."""
-    return [text for text in settings.stop if text]
+    r"""The texts of --stop, where \n is a line break, \t a tab, and \\ a backslash.
+
+    An empty one, as after `/set stop`, means none.
+    """
+    return [ESCAPE.sub(lambda found: ESCAPED[found[0]], text) for text in settings.stop if text]
 
 
 class Conversation:

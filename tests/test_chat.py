@@ -426,8 +426,16 @@ def test_a_wrong_setting_changes_nothing_and_an_empty_list_clears_it(bot):
         assert conversation.settings == settings
     conversation.obey("/set stop c d")  # replaces both
     assert chat.stop_strings(conversation.settings) == ["c d"]
+    conversation.obey(r"/set stop \n")
+    assert chat.stop_strings(conversation.settings) == ["\n"]
     conversation.obey("/set stop")
     assert chat.stop_strings(conversation.settings) == []
+
+
+def test_a_stop_may_be_a_line_break_a_tab_or_a_backslash():
+    options = ["--model", "x", "--stop", r"\n", "--stop", r"a\tb", "--stop", r"\\n\x"]
+    _, settings = chat.parse_arguments(options)
+    assert chat.stop_strings(settings) == ["\n", "a\tb", "\\n\\x"]
 
 
 def test_lines_of_a_pipe_are_a_conversation(bot):
