@@ -1,4 +1,4 @@
-"""Process settings that commands share: garbage collector, allocator, signals, parent process."""
+"""Process settings that commands share: cores, garbage collector, allocator, signals, parent process."""
 
 import ctypes
 import gc
@@ -15,6 +15,13 @@ M_MMAP_MAX = -4
 PR_SET_PDEATHSIG = 1  # of Linux's prctl (linux/prctl.h)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS_TO_REPEAT = 1.0  # from a stop signal to the next of its kind that counts
+
+
+def granted_cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def tune_memory() -> None:

@@ -45,6 +45,7 @@ from gptchat.data.reading import read_text
 from gptchat.data.scripts import WORDS
 from gptchat.data.splits import DocumentPiece, dialogues_of, pieces_of
 from gptchat.data.tokenizer import Tokenizer
+from gptchat.runtime import granted_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -141,13 +142,6 @@ def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[l
     all_pieces = chain.from_iterable(read_documents(path, document, BLOCK) for path in paths)
     pieces = pieces_of(split, all_pieces, held_out)
     return in_blocks(pieces, lambda piece: len(piece[0]))
-
-
-def granted_cores() -> int:
-    """The cores that this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
