@@ -1,4 +1,4 @@
-"""Process settings that commands share: cores, garbage collector, allocator, signals, parent process."""
+"""What commands share of the process: cores, garbage collector, allocator, signals, parent."""
 
 import ctypes
 import gc
