@@ -4,25 +4,24 @@
     gptchat chat --model DIR --prompt TEXT
     gptchat chat --model DIR --input prompts.tsv --output answers.tsv
 
-Settings that are not given are the model's own (its generation_config.json). In the terminal the
-answer streams, unless it is picked among several (`--pick median`, `--pick mmi`). A ChatLM keeps
-the turns of the conversation, and drops the oldest ones when the context is full; an LM continues
-each line by itself. Ctrl-C ends an answer, and what was said by then is kept as the turn. The lines
-typed are saved in `chat_history` beside the model directory. If stdin is no terminal, its lines are
-answered the same way, without prompts and history.
+Every setting is an option of the command line and a name of /set. One that is not given is the
+model's own (generation_config.json).
 
-A line of --input, TSV or JSONL (`data/dialogue_files.py`), is a dialogue whose last turn is to be
-answered; --output, in the same format, repeats it with the answer behind it, which is the format of
-training data. It is written whole or not at all. A file whose name ends in `.gz` is compressed.
-Turns are dropped as in the terminal; a last turn (of an LM: a text) that is too long by itself
-loses its front, and a warning on stderr says in how many lines. A line may have 1,000,000
-characters.
+In the terminal the answer streams, unless it is picked among several (`--pick median` or `mmi`). A
+ChatLM keeps the turns of the conversation, and drops the oldest ones when the context is full. An
+LM continues each line by itself. Ctrl-C ends an answer; what was said by then is kept as the turn.
+Typed lines are saved in `chat_history` beside the model directory. If stdin is not a terminal, its
+lines are answered in the same way, without prompts and history.
 
-All settings are options of the command line and names of /set; those of `Sampling` come from
-`sampling.SETTINGS`. An answer depends on its dialogue, the settings and the seed, not on the other
-dialogues of its file (but for rounding with bfloat16 and int8, of which `inference.engine` tells).
-In the terminal the turns before it are not computed again, so that rounding also depends on whether
-they were said in this session.
+A line of --input is a dialogue in TSV or JSONL (`data/dialogue_files.py`) whose last turn is to be
+answered, or a text for an LM. --output has the same format: each dialogue is followed by its
+answer, as in training data. It is written whole or not at all, and compressed if its name ends in
+`.gz`. Dialogues lose their oldest turns as in the terminal. If the last turn, or an LM's text, is
+too long by itself, its front is left out, and a warning on stderr counts these lines.
+
+An answer depends on its dialogue, the settings and the seed, not on the other dialogues of the
+file. bfloat16 and int8 are exceptions: rounding can depend on the batch and, in the terminal, on
+whether earlier turns were computed in this session (see `inference.engine`).
 """
 
 import argparse
@@ -105,22 +104,17 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def use_model_defaults(generator: TextGenerator, settings: argparse.Namespace) -> None:
-    """Settings that were not given become the model's."""
+def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sampling:
+    """The settings as the engine takes them, with a random seed for -1.
+
+    Settings that were not given become the model's, in place. Raises UserError for one that is out
+    of its range, or that needs a ChatLM.
+    """
     for name in SETTINGS:
         if getattr(settings, name) is None:
             setattr(settings, name, getattr(generator.sampling, name))
     if settings.pick is None:
         settings.pick = generator.default_pick
-
-
-def make_sampling(generator: TextGenerator, settings: argparse.Namespace) -> Sampling:
-    """The settings as the engine takes them, with a random seed for -1.
-
-    Settings that were not given become the model's, in place. Raises UserError for one that is out
-    of its range, or that an LM cannot have.
-    """
-    use_model_defaults(generator, settings)
     numbers = {name: getattr(settings, name) for name in SETTINGS}
     word_filter = None
     words = [word for word in settings.forbid if word]
@@ -146,13 +140,13 @@ def make_request(
 ) -> Request:
     """The request for an answer to (speaker, text) turns.
 
-    Characters that UTF-8 cannot hold (half a surrogate pair, from bytes that were no text) become
-    "?". Raises UserError for a last turn that is too long, or a setting out of its range.
+    Raises UserError for a last turn that is too long, or a setting out of its range.
     """
     return encoded_request(generator, encode_turns(generator, turns), settings)
 
 
 def encode_turns(generator: TextGenerator, turns: Sequence[TextTurn]) -> list[Turn]:
+    """Token ids of turns. Lone surrogates, from bytes that were not UTF-8, become "?"."""
     encoded: list[Turn] = []
     for speaker, text in turns:
         valid_text = text.encode(errors="replace").decode()
@@ -163,7 +157,7 @@ def encode_turns(generator: TextGenerator, turns: Sequence[TextTurn]) -> list[Tu
 def encoded_request(
     generator: TextGenerator, turns: Sequence[Turn], settings: argparse.Namespace, number: int = 0
 ) -> Request:
-    """The request for an answer to encoded turns, which are item `number` of a list.
+    """The request for an answer to encoded turns. Item `number` of a list has the seed + number.
 
     Raises UserError as `make_request` does.
     """
@@ -185,7 +179,7 @@ def stop_strings(settings: argparse.Namespace) -> list[str]:
 class Conversation:
     """The chat in a terminal: reads lines, obeys commands, answers messages.
 
-    `prompt` stands before what is typed, `label` before an answer.
+    `prompt` is printed before each line is read, `label` before each answer.
     """
 
     def __init__(
@@ -254,7 +248,7 @@ class Conversation:
         self.settings = changed
 
     def reply(self, message: str) -> None:
-        """Stream the answer; Ctrl-C ends it, and what was said by then is the turn."""
+        """Print the answer to a message and keep both as turns (ChatLM)."""
         is_chat = self.generator.task == "chatlm"
         if is_chat and not message:
             return
@@ -286,7 +280,7 @@ class Conversation:
 
 
 def say(text: str) -> None:
-    """Print text at once; on a terminal without control characters, which it would obey."""
+    """Print text at once. A terminal would obey control characters, so they are replaced there."""
     if sys.stdout.isatty():
         text = CONTROL.sub("\ufffd", text)
     print(text, end="", flush=True)
@@ -295,7 +289,7 @@ def say(text: str) -> None:
 def converse(
     generator: TextGenerator, settings: argparse.Namespace, directory: str, colour: bool
 ) -> None:
-    """Talk in the terminal, where typed lines are saved as history; or answer lines of a pipe."""
+    """Talk in the terminal and save typed lines as history, or answer the lines of a pipe."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not sys.stdin.isatty():
         Conversation(generator, settings).run()
@@ -325,9 +319,9 @@ def answer_prompt(generator: TextGenerator, settings: argparse.Namespace, prompt
 def answer_file(
     generator: TextGenerator, settings: argparse.Namespace, source: str, output: str
 ) -> None:
-    """Write each dialogue of a file, with its answer behind it, to `output`.
+    """Write each dialogue of a file, followed by its answer, to `output`.
 
-    Raises UserError, which names the file and the line, before anything is written.
+    Raises UserError, with file and line, before anything is written.
     """
     prompts = list(read_prompts(source))
     requests = []
