@@ -22,6 +22,7 @@ from torch.utils.tensorboard.summary import hparams, scalar, text
 
 from gptchat.console import Progress, RunFailed, UserError
 from gptchat.data.batches import Batch
+from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2Config
 from gptchat.training import model_card
 from gptchat.training.checkpoint import flatten
@@ -56,6 +57,8 @@ def matmul_peak(
     """
     if device.type == "cuda":
         size = 8192
+    if device.type == "cpu" and not multiplies_bfloat16(device):
+        dtype = torch.float32  # half precision is emulated, and slower
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     a @ b
