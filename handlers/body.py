@@ -18,7 +18,7 @@ SYNONYMS = {
     "n": ("n", "num_return_sequences"),
     "min_tokens": ("min_tokens", "min_new_tokens"),
     "repetition_penalty": ("repetition_penalty", "repeat_penalty"),
-    "stop": ("stop", "stop_sequences"),
+    "stop": ("stop", "stop_sequences", "stop_sequence", "stopping_strings"),
 }
 
 
@@ -61,7 +61,7 @@ def check(declared: type[msgspec.Struct], body: dict[str, Any]) -> Any:
     for name in given:
         _check_characters(name, body[name])
     try:
-        asked = msgspec.convert(body, declared)
+        asked = msgspec.convert({name: body[name] for name in given}, declared)
     except (msgspec.ValidationError, RecursionError) as error:
         raise _refusal(str(error), body) from None
     for setting, names in SYNONYMS.items():

@@ -82,7 +82,7 @@ class Routes:
         if path in self.pages:
             return self.pages[path]
         if path in self.requests:
-            raise Refusal('the body is empty; wanted JSON such as {"context": "some text"}')
+            raise Refusal("the body is empty; wanted a JSON object, by POST")
         if path.startswith("v1/models/"):
             message = f"no such model: this is {self.model.name}"
             raise Refusal(message, 404, "model", "model_not_found")

@@ -24,6 +24,7 @@ class Unavailable(NamedTuple):
 NO_TOOLS = "this model calls no tools"
 NO_CONSTRAINT = "this model writes free text only"
 NO_SUCH_DRAW = "this model's tokens are not drawn so"
+BANNED_END = "this model's end is banned by logit_bias"
 NOTHING: tuple[Any, ...] = ({}, [], "")
 UNAVAILABLE = {
     "tools": Unavailable([[]], NO_TOOLS),
@@ -43,10 +44,19 @@ UNAVAILABLE = {
     "web_search_options": Unavailable([], "this model searches nothing"),
     "suffix": Unavailable([""], "this model continues a text and fills no gap"),
     "stop_token_ids": Unavailable([[]], "this model stops at strings (stop) only"),
-    "ignore_eos": Unavailable([False], "this model's end is banned by logit_bias"),
+    "include_stop_str_in_output": Unavailable([False], "a stop string is left out here"),
+    "ignore_eos": Unavailable([False], BANNED_END),
+    "ban_eos_token": Unavailable([False], BANNED_END),
     "typical_p": Unavailable([1, 0], NO_SUCH_DRAW),
+    "typical": Unavailable([1, 0], NO_SUCH_DRAW),
     "tfs_z": Unavailable([1], NO_SUCH_DRAW),
+    "tfs": Unavailable([1], NO_SUCH_DRAW),
     "top_a": Unavailable([0], NO_SUCH_DRAW),
+    "top_n_sigma": Unavailable([-1, 0], NO_SUCH_DRAW),
+    "epsilon_cutoff": Unavailable([0], NO_SUCH_DRAW),
+    "eta_cutoff": Unavailable([0], NO_SUCH_DRAW),
+    "penalty_alpha": Unavailable([0], NO_SUCH_DRAW),
+    "guidance_scale": Unavailable([1], NO_SUCH_DRAW),
     "mirostat": Unavailable([0], NO_SUCH_DRAW),
     "mirostat_mode": Unavailable([0], NO_SUCH_DRAW),
     "dynatemp_range": Unavailable([0], NO_SUCH_DRAW),

@@ -336,8 +336,14 @@ def test_ignored_fields_change_nothing_and_are_counted_by_name(chat, path):
     fields = {name: one.neutral[0] for name, one in UNAVAILABLE.items() if one.neutral}
     fields |= {name: {"any": 1} for name in IGNORED}
     made_up = {f"made up\n{i}": i for i in range(300)} | {"stream_options": {"x\ny": 1}}
+    made_up |= {"half a pair \ud800": 1}
     assert texts(chat, ROUTES[path] | GREEDY | fields | made_up, path) == expected
     assert ignored_by(chat) == dict.fromkeys([*fields, OTHER], 1)
+
+
+def test_the_samplers_that_front_ends_offer_and_this_server_lacks_are_known():
+    others = {"top_n_sigma", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "typical", "tfs"}
+    assert others | {"ban_eos_token", "guidance_scale"} <= set(UNAVAILABLE)
 
 
 @pytest.mark.parametrize("name", UNAVAILABLE)
