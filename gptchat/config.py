@@ -33,10 +33,10 @@ class TokenizerConfig:
     dir: str = setting("out/tokenizer", "folder of the tokenizer; not used with `init_from`")
     pattern: str = setting(
         "script",
-        "the pieces that text is cut into first; `script` suits text without spaces, too",
+        "how text is cut before it is encoded; `script` also suits text without spaces",
         choices=("gpt2", "script"),
     )
-    vocab_size: int = setting(8192, "entries; 256 are bytes, 6 are special tokens", min=262)
+    vocab_size: int = setting(8192, "entries, of which 256 are bytes and 6 special tokens", min=262)
     files: tuple[str, ...] = setting(
         ("data/lm/speeches-late.txt", "data/lm/conversations.txt"),
         "text files that the tokenizer is trained on; globs are allowed",
@@ -50,15 +50,15 @@ class DataConfig:
     train: tuple[str, ...] = setting((), "files to train on; globs are allowed")
     weights: tuple[float, ...] = setting(
         (),
-        "for each entry of `train`, its share of the rows; none: all files are one text",
+        "share of the rows for each entry of `train`; without weights all files are one text",
         above=0,
     )
     valid: tuple[str, ...] = setting((), "held-out files that choose the best model")
     test: tuple[str, ...] = setting((), "held-out files for `gptchat evaluate`", may_change=True)
     held_out: float = setting(
         0.0,
-        "share of the documents of `train` that is valid, and as large a one that is test; "
-        "0: the files of `valid` and `test` are",
+        "fraction of `train` held out for validation, and again for test; "
+        "0 uses the files named in `valid` and `test`",
         min=0,
         below=0.5,
     )
@@ -67,12 +67,12 @@ class DataConfig:
     )
     document: str = setting(
         "block",
-        "LM: what a document is; blocks stand between blank lines",
+        "LM: a document is a block between blank lines, a line, or a file",
         choices=("block", "line", "file"),
     )
     targets: str = setting(
         "response",
-        "ChatLM: what is learned: the last turn, its speaker's turns, all turns, or all tokens",
+        "ChatLM: learn the last turn, its speaker's turns, all turns, or all tokens",
         choices=("response", "responder", "turns", "all"),
     )
 
@@ -92,19 +92,17 @@ class ModelConfig:
     """`[model]`: the size of the model. With `init_from`, a size left at 0 is that model's."""
 
     n_layer: int = setting(0, "transformer blocks", min=0)
-    n_head: int = setting(0, "attention heads of a block; they divide `n_embd`", min=0)
-    n_embd: int = setting(0, "width: numbers in the vector of a position", min=0)
-    n_ctx: int = setting(0, "context: positions of a row", min=0)
-    dropout: float = setting(
-        0.0, "dropout of embeddings, attention and residuals alike", min=0, below=1
-    )
+    n_head: int = setting(0, "attention heads of a block; `n_embd` is a multiple of them", min=0)
+    n_embd: int = setting(0, "width of the residual stream", min=0)
+    n_ctx: int = setting(0, "context length in tokens", min=0)
+    dropout: float = setting(0.0, "dropout of embeddings, attention and residuals", min=0, below=1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """`[train]`: the training run."""
 
-    seed: int = setting(0, "of weights, order of the data and dropout", min=0)
+    seed: int = setting(0, "seed of new weights, data order and dropout", min=0)
     num_epochs: float = setting(
         0.0, "passes over the data; set either this or `num_steps`", min=0, may_change=True
     )
@@ -113,7 +111,7 @@ class TrainConfig:
     )
     batch_size: int = setting(8, "rows of a micro-batch", min=1)
     gradient_accumulation_steps: int = setting(
-        1, "micro-batches of a step, of all processes together", min=1
+        1, "micro-batches of a step, over all processes", min=1
     )
     optimizer: str = setting(
         "adamw",
@@ -127,18 +125,16 @@ class TrainConfig:
     muon_learning_rate: float = setting(
         0.02, "peak learning rate of Muon", above=0, may_change=True
     )
-    weight_decay: float = setting(0.1, "of matrices; biases and LayerNorms have none", min=0)
+    weight_decay: float = setting(0.1, "decay of matrices; biases and LayerNorms have none", min=0)
     warmup_ratio: float = setting(
-        0.05, "share of all steps in which the rate grows to its peak", min=0, below=1
+        0.05, "fraction of the steps in which the rate grows to its peak", min=0, below=1
     )
     schedule: str = setting(
         "cosine",
         "how the rate falls after the warm-up",
         choices=("cosine", "linear", "constant"),
     )
-    min_lr_ratio: float = setting(
-        0.0, "where the schedule ends, as a share of the peak rate", min=0
-    )
+    min_lr_ratio: float = setting(0.0, "the last rate, as a fraction of the peak", min=0)
     max_grad_norm: float = setting(
         1.0, "gradients are clipped to this norm; 0: never", min=0, may_change=True
     )
@@ -150,13 +146,13 @@ class TrainConfig:
     )
     patience: int = setting(
         0,
-        "evaluations in a row without a better loss that end the run; 0: it never ends early",
+        "end the run after this many evaluations in a row without a better loss; 0: never",
         min=0,
         may_change=True,
     )
     precision: str = setting(
         "auto",
-        "of the forward pass, weights stay in fp32; `auto`: bf16 if the device multiplies that, "
+        "precision of the forward pass, weights stay in fp32; `auto`: bf16 if the device has it, "
         "else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
         may_change=True,
@@ -196,11 +192,9 @@ class ServerSettings:
         "auto", "dtype of the linear layers", choices=("auto", "float32", "bfloat16", "int8")
     )
     slots: int = setting(32, "sequences decoded at once, if the cache has room", min=1)
-    cache_mb: int = setting(4096, "memory of the KV cache", min=1)
+    cache_mb: int = setting(4096, "memory of the KV cache in MB", min=1)
     threads: int = setting(0, "threads of the decoder; 0: all cores", min=0)
-    prefix_cache: bool = setting(
-        True, "compute no part of a prompt again whose keys and values a free slot still holds"
-    )
+    prefix_cache: bool = setting(True, "reuse keys and values of a conversation's earlier turns")
     max_requests: int = setting(128, "requests being answered or queued, at once", min=1)
     max_new_tokens: int = setting(1024, "tokens of one answer, never more than the context", min=1)
     hosts: tuple[str, ...] = setting(
