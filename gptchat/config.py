@@ -273,8 +273,10 @@ def find_config(path: str) -> Path:
 
 
 def _read_toml(path: str) -> dict[str, Any]:
+    text = ""
     try:
-        return tomli.loads(find_config(path).read_text(encoding="utf-8-sig"))
+        text = find_config(path).read_text(encoding="utf-8-sig")
+        return tomli.loads(text)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; wanted a TOML file like configs/lm.toml"
@@ -284,7 +286,7 @@ def _read_toml(path: str) -> dict[str, Any]:
             f"{path}: not UTF-8 at byte {error.start}; wanted a TOML file in it"
         ) from None
     except tomli.TOMLDecodeError as error:
-        hint = f"; {BACKSLASH_HINT}" if "\\" in str(error) else ""
+        hint = f"; {BACKSLASH_HINT}" if "\\" in text else ""
         raise UserError(f"{path}: not valid TOML: {error}{hint}") from None
 
 

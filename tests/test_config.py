@@ -80,7 +80,9 @@ def test_a_config_in_another_encoding_is_refused(tmp_path: Path, bytes: bytes) -
         load_config(str(tmp_path / "a.toml"))
 
 
-@pytest.mark.parametrize("path", [r"C:\data\a.txt", r"C:\new\train.txt", r"data\train.txt"])
+@pytest.mark.parametrize(
+    "path", [r"C:\data\a.txt", r"C:\new\train.txt", r"C:\Users\a.txt", r"data\train.txt"]
+)
 def test_a_path_with_backslashes_says_how_to_write_it(tmp_path: Path, path: str) -> None:
     for value in (f'"{path}"', f'["{path}"]'):
         with pytest.raises(
