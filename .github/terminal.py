@@ -1,4 +1,4 @@
-"""Draw terminal.svg, a session in the terminal: `python .github/terminal.py` after `make lm chatlm`.
+"""Draw terminal.svg, a session: `python .github/terminal.py` after `make lm chatlm`.
 
 Runs `gptchat chat --model out/chatlm/model --seed 1` in a terminal of its own, types the messages,
 and draws what came, line after line as in the session. Another model folder may be named.
