@@ -521,11 +521,11 @@ def test_settings_are_those_of_the_server_and_are_checked(browser, server):
     assert sent == {"temperature"}  # all else is the model's own
 
 
-def test_tokens_a_second_are_told_and_an_answer_can_be_copied(browser, server):
+def test_tokens_and_seconds_are_told_and_an_answer_can_be_copied(browser, server):
     show(browser, server)
     choose(browser, max_new_tokens=8, temperature=2, seed=1)
     say(browser, "hello")
-    assert re.fullmatch(r"\d+ tokens · [\d.]+ a second.*", find(browser, ".note").text)
+    assert re.fullmatch(r"\d+ tokens · [\d.]+ s( ·.*)?", find(browser, ".note").text)
     # A browser without focus, which a test cannot rule out, refuses to read its clipboard.
     browser.execute_script(
         "navigator.clipboard.writeText = async (words) => { window.copied = words }"

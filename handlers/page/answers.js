@@ -114,9 +114,9 @@ function noticeOf({ problem, figures }) {
   return { words, isBad: false, actions: unanswered ? retry : [] };
 }
 
-// The rate counts the tokens of all answers and the time from sending to the end.
+// The tokens are those of the answers that are given, the time is that from sending to the end.
 function summary({ tokens, seconds, reasons }) {
-  const parts = [`${tokens} tokens`, `${Number((tokens / seconds).toPrecision(2))} a second`];
+  const parts = [`${tokens} tokens`, `${Number(seconds.toPrecision(2))} s`];
   if (reasons.length === 1 && reasons[0] === "length") parts.push("cut at the set length");
   return parts.join(" · ");
 }
