@@ -1,9 +1,11 @@
-"""Shared by the tests: commands as subprocesses, and the real corpora cut small.
+"""Shared by the tests: commands, processes, and the real corpora cut small.
 
 The fixture `small` holds the beginnings of the corpora, encoded with a small vocabulary, and
 configs that train tiny models on them.
 """
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -19,19 +21,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gptchat.__main__ import main
 from gptchat.inference.engine import Output
-from tests.forked import Forked
+from gptchat.runtime import STOP_SIGNALS
 
 # nohup ignores SIGHUP, and a shell SIGINT for what it starts in the background; the processes that
 # tests start and send them to would ignore them too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-if THREADS == 1:
-    os.environ["OMP_NUM_THREADS"] = "1"  # a worker has inherited its controller's 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of processes that tests start beside others
-torch.set_num_threads(THREADS)
+# One thread here and in the processes that tests start: more cost more than they bring to models
+# of this size, and results are then the same in all of them.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 SMALL_FILES = {  # name: the file of the default corpora that it begins as, and its bytes
     "lm/train.txt": ("lm/speeches-early.txt", 60_000),
@@ -70,40 +71,31 @@ precision = "fp32"
 
 
 def command(name: str, *arguments: object) -> list[str]:
+    """The words that start `gptchat NAME` as a process."""
     return [sys.executable, "-m", "gptchat", name, *map(str, arguments)]
 
 
-def run(name: str, *arguments: object, status: int = 0) -> str:
-    """Run `gptchat NAME` and return stdout and stderr. Its exit status must be `status`."""
-    done = run_process(command(name, *arguments), timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def run(*arguments: object, status: int = 0) -> str:
+    """Run `gptchat ARGUMENTS` in this process, which has imported torch already.
 
-
-def run_process(
-    arguments: list[str], timeout: float, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with captured text, but a command of gptchat starts fast if it may."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    with popen(arguments, **pipes) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
-
-
-def popen(arguments: list[str], **options: Any) -> subprocess.Popen:
-    """A process; one that `tests/forked.py` starts, where that makes no difference."""
-    if Forked.can_run(arguments, options):
-        return Forked(arguments, **options)
-    return subprocess.Popen(arguments, **options)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def forked_processes_have_the_environment_before_the_first_test() -> None:
-    Forked.environment = dict(os.environ)
+    Returns stdout and stderr. The exit status must be `status`.
+    """
+    output, ended = io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["gptchat", *map(str, arguments)]),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            main()
+    except SystemExit as exit:
+        ended = exit.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended == status, output.getvalue()
+    return output.getvalue()
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +110,7 @@ STARTED: list[subprocess.Popen] = []
 
 def start_process(arguments: list[str], **options: Any) -> subprocess.Popen:
     """Start a process that is killed at the end of the test, if it still runs then."""
-    process = popen(arguments, text=True, **options)
+    process = subprocess.Popen(arguments, text=True, **options)
     STARTED.append(process)
     return process
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import command, scalars, start_process, wait_until
-from test_train import finish, n_reports, start, trained
+from test_train import finish, n_reports, trained
 from test_trust_processes import children_of
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ class Agents:
             [sys.executable, "-m", "torch.distributed.run", *options, *self.arguments[1:]],
             stdout=open(self.folder / f"agent-{len(self.started)}.log", "w"),
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )
         self.started.append(agent)
         return agent
@@ -105,7 +105,7 @@ def test_processes_with_folders_of_their_own_are_refused_in_one_line(
 ) -> None:
     """Two machines whose folder `run` is not shared: the second one would begin anew."""
     begun = [*SETTINGS, "train.num_steps=20", "train.eval_interval=20"]
-    finish(start(small, "lm", tmp_path / "0", *begun))
+    trained(small, "lm", tmp_path / "0", *begun)
     arguments = command("train", "--config", small / "lm.toml", *SETTINGS, "train.num_steps=40")
     shell = f'exec "$@" run={tmp_path}/$RANK'
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -114,7 +114,6 @@ def test_processes_with_folders_of_their_own_are_refused_in_one_line(
         [*launch, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     output = finish(process, 1)
     assert "process 0 of 2 found the run at step 20, process 1 at step 0" in output, output

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,9 +60,7 @@ def start(
         torchrun = ["-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--nproc-per-node", str(processes)]
         arguments = [sys.executable, *torchrun, *arguments[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return start_process(arguments, env=environment, **pipes)
+    return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -199,7 +196,7 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(
 ) -> None:
     settings = [*mixture(small), "train.num_steps=90", "train.eval_interval=10"]
     settings += ["train.optimizer=muon", "train.log_interval=1"]
-    finish(start(small, "chatlm", tmp_path / "whole", *settings))
+    trained(small, "chatlm", tmp_path / "whole", *settings)
     killed = tmp_path / "killed"
     for lines in (13, 47):
         process = start(small, "chatlm", killed, *settings)
@@ -207,7 +204,7 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(
         process.kill()
         process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL, "the run ended before its last kill"
-    finish(start(small, "chatlm", killed, *settings))
+    trained(small, "chatlm", killed, *settings)
     assert_same_run(killed, tmp_path / "whole")
     assert scalars(killed, "train/loss") == scalars(tmp_path / "whole", "train/loss")
 
@@ -217,14 +214,14 @@ def test_a_burst_of_a_signal_saves_and_the_same_command_goes_on(
     small: Path, tmp_path: Path
 ) -> None:
     settings = ["train.num_steps=150", "train.eval_interval=1000", "train.log_interval=1"]
-    finish(start(small, "chatlm", tmp_path / "whole", *settings))
+    trained(small, "chatlm", tmp_path / "whole", *settings)
     process = start(small, "chatlm", tmp_path / "stopped", *settings)
     wait_until(lambda: n_reports(tmp_path / "stopped") > 0, process)
     for _ in range(5):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
     assert "goes on from here" in finish(process, 130)
-    finish(start(small, "chatlm", tmp_path / "stopped", *settings))
+    trained(small, "chatlm", tmp_path / "stopped", *settings)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
