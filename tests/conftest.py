@@ -6,6 +6,7 @@ configs that train tiny models on them.
 
 import contextlib
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gptchat.__main__ import main
+from gptchat.data import corpora
 from gptchat.inference.engine import Output
 from gptchat.runtime import STOP_SIGNALS
 
@@ -146,7 +148,9 @@ def short_folder() -> Iterator[Path]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, tokenizer, shards, `lm.toml` and `chatlm.toml`."""
     folder = tmp_path_factory.mktemp("small")
-    run("corpora", "--out", folder / "whole")
+    first_conversations = itertools.islice(corpora.conversations(), 300)
+    with mock.patch.object(corpora, "conversations", lambda: first_conversations):
+        run("corpora", "--out", folder / "whole")
     for name, (whole_name, size) in SMALL_FILES.items():
         text = (folder / "whole" / whole_name).read_bytes()[:size].rpartition(b"\n")[0] + b"\n"
         (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)

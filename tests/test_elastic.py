@@ -17,7 +17,7 @@ from test_train import finish, n_reports, trained
 from test_trust_processes import children_of
 
 pytestmark = pytest.mark.slow
-SETTINGS = ["train.gradient_accumulation_steps=2", "train.eval_interval=50"]
+SETTINGS = ["train.gradient_accumulation_steps=2", "train.eval_interval=20"]
 SETTINGS += ["train.log_interval=1", "model.dropout=0", "train.warmup_ratio=0"]
 SETTINGS += ["train.schedule=constant"]
 
@@ -80,13 +80,13 @@ def test_a_run_goes_on_when_an_agent_is_killed_and_when_it_comes_back(
     agents = Agents(small, tmp_path, n_steps=100_000)
     first, second = agents.start(), agents.start()
     agents.wait_for_processes(2)
-    agents.wait_for_reports(60)
+    agents.wait_for_reports(25)
     second.kill()
     agents.wait_for_processes(1)
-    agents.wait_for_reports(30)
+    agents.wait_for_reports(5)
     third = agents.start()
     agents.wait_for_processes(2)
-    agents.wait_for_reports(30)
+    agents.wait_for_reports(5)
     for agent in (first, third):
         agent.send_signal(signal.SIGTERM)
     for agent in (first, third):
@@ -104,7 +104,7 @@ def test_processes_with_folders_of_their_own_are_refused_in_one_line(
     small: Path, tmp_path: Path
 ) -> None:
     """Two machines whose folder `run` is not shared: the second one would begin anew."""
-    begun = [*SETTINGS, "train.num_steps=20", "train.eval_interval=20"]
+    begun = [*SETTINGS, "train.num_steps=20"]
     trained(small, "lm", tmp_path / "0", *begun)
     arguments = command("train", "--config", small / "lm.toml", *SETTINGS, "train.num_steps=40")
     shell = f'exec "$@" run={tmp_path}/$RANK'

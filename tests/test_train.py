@@ -449,7 +449,7 @@ def test_compilation_changes_no_result(
 ) -> None:
     results = []
     for switch in ("true", "false"):
-        settings = [f"train.compile={switch}", "model.dropout=0"]
+        settings = [f"train.compile={switch}", "model.dropout=0", "model.n_layer=1"]
         made = make_run(small, "chatlm", tmp_path / switch, *settings)
         monkeypatch.setattr(made.optimizer, "zero_grad", lambda: None)
         loop.train_step(made, [made.train_batches.micro_batch(0)])
