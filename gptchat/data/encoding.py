@@ -1,22 +1,17 @@
-"""Text files to token ids, block by block: read documents, encode them on all cores, in order.
+"""Text files to token ids, block by block: documents are read, and encoded on all cores in order.
 
-`read_blocks` reads the documents (lm) or dialogues (chatlm) of text files in blocks of about BLOCK
-characters. `ParallelEncoder` encodes blocks in worker processes (in a thread if there is little
-text), each with an `Encoder` of its own, and gives the results back in the order of the blocks.
-shards.py writes them to disk.
+`read_blocks` reads the documents (lm) or dialogues (chatlm) of files in blocks of about BLOCK
+characters. `ParallelEncoder` encodes blocks in worker processes, or in a thread if there is little
+text, and returns the results in the order of the blocks. shards.py writes them to disk.
 
-Invariants:
-- Memory is flat: a few blocks are under way at once, however large the files.
-- The ids are those that the tokenizer gives for each whole document or turn, whatever the block
-  size. (Exceptions, in a document longer than a block: a run of white space, or a word without
-  signs, longer than a block may be cut, and a tokenizer whose pattern is not one of scripts.py may
-  give other ids around a cut.)
-- A document (lm) is the text between blank lines, a line, or a file, as the config's `document`
-  says ("block", "line", "file"), and is followed by [EOS]. Separators between documents, blank
-  lines before a document and line ends at the end of a file are neither encoded nor counted in
-  `n_bytes`. A document of white space alone is left out.
-- Of a dialogue (chatlm) only the ids of its turns are kept; special tokens are added when a batch
-  is made.
+- A document (lm) is a block between blank lines, a line or a file, as `[data] document` says. [EOS]
+  follows it. What separates documents is neither encoded nor counted; a document of white space
+  is left out.
+- Of a dialogue (chatlm) only the turns are encoded: special tokens are added to a batch.
+- The ids are those of each whole document or turn, whatever the block size. The exception is a
+  document longer than a block. If it has a word or a run of white space longer than a block, or if
+  the tokenizer's pattern is none of scripts.py, the ids around a cut may differ.
+- Memory is flat: a few blocks exist at once.
 """
 
 import multiprocessing
@@ -51,15 +46,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
-PARALLEL_BYTES = 4 * BLOCK  # less text than this is encoded in a thread, which starts at once
+PARALLEL_BYTES = 4 * BLOCK  # less text is encoded in a thread, since processes take time to start
 MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then emptied
 UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
 SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
 BLANK_START = re.compile(r"\A\s*\n")  # blank lines before a document
-# Ends where the last white space begins, or where the last sign stands behind a letter. No token of
-# our patterns spans either place (an apostrophe and what follows it can be one token).
-UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")
-UP_TO_LAST_SIGN = re.compile(r"(?s:.*)[^\W\d_](?=[!-&(-/:-@[-`{-~\u3001\u3002\uff01\uff0c\uff1f])")
+UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")  # ends where the last white space begins
 
 
 def in_order(
@@ -78,17 +70,15 @@ def in_order(
 def read_documents(path: str | Path, document: str, size: int) -> Iterator[DocumentPiece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
-    A document longer than `size` comes in several pieces, cut where white space begins, or else
-    before a sign behind a letter, which no token of our patterns spans; anywhere if there is none.
-    In a file of JSON each object is a document, whatever `document` says. Raises UserError with
-    file and byte for invalid UTF-8.
+    A document longer than `size` comes in several pieces, cut before white space, which no token of
+    our patterns spans, or anywhere if there is none. In a file of JSON each object is a document,
+    whatever `document` says. Raises UserError for text that cannot be read.
     """
     if is_json(path):
         yield from ((text, True) for text in read_texts(path) if not text.isspace() and text)
         return
     at_start = True  # whether the next piece begins a document
-    separator = re.compile(SEPARATORS[document])
-    for text, ends in _cut(read_text(path, size), separator, size):
+    for text, ends in _cut(read_text(path, size), re.compile(SEPARATORS[document]), size):
         if at_start:
             text = BLANK_START.sub("", text)
             if not text or text.isspace():
@@ -102,7 +92,7 @@ def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterato
     rest = ""  # what follows the last separator
     for text in texts:
         if len(rest) >= size:
-            match = UP_TO_LAST_WORD.match(rest) or UP_TO_LAST_SIGN.match(rest)
+            match = UP_TO_LAST_WORD.match(rest)
             end = match.end() if match else len(rest)
             yield rest[:end], False
             rest = rest[end:]
@@ -128,14 +118,14 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
 
 
 def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[list[Any]]:
-    """Blocks of a split's documents, as Pieces (lm), or dialogues, as lists of turns (chatlm).
+    """Blocks of a split's documents, as pieces (lm), or of its dialogues, as turns (chatlm).
 
     `split` may also be train-0 and so on, an entry of train.
     """
     held_out = config.data.held_out
     split = split.partition("-")[0]
     if config.task == "chatlm":
-        all_dialogues = chain.from_iterable(read_dialogues(path) for path in paths)
+        all_dialogues = chain.from_iterable(map(read_dialogues, paths))
         dialogues = dialogues_of(split, all_dialogues, held_out)
         return in_blocks(dialogues, lambda turns: sum(len(text) for _, text in turns))
     document = config.data.document
@@ -146,18 +136,16 @@ def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[l
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """The type of ids on disk, little-endian: 16 bits if the vocabulary allows it, else 32."""
-    if tokenizer.vocab_size <= UINT16_ENTRIES:
-        return np.dtype("<u2")
-    return np.dtype("<u4")
+    return np.dtype("<u2" if tokenizer.vocab_size <= UINT16_ENTRIES else "<u4")
 
 
 class Encoded(NamedTuple):
     """What one block adds to the shards. Ends are counted from the beginning of the block."""
 
     tokens: bytes  # ids in `token_dtype`
-    documents: np.ndarray  # where each document ends: in tokens (lm) or in turns (chatlm)
-    turns: np.ndarray  # where each turn ends, in tokens; empty for lm
-    speakers: bytes  # each turn's speaker; empty for lm
+    documents: np.ndarray  # the end of each document: in tokens (lm) or in turns (chatlm)
+    turns: np.ndarray  # the end of each turn, in tokens; empty for lm
+    speakers: bytes  # the speaker of each turn; empty for lm
     n_bytes: int  # UTF-8 bytes of text
 
 
@@ -180,10 +168,7 @@ class Encoder:
         if not self.pattern:
             return self._encode_each(texts)
         split = [self.pattern.findall(text) for text in texts]
-        n_words = sum(map(len, split))
         new_words = list(set().union(*split) - self.words.keys())
-        if n_words > 10_000 and 2 * len(new_words) > n_words:  # words hardly repeat: numbers, say
-            return self._encode_each(texts)
         self.words.update(zip(new_words, self._encode_each(new_words), strict=True))
         encoded = [b"".join(map(self.words.__getitem__, words)) for words in split]
         self.n_cached += sum(map(len, new_words))
@@ -208,75 +193,62 @@ class Encoder:
             documents=self._ends(ids)[is_end],
             turns=np.array([], np.int64),
             speakers=b"",
-            n_bytes=_utf8_length(texts),
+            n_bytes=len("".join(texts).encode()),
         )
 
     def encode_dialogues(self, block: Sequence[list[TextTurn]]) -> Encoded:
         """The ids of the turns of dialogues.
 
-        Dialogues with a longer and longer history repeat turns, so each text is encoded once.
+        Rows with a longer and longer history repeat turns, so each distinct text is encoded once.
         """
-        speakers = bytearray()
-        texts: list[str] = []
-        for turns in block:
-            for speaker, text in turns:
-                speakers.append(speaker)
-                texts.append(text)
+        turns = list(chain.from_iterable(block))
+        texts = [text for _, text in turns]
         distinct = list(dict.fromkeys(texts))
         ids_of = dict(zip(distinct, self.encode(distinct), strict=True))
         ids = [ids_of[text] for text in texts]
         return Encoded(
             tokens=b"".join(ids),
-            documents=np.cumsum([len(turns) for turns in block]),
+            documents=np.cumsum(list(map(len, block))),
             turns=self._ends(ids),
-            speakers=bytes(speakers),
-            n_bytes=_utf8_length(texts),
+            speakers=bytes(speaker for speaker, _ in turns),
+            n_bytes=len("".join(texts).encode()),
         )
 
     def _ends(self, ids: Sequence[bytes]) -> np.ndarray:
-        """Where each text's ids end, in tokens."""
+        """The end of each text's ids, in tokens."""
         return np.cumsum([len(data) // self.dtype.itemsize for data in ids])
 
 
-def _utf8_length(texts: Sequence[str]) -> int:
-    return len("".join(texts).encode())
-
-
 class ParallelEncoder:
-    """Encodes blocks of `read_blocks` on all cores. Use it as a context manager.
+    """Encodes blocks of `read_blocks`. Use it as a context manager.
 
-    It owns one worker process per core or, for less than PARALLEL_BYTES of text, a thread of this
-    process. Each worker has a tokenizer of its own.
+    It has one worker process per core, or a thread for less than PARALLEL_BYTES of text. Each
+    worker has an `Encoder` of its own.
     """
 
     def __init__(self, tokenizer: Tokenizer, task: str, n_bytes: int):
         arguments = (tokenizer.json, task)
-        self.n_workers = granted_cores() if n_bytes >= PARALLEL_BYTES else 1
+        self.n_workers = 1
         self.executor: Executor = ThreadPoolExecutor(1, "", _start_worker, arguments)
-        if n_bytes >= PARALLEL_BYTES:
-            context = multiprocessing.get_context("spawn")
-            try:
-                self.executor = ProcessPoolExecutor(
-                    self.n_workers, context, _start_worker, arguments
-                )
-            except OSError as error:  # no semaphores
-                print(
-                    f"warning: /dev/shm: {error.strerror}; so text is encoded in one process, "
-                    "which takes longer",
-                    file=sys.stderr,
-                )
+        if n_bytes < PARALLEL_BYTES:
+            return
+        n_cores = granted_cores()
+        context = multiprocessing.get_context("spawn")
+        try:
+            self.executor = ProcessPoolExecutor(n_cores, context, _start_worker, arguments)
+            self.n_workers = n_cores
+        except OSError as error:  # no semaphores
+            reason = f"{error.strerror}; so text is encoded in one process, which takes longer"
+            print(f"warning: /dev/shm: {reason}", file=sys.stderr)
 
     def encode(self, blocks: Iterable[list[Any]]) -> Iterator[Encoded]:
-        """The encoded blocks, in order; two blocks per worker are under way at once.
-
-        Raises RunFailed where a worker was killed.
-        """
+        """The encoded blocks, in order. Raises RunFailed if a worker was killed."""
         try:
             yield from in_order(self.executor, _encode_in_worker, blocks, ahead=2 * self.n_workers)
         except BrokenProcessPool:
             raise RunFailed(
-                "a process that encodes text was killed, as the system does where memory is "
-                "short; the same command begins anew"
+                "a process that encodes text was killed, as the system does when memory is short; "
+                "the same command begins anew"
             ) from None
 
     def __enter__(self) -> "ParallelEncoder":
@@ -286,9 +258,7 @@ class ParallelEncoder:
         self.executor.shutdown()
 
 
-# The state of the worker that reads it, a process or a thread: `_start_worker` sets the attribute
-# `encode`, the function that encodes a block.
-_worker = threading.local()
+_worker = threading.local()  # of a worker, process or thread: its `encode` encodes a block
 
 
 def _start_worker(tokenizer_json: str, task: str) -> None:
@@ -298,10 +268,7 @@ def _start_worker(tokenizer_json: str, task: str) -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = Encoder(Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json)))
-    if task == "chatlm":
-        _worker.encode = encoder.encode_dialogues
-    else:
-        _worker.encode = encoder.encode_documents
+    _worker.encode = encoder.encode_dialogues if task == "chatlm" else encoder.encode_documents
 
 
 def _encode_in_worker(block: list[Any]) -> Encoded:
