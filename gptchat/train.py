@@ -96,7 +96,8 @@ def write_static_files(run: Run) -> None:
     if run.world.rank > 0:
         return
     task = run.config.task
-    defaults = pretrained.suitable_defaults(task, run.n_parameters, run.config.data.targets)
+    learns_both = run.config.data.learns_both_speakers
+    defaults = pretrained.suitable_defaults(task, run.n_parameters, learns_both)
     pretrained.save_static(run.model_dir, run.model.config, run.tokenizer, task, defaults)
     with atomic_write(run.folder / "config.json") as temporary:
         temporary.write_text(json.dumps(run.saved_config, indent=2) + "\n")

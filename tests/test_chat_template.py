@@ -15,7 +15,8 @@ from gptchat.data.dialogue import SPEAKERS, TextTurn
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.inference.generate import load_generator
 from gptchat.inference.sampling import Sampling
-from gptchat.model.pretrained import adapt, answer_defaults, load_model, save_static, save_weights
+from gptchat.model.convert import adapt
+from gptchat.model.pretrained import answer_defaults, load_model, save_static, save_weights
 from tests.hf_models import byte_tokenizer, random_gpt2, write
 from tests.serving import tiny_model
 

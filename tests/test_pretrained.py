@@ -21,10 +21,10 @@ from gptchat.console import UserError
 from gptchat.data import check, shards
 from gptchat.data.tokenizer import SPECIAL, Tokenizer
 from gptchat.model import convert, weights
+from gptchat.model.convert import adapt
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.pretrained import (
     AnswerDefaults,
-    adapt,
     answer_defaults,
     load_model,
     never_generated,
@@ -345,7 +345,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "integers": (
         edit_weights(lambda t: t.update({C_FC: t[C_FC].to(torch.int8)})),
-        [C_FC, "I8", "floats"],
+        [C_FC, "int8", "floats"],
     ),
     "NaN weight": (edit_weights(lambda t: t[C_FC][0].fill_(torch.nan)), ["c_fc", "NaN"]),
     "untied, no head": (config(tie_word_embeddings=False), ["lack lm_head.weight"]),

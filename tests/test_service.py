@@ -44,7 +44,7 @@ def alone(client, input_ids, types, new):
     characters = CharacterFilter(tokenizer, model.config.vocab_size)
     engine = Engine(model, 1, suppress=suppress, characters=characters)
     sampling = Sampling(temperature=0, max_new_tokens=new)
-    stop_ids = [pretrained.stop_id(tokenizer, task)]
+    stop_ids = pretrained.stop_ids(model.config, tokenizer, task)
     request = Request(input_ids, types, sampling, stop_ids=stop_ids)
     text = tokenizer.decode(generate(engine, [request])[0][0].ids)
     return text.removesuffix("\ufffd")  # a character that the length has cut

@@ -49,7 +49,7 @@ ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "tanh": torch.tanh,
 }
 MASK_ALIGNMENT = 8  # elements: SDPA's GPU kernels copy a mask whose rows begin elsewhere
-NO_TYPE_ROWS = (-1, -1)  # of a foreign model, before `pretrained.adapt`
+NO_TYPE_ROWS = (-1, -1)  # of a foreign model, before `convert.adapt`
 OURS = {"ours": True}  # metadata of a config's field
 
 

@@ -1,11 +1,10 @@
 """Model directories in Hugging Face layout, read and written.
 
-Reads directories written here and anyone's GPT-2; what our model cannot compute exactly is refused.
-Writes what transformers' GPT2LMHeadModel.from_pretrained and AutoTokenizer read, sampling defaults
-included. The weights are `weights.py`'s.
-
-A foreign vocabulary lacks our special tokens, and a foreign model the rows of its token types.
-`adapt` appends both. `gptchat convert` (`convert.py`) does so to a whole directory.
+`load_model` reads a directory written here or anyone's GPT-2, and refuses what our model cannot
+compute exactly. `save_static` and `save_weights` write what transformers'
+GPT2LMHeadModel.from_pretrained and AutoTokenizer read, with the sampling defaults
+(`AnswerDefaults`). A foreign model lacks special tokens and token types: `convert.adapt` appends
+them.
 """
 
 import dataclasses
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gptchat.console import UserError
 from gptchat.data.chat_template import CHAT_TEMPLATE
@@ -26,9 +24,8 @@ from gptchat.model.weights import load_weights, read_json
 from gptchat.model.weights import save_weights as save_weights
 from gptchat.settings import build, declared
 
-# What these keys of config.json may be; the first value is the default. The other keys that are
-# not in GPT2Config are about training and generation, or, like `reorder_and_upcast_attn`, about
-# rounding.
+# What these keys of config.json may be; the first value is the default. Other keys that are not in
+# GPT2Config do not change what is computed, except its rounding (`reorder_and_upcast_attn`).
 SUPPORTED = {
     "model_type": ("gpt2",),
     "architectures": (["GPT2LMHeadModel"], ["GPT2Model"], None),
@@ -47,19 +44,20 @@ def load_model(
 ) -> tuple[GPT2, Tokenizer, str]:
     """The model (in evaluation mode), its tokenizer, and its task, "lm" or "chatlm".
 
-    `dropout` replaces the three rates of config.json; None keeps them. A foreign model is an "lm"
-    and has no type rows until `adapt`. Raises UserError for a directory that is damaged or
-    incomplete, or whose model this one cannot represent.
+    `dropout` replaces the three rates of config.json. A foreign model is an "lm" without type rows.
+    Raises UserError for a directory that is incomplete or damaged, or whose model ours cannot
+    represent.
     """
     directory = Path(directory)
     path = directory / "config.json"
     values = read_json(path)
-    config = _model_config(path, values)
+    own = _own_values(path, values)
+    config = _model_config(path, values, own.get("type_rows", [*NO_TYPE_ROWS]))
     if dropout is not None:
         config = dataclasses.replace(
             config, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout
         )
-    task = _own_values(path, values).get("task", "lm")
+    task = own.get("task", "lm")
     if task not in TASKS:
         raise UserError(f"{path}: task is {task!r:.80}; wanted {' or '.join(TASKS)}")
     tokenizer = Tokenizer.load(directory)
@@ -74,8 +72,8 @@ def load_model(
     return model.eval(), tokenizer, task
 
 
-def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
-    """The config of a config.json; a missing key has transformers' default, as there."""
+def _model_config(path: Path, values: dict[str, Any], type_rows: Any) -> GPT2Config:
+    """The config in the values of a config.json. A missing key has transformers' default."""
     for key, supported in SUPPORTED.items():
         value = values.get(key, supported[0])
         if value not in supported:
@@ -86,33 +84,29 @@ def _model_config(path: Path, values: dict[str, Any]) -> GPT2Config:
     config = build(GPT2Config, known, str(path))
     if config.n_embd % config.n_head:
         raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
-    rows = _own_values(path, values).get("type_rows", [*NO_TYPE_ROWS])
-    if rows != [*NO_TYPE_ROWS]:
-        allowed = range(config.vocab_size)
-        if not isinstance(rows, list) or len(rows) != 2 or not all(row in allowed for row in rows):
+    if type_rows != [*NO_TYPE_ROWS]:
+        is_pair = isinstance(type_rows, list) and len(type_rows) == 2
+        if not is_pair or not all(row in range(config.vocab_size) for row in type_rows):
             raise UserError(
-                f"{path}: type_rows is {rows!r:.80}; wanted two rows below {config.vocab_size}"
+                f"{path}: type_rows is {type_rows!r:.80}; wanted two rows below {config.vocab_size}"
             )
-    return dataclasses.replace(config, type_rows=tuple(rows))
+    return dataclasses.replace(config, type_rows=tuple(type_rows))
 
 
 def _own_values(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What gptchat has written about its model; nothing in a foreign config."""
+    """What gptchat has added to a JSON file; nothing in a foreign one."""
     own = values.get("gptchat", {})
     if not isinstance(own, dict):
         raise UserError(f"{path}: gptchat is {own!r:.80}; wanted a table")
     return own
 
 
-# --- what is generated, and what is written
-
-
 @dataclass(frozen=True)
 class AnswerDefaults:
-    """How a model answers where a request does not say: kept in its generation_config.json.
+    """How a model answers unless a request says otherwise; kept in generation_config.json.
 
-    `sampling` holds settings of `gptchat.inference.sampling.Sampling` by name, unchecked.
-    `candidates` answers are drawn, and `pick` names the rule that chooses among them.
+    `sampling` holds settings of `inference.sampling.Sampling` by name, unchecked. `candidates`
+    answers are drawn, of which the rule `pick` chooses one.
     """
 
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -123,28 +117,25 @@ class AnswerDefaults:
 TRAINED_HERE = AnswerDefaults(
     {"temperature": 0.6, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.15}
 )
-# These have the same name and meaning in transformers; vLLM honours the same ones.
+# They have the same names and meanings in transformers and vLLM.
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def suitable_defaults(task: str, n_parameters: int, targets: str) -> AnswerDefaults:
-    """The defaults of a model trained here: how many candidates its answers may cost.
+def suitable_defaults(task: str, n_parameters: int, learns_both_speakers: bool) -> AnswerDefaults:
+    """The defaults of a model trained here.
 
-    A small ChatLM picks among many if it has learned to speak for both sides: the default one among
-    25, in 0.3 s on two cores of a CPU without VNNI. A large one answers at once.
+    A ChatLM that has learned both speakers' turns can score candidates (mmi). The smaller it is,
+    the more it draws: the default one 25, which take 0.3 s on two slow cores.
     """
     candidates = min(50, 75_000_000 // n_parameters)
-    if task == "chatlm" and targets in ("turns", "all") and candidates > 1:
+    if task == "chatlm" and learns_both_speakers and candidates > 1:
         sampling = TRAINED_HERE.sampling | {"temperature": 0.8}  # candidates that differ
         return AnswerDefaults(sampling, candidates, "mmi")
     return TRAINED_HERE
 
 
 def answer_defaults(directory: str | Path) -> AnswerDefaults:
-    """What a directory's generation_config.json says; neutral settings without that file.
-
-    Raises UserError for a file that cannot be read.
-    """
+    """The defaults in a directory's generation_config.json; neutral ones without that file."""
     path = Path(directory, "generation_config.json")
     if not path.exists():
         return AnswerDefaults()
@@ -159,28 +150,20 @@ def answer_defaults(directory: str | Path) -> AnswerDefaults:
     return AnswerDefaults(sampling, candidates, pick)
 
 
-def never_generated(config: GPT2Config, tokenizer: Tokenizer, task: str) -> list[int]:
-    """The ids that are no text: special tokens, type rows, and rows without a token.
-
-    The id that ends a text is not among them.
-    """
-    ends = stop_ids(config, tokenizer, task)
-    token_bytes = tokenizer.token_bytes
-    textless = [
-        id for id in range(config.vocab_size) if id >= len(token_bytes) or not token_bytes[id]
-    ]
-    return [id for id in textless if id not in ends]
-
-
-def stop_id(tokenizer: Tokenizer, task: str) -> int:
-    """The id that ends a text: [CLS] ends a response, [EOS] a document."""
-    return tokenizer.cls_id if task == "chatlm" else tokenizer.eos_id
-
-
 def stop_ids(config: GPT2Config, tokenizer: Tokenizer, task: str) -> tuple[int, ...]:
-    """The id that ends a text; none where the tokenizer or the model has no such token."""
-    id = stop_id(tokenizer, task)
+    """The id that ends a text: [CLS] ends a response, [EOS] a document.
+
+    Empty if the tokenizer lacks the token, or the model its row.
+    """
+    id = tokenizer.cls_id if task == "chatlm" else tokenizer.eos_id
     return (id,) if 0 <= id < config.vocab_size else ()
+
+
+def never_generated(config: GPT2Config, tokenizer: Tokenizer, task: str) -> list[int]:
+    """The ids that have no text (special tokens, type rows, unused rows), but for `stop_ids`."""
+    with_text = {id for id, piece in enumerate(tokenizer.token_bytes) if piece}
+    generated = with_text.union(stop_ids(config, tokenizer, task))
+    return [id for id in range(config.vocab_size) if id not in generated]
 
 
 def save_static(
@@ -190,7 +173,7 @@ def save_static(
     task: str,
     defaults: AnswerDefaults = TRAINED_HERE,
 ) -> None:
-    """Write a model directory except its weights: the configs and the tokenizer's files."""
+    """Write all of a model directory but its weights. [EOS], and [CLS] of a ChatLM, must exist."""
     special_ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -210,8 +193,9 @@ def save_static(
         "tie_word_embeddings": True,
         "gptchat": {"task": task} | ours,
     }
+    (stop,) = stop_ids(config, tokenizer, task)
     generation_config = special_ids | {
-        "eos_token_id": stop_id(tokenizer, task),
+        "eos_token_id": stop,
         "suppress_tokens": never_generated(config, tokenizer, task),
         "do_sample": defaults.sampling.get("temperature") != 0,
         "gptchat": {"candidates": defaults.candidates, "pick": defaults.pick},
@@ -226,47 +210,3 @@ def save_static(
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-# --- foreign models
-
-
-@torch.no_grad()
-def adapt(model: GPT2, tokenizer: Tokenizer, seed: int) -> dict[str, int]:
-    """Append the special tokens and type rows that a foreign vocabulary lacks: {name: row}.
-
-    Model and tokenizer are changed in place. Rows that the model has beyond its vocabulary are used
-    first. Does nothing where nothing is missing.
-    """
-    config = model.config
-    first = min(tokenizer.vocab_size, config.vocab_size)  # the first row without a token
-    names = tokenizer.add_missing_specials()
-    end = tokenizer.vocab_size
-    added = dict(zip(names, range(end - len(names), end), strict=True))
-    if config.type_rows == NO_TYPE_ROWS:
-        added |= {"type 0": end, "type 1": end + 1}
-        config = dataclasses.replace(config, type_rows=(end, end + 1))
-        end += 2
-    if added or end > config.vocab_size:
-        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, end))
-        _redraw_rows(model, config, first, end, seed)
-    return added
-
-
-def _redraw_rows(model: GPT2, config: GPT2Config, first: int, end: int, seed: int) -> None:
-    """Give the model the larger `config`, and its embedding new rows from `first` up to `end`.
-
-    A new row is the mean of the rows before plus noise of a tenth of their deviation, so that it
-    hardly changes the others' probabilities (Hewitt 2021, "Initializing New Word Embeddings").
-    """
-    old = model.wte.weight
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(end - first, config.n_embd, generator=generator).to(old)
-    known = old[:first]
-    wte = old.new_empty(config.vocab_size, config.n_embd)
-    wte[: len(old)] = old
-    wte[first:end] = known.mean(0) + 0.1 * known.std(0) * noise
-    model.wte.weight = model.lm_head.weight = nn.Parameter(wte)
-    model.wte.num_embeddings = model.lm_head.out_features = len(wte)
-    model.config = config
-    model.type_rows = torch.tensor(config.type_rows, device=old.device)

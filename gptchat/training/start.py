@@ -20,6 +20,7 @@ from gptchat.data.shards import open_sources
 from gptchat.data.tokenizer import Tokenizer, start_directory, tokenizer_for
 from gptchat.files import remove_temporary_files
 from gptchat.model import pretrained
+from gptchat.model.convert import adapt
 from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.training import checkpoint
@@ -164,7 +165,7 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
         start_directory(config), dropout=config.model.dropout
     )
     check_size(config, model.config)
-    appended = pretrained.adapt(model, tokenizer, config.train.seed)
+    appended = adapt(model, tokenizer, config.train.seed)
     was_lm = config.task == "chatlm" and model_task == "lm"
     if was_lm and "type 0" not in appended:
         rows = torch.randn(2, model.config.n_embd) * model.config.initializer_range
