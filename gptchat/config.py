@@ -202,6 +202,17 @@ class ServerSettings:
     )
 
 
+def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as {"section.key": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def keys_that_may_change(cls: type, prefix: str = "") -> set[str]:
     """The keys of a config that a resumed run may have other values of, as "section.key"."""
     keys = set()

@@ -1,9 +1,8 @@
 """What all commands share: errors of one line, the command-line parser, and progress bars.
 
-Invariants: a user's mistake is a `UserError`, which `cli` turns into one line on stderr and exit
-status 2. Work that went wrong by itself is a `RunFailed`: one line too, exit status 1. What other
-exceptions `cli` knows is written there; the rest are bugs of ours and keep their traceback. Nothing
-here imports torch.
+`cli` runs a command. A user's mistake is a `UserError`: one line on stderr, exit status 2. Work
+that went wrong by itself is a `RunFailed`: one line, exit status 1. Bugs of ours keep their
+traceback. Nothing here imports torch.
 """
 
 import argparse
@@ -11,7 +10,7 @@ import contextlib
 import errno
 import io
 import os
-import select
+import shutil
 import signal
 import sys
 import time
@@ -32,10 +31,10 @@ class RunFailed(Exception):
 def cli(main: Callable[[], None]) -> None:
     """Run a command's `main`.
 
-    UserError, or an OSError that names a file: one line, exit status 2. RunFailed, or a disk that
-    is full or fails: one line, exit status 1. Ctrl-C: exit status 130. A reader of the output that
-    has left, as `head` does: no line, exit status 141, the shell's for SIGPIPE.
-    What stdout cannot encode, such as file names that are not UTF-8, is printed as escapes.
+    An OSError that names a file is a user's mistake, too; a disk that is full or fails is not.
+    Ctrl-C gives exit status 130. A reader of the output that has left, as `head` does, gives no
+    line and exit status 141, the shell's for SIGPIPE. What stdout cannot encode, such as file names
+    that are not UTF-8, is printed as escapes.
     """
     open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -49,12 +48,12 @@ def cli(main: Callable[[], None]) -> None:
         fail(1, str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and has_lost_reader():
-            sys.exit(128 + signal.SIGPIPE)
-        elif error.filename is not None:
+        if error.filename is not None:
             fail(2, f"{error.filename}: {error.strerror}")
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             fail(1, f"output cannot be written: {error.strerror}")
         raise
     finally:
@@ -70,7 +69,7 @@ def fail(status: int, message: str) -> NoReturn:
 def open_closed_streams() -> None:
     """Open the standard streams that this process was started without, on /dev/null.
 
-    Their descriptors would go to the next files that are opened.
+    Otherwise the next files that are opened would get their descriptors.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -80,18 +79,10 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
-def has_lost_reader() -> bool:
-    """Whether the reader of stdout or stderr has left."""
-    streams = select.poll()
-    streams.register(sys.stdout, 0)  # 0: errors only
-    streams.register(sys.stderr, 0)
-    return bool(streams.poll(0))
-
-
 def discard_what_cannot_be_printed() -> None:
-    """Send what is left to print to nowhere, if the terminal is closed or the pipe's reader gone.
+    """Send what is left to print to /dev/null if the terminal is closed or the reader has left.
 
-    Python would end with status 120 in place of the command's if it cannot print that at the end.
+    Otherwise Python would fail to print it at the end, and exit with status 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -121,65 +112,56 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class Progress:
-    """A progress bar with rate and time left; use it as a context manager.
+    """A line on stderr with progress, mean rate and time left; use it as a context manager.
 
-    On a terminal the bar is redrawn in place. Elsewhere (a log file) it is printed as a plain line
-    every `seconds`. `figures` are shown behind the rate. What cannot be printed, because the
-    terminal is closed or the pipe's reader has ended, is left out: the work goes on.
+    A terminal's line is redrawn in place; a log file gets a line every ten seconds. `figures` are
+    shown behind the rate. If stderr is closed, nothing is printed and the work goes on.
     """
 
-    def __init__(
-        self, total: float | None, desc: str, unit: str, initial: float = 0, seconds: float = 10
-    ):
-        self.terminal = sys.stderr.isatty()
-        self.interval = 0.2 if self.terminal else seconds
-        self.last_shown = time.monotonic()
-        self.figures: dict[str, str] = {}
-        self.bar = tqdm(
-            total=total,
-            desc=desc,
-            unit=unit,
-            initial=initial,
-            unit_scale=True,
-            dynamic_ncols=True,
-            mininterval=self.interval,
-            file=sys.stderr if self.terminal else _NullStream(),
-        )
+    def __init__(self, total: float | None, desc: str, unit: str, initial: float = 0):
+        self.total = total
+        self.desc = desc
+        self.unit = unit
+        self.initial = initial
+        self.n = initial
+        self.figures = ""
+        self.is_terminal = sys.stderr.isatty()
+        self.start = self.last_shown = time.monotonic()
 
     def update(self, n: float = 1) -> None:
-        self.bar.n += n
-        now = time.monotonic()
-        if now - self.last_shown >= self.interval:
-            self.last_shown = now
+        self.n += n
+        seconds = 0.2 if self.is_terminal else 10
+        if time.monotonic() - self.last_shown >= seconds:
             self.show()
 
-    def show(self) -> None:
-        self.bar.set_postfix(self.figures, refresh=False)
-        if self.terminal:
-            self.bar.refresh()  # tqdm passes over a closed terminal by itself
+    def show(self, end: str = "") -> None:
+        self.last_shown = time.monotonic()
+        line = tqdm.format_meter(
+            self.n,
+            self.total,
+            self.last_shown - self.start,
+            ncols=shutil.get_terminal_size().columns if self.is_terminal else None,
+            prefix=self.desc,
+            unit=self.unit,
+            unit_scale=True,
+            initial=self.initial,
+            postfix=self.figures,
+        )
+        if self.is_terminal:
+            self._print(f"\r\x1b[K{line}", end)
         else:
-            self._print(str(self.bar))
+            self._print(line)
 
     def write(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self.terminal:
-            self.bar.clear()
-        self._print(line)
+        """Print a line above the progress."""
+        self._print(f"\r\x1b[K{line}" if self.is_terminal else line)
 
-    def _print(self, line: str) -> None:
+    def _print(self, text: str, end: str = "\n") -> None:
         with contextlib.suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(text, end=end, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.show()
-        self.bar.close()
-
-
-class _NullStream:
-    """Discards what tqdm prints: away from a terminal `Progress.show` prints instead."""
-
-    def write(self, text: str) -> None: ...
-    def flush(self) -> None: ...
+        self.show(end="\n")

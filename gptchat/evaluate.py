@@ -3,15 +3,14 @@
     gptchat evaluate --config FILE [--split test] [--prompts FILE] [section.key=value ...]
     gptchat evaluate --model DIR --text FILE [FILE ...]
 
-The first form evaluates a run on the files of one split, from its shards; what those do not hold as
-it is now is encoded for the moment. The second evaluates any model directory, anyone's GPT-2 too,
-on any text (a ChatLM: dialogues, TSV or JSONL). Each file has figures of its own, but with
-`held_out`, and for the split train, the split has them as a whole.
+The first form evaluates a run on one split, from its shards if they are up to date. The second
+evaluates any model directory, anyone's GPT-2 too, on any text (a ChatLM: dialogues, TSV or JSONL).
+Each file has its own figures; `held_out` text and the split train have one set as a whole.
 
-With --config alone, the figures also go to `test.txt` in the run's folder and into the model card,
-and the model's answers to the dialogues of --prompts to `answers.tsv`. The folder's `manifest.json`
-records what they were made from; if that is as it was, the figures are printed from there, without
-importing torch.
+With --config and at most --prompts, the figures are also written to `test.txt` in the run's folder,
+and the model's answers to the dialogues of --prompts to `answers.tsv`. Both are in the model card,
+`README.md` of the model directory. `manifest.json` records what they were made from; while that is
+unchanged, the figures are printed from there, without importing torch.
 """
 
 import argparse
@@ -19,9 +18,9 @@ import glob
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ from gptchat.artifacts import (
     read_manifest,
     write_manifest,
 )
-from gptchat.config import Config, load_config
+from gptchat.config import Config, flatten, load_config
 from gptchat.console import CommandParser, UserError, cli
 from gptchat.data import shards
 from gptchat.data.splits import SPLITS, patterns_of
@@ -42,13 +41,41 @@ from gptchat.files import atomic_write, expand, matching_files
 if TYPE_CHECKING:
     from gptchat.figures import Figures
 
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, gptchat, {tag}]
+---
+# {name}
+
+A GPT-2 trained with gptchat as {what}.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+
+## Figures
+
+Of held-out text; a loss is nats a token.
+
+{figures}
+
+## Config
+
+{config}
+"""
+ANSWERS = """
+## Answers
+
+{answers}
+"""
+
 
 @contextmanager
 def open_split(config: Config, split: str) -> Iterator[shards.Shards]:
-    """A split of the config, encoded by the tokenizer of `init_from`.
-
-    It comes from the config's shards if they are up to date, else from temporary ones.
-    """
+    """A split of the config in the tokenizer of `init_from`: its shards, or temporary ones."""
     tokenizer = tokenizer_for(config)
     if not shards.why_outdated(config, tokenizer, [split]):
         yield shards.open_shards(config, split, tokenizer)
@@ -62,8 +89,8 @@ def open_split(config: Config, split: str) -> Iterator[shards.Shards]:
 def measure(config: Config, split: str, task: str = "") -> "dict[str, Figures]":
     """The figures of the model `config.init_from`: of each file of the split, or of all together.
 
-    `task` is the model's, if it matters. Raises UserError for a file that cannot be read as text of
-    that task, or that holds none.
+    Raises UserError for a model of another task than `task`, if that is given, and for a file that
+    cannot be read as text of the model's task, or that holds none.
     """
     from gptchat import figures  # torch takes seconds to import, and may not be needed
 
@@ -82,7 +109,7 @@ def measure(config: Config, split: str, task: str = "") -> "dict[str, Figures]":
 
 
 def format_figures(figures: "Figures") -> str:
-    """`name value` of each figure: four decimals, none where the value is a whole number."""
+    """`name value` of each figure: four decimals, none if the value is a whole number."""
     parts = []
     for key, value in figures.items():
         number = f"{value:,.4f}".removesuffix(".0000")
@@ -91,9 +118,9 @@ def format_figures(figures: "Figures") -> str:
 
 
 def evaluate_run(config: Config, prompts: str) -> "dict[str, Figures]":
-    """The figures of a run on its test split; they and its answers to `prompts` are recorded.
+    """The figures of a run on its test split, recorded with its answers to `prompts`.
 
-    What is recorded is used if it is up to date. Without test files there are no figures.
+    A record that is up to date is used. Without test files there are no figures.
     """
     folder = Path(config.run)
     model = folder / "model"
@@ -120,24 +147,41 @@ def evaluate_run(config: Config, prompts: str) -> "dict[str, Figures]":
     if patterns:
         expand(patterns, "[data] test")  # says what is wrong with a name before any work
         record["figures"] = measure(replace(config, init_from=str(model)), "test", config.task)
-        write_figures(folder, record["figures"])
+        write_text(folder / "test.txt", "\n".join(lines_of(record["figures"])))
     if prompts:
         answer(model, prompts, folder / "answers.tsv")
+    if patterns:
+        write_card(config, record["figures"], prompts)
     write_manifest(folder, record)
     return record["figures"]
 
 
-def write_figures(run: Path, figures_of: "dict[str, Figures]") -> None:
-    """Write the figures to the run's test.txt, and to the card of its model if that can be."""
-    from gptchat.training import model_card
+def write_text(path: Path, text: str) -> None:
+    """Write lines of text. Names of files that are not UTF-8 become escapes."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
-    with atomic_write(run / "test.txt") as temporary:
-        text = "".join(f"{line}\n" for line in lines_of(figures_of))
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    try:
-        model_card.add_evaluation(run / "model", figures_of)
-    except UserError as error:
-        print(f"warning: {error}", file=sys.stderr)
+
+def write_card(config: Config, figures_of: "dict[str, Figures]", prompts: str) -> None:
+    """Write the model card, with the run's answers if it was given `prompts`."""
+    is_chat = config.task == "chatlm"
+    folder = Path(config.run)
+    settings = flatten(asdict(config))
+    card = CARD.format(
+        tag="conversational" if is_chat else "lm",
+        name=folder.name,
+        what="a chat model, which answers" if is_chat else "a language model, which continues text",
+        figures=indented(lines_of(figures_of)),
+        config=indented(f"{key} = {value!r}" for key, value in settings.items()),
+    )
+    if prompts:
+        card += ANSWERS.format(answers=indented(answer_lines(folder / "answers.tsv")))
+    write_text(folder / "model/README.md", card)
+
+
+def indented(lines: Iterable[str]) -> str:
+    """Lines that Markdown shows as they are."""
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def answer(model: Path, prompts: str, answers: Path) -> None:
@@ -148,11 +192,13 @@ def answer(model: Path, prompts: str, answers: Path) -> None:
     chat.main(["--model", str(model), "--seed", "1", *files])
 
 
-def print_answers(answers: Path) -> None:
-    """Print the last two turns of each row."""
+def answer_lines(answers: Path) -> list[str]:
+    """The last two turns of each row."""
+    lines = []
     for line in answers.read_text(encoding="utf-8").splitlines():
         message, reply = line.split("\t")[-2:]
-        print(f"you> {message}\nbot> {reply}")
+        lines += [f"you> {message}", f"bot> {reply}"]
+    return lines
 
 
 def lines_of(figures_of: "dict[str, Figures]") -> list[str]:
@@ -220,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in lines_of(figures_of):
         print(line)
     if args.prompts:
-        print_answers(Path(config.run, "answers.tsv"))
+        print("\n".join(answer_lines(Path(config.run, "answers.tsv"))))
 
 
 if __name__ == "__main__":

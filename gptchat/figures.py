@@ -1,19 +1,17 @@
 """The figures of a model on text: loss, perplexity, bits per byte; of a ChatLM also its answers'.
 
-Documents, each followed by [EOS], form one stream that begins after an [EOS] and is cut into
-consecutive windows of the context length. So every token is a target once, and the first tokens of
-a window have little context. A plain loop over these windows with transformers' model gives the
-same figures. A ChatLM's targets are its responses, each followed by [CLS], unless the config says
-otherwise. Every target token counts alike.
+An LM's documents, each followed by [EOS], form one stream that begins after an [EOS] and is cut
+into consecutive windows of the context length. So every token is a target once, and the first
+tokens of a window have little context. A ChatLM's targets are its responses, each followed by
+[CLS], unless the config says otherwise. Every target token counts alike.
 
-Bits per byte is the loss of all targets, [EOS] included, divided by the UTF-8 bytes of their text:
-what an ideal compressor would need. Unlike loss and perplexity it may be compared between models
-with different tokenizers.
+Bits per byte is the loss of all targets, [EOS] included, divided by the UTF-8 bytes of their text.
+Unlike loss and perplexity it may be compared between models with different tokenizers.
 
 A ChatLM also answers up to 200 dialogues spread evenly over the text, the same way each time.
-`repeats_itself` and `repeats_context` are the shares of answers in which four words in a row stand
-twice, or stand in an earlier turn too. Words stand between white space; in scripts that are written
-without spaces (Chinese, Japanese, Thai and others: scripts.py) each character counts as a word.
+`repeats_itself` and `repeats_context` are the shares of answers in which a run of four words occurs
+twice, or also in an earlier turn. In scripts that are written without spaces each character counts
+as a word.
 """
 
 import math
@@ -46,27 +44,27 @@ def ngrams(text: Sequence, n: int) -> list[tuple]:
 
 
 def distinct(texts: Iterable[Sequence], n: int) -> float:
-    """Distinct n-grams over all n-grams of the texts.
+    """Distinct-n (Li et al. 2016): distinct n-grams over all n-grams of the texts; 0 without any.
 
-    Known as distinct-1 and distinct-2 (Li et al. 2016); 0 if there are no n-grams.
+    No n-gram spans two texts.
     """
     found = list(chain.from_iterable(ngrams(text, n) for text in texts))
     return len(set(found)) / max(1, len(found))
 
 
 def repeats_itself(text: Sequence) -> bool:
-    """Whether a run of REPEATED items stands in a text twice."""
+    """Whether a run of REPEATED items occurs in a text twice."""
     found = ngrams(text, REPEATED)
     return len(set(found)) < len(found)
 
 
 def repeats_context(text: Sequence, context: Sequence) -> bool:
-    """Whether a run of REPEATED items of a text stands in its context too."""
+    """Whether a run of REPEATED items of a text occurs in its context, too."""
     return not set(ngrams(context, REPEATED)).isdisjoint(ngrams(text, REPEATED))
 
 
 def of_text(model: GPT2, config: Config, text: Shards, tokenizer: Tokenizer, name: str) -> Figures:
-    """All figures of a text; progress is shown under `name`."""
+    """All figures of a text, which progress calls `name`."""
     figures = loss_figures(model, config, text, tokenizer, name)
     if config.task == "chatlm":
         figures |= answer_figures(model, text, tokenizer)
@@ -76,7 +74,7 @@ def of_text(model: GPT2, config: Config, text: Shards, tokenizer: Tokenizer, nam
 def loss_figures(
     model: GPT2, config: Config, split: Shards, tokenizer: Tokenizer, name: str
 ) -> Figures:
-    """Loss, perplexity and bits per byte of a split; progress is shown under `name`."""
+    """Loss, perplexity and bits per byte of a split, which progress calls `name`."""
     n_ctx = model.config.n_positions
     if config.model.n_ctx:
         n_ctx = min(config.model.n_ctx, n_ctx)
@@ -87,7 +85,7 @@ def loss_figures(
 
 
 def with_progress(batches: Batches, name: str) -> Iterator[Batch]:
-    """The batches of an evaluation; the progress is shown while they are taken."""
+    """The batches of an evaluation, with progress."""
     with Progress(batches.rows_per_epoch, name, "row") as bar:
         for batch in batches.evaluation():
             yield batch

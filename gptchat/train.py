@@ -6,15 +6,14 @@
 Vocabulary and shards that are missing or out of date are made first. The same command resumes a run
 that was stopped or killed. `task` only chooses the data: the loop is the same for both.
 
-Invariants:
-- A step is a pure function of the weights, the optimizer state, fp16's loss scale and (config, step
-  number): its batches come from the step number, and dropout is seeded from (seed, step,
-  micro-batch). No other state enters it, so resuming is exact.
+- A step depends on the weights, the optimizer state, fp16's loss scale, the config and the step
+  number only: its batches come from the step number, and dropout is seeded from (seed, step,
+  micro-batch). So resuming is exact.
 - The loss of a step is the sum over its target tokens divided by their number, over all
   micro-batches of all processes: every target weighs the same.
-- The micro-batch is the fixed unit of work. Processes divide a step's micro-batches among
-  themselves, so a run may go on with another number of processes and see the same batches.
-- `<run>/model/` is the best model so far, by held-out loss; `<run>/checkpoint.safetensors` is what
+- Processes divide a step's micro-batches among themselves, so a run may go on with another number
+  of processes and see the same batches.
+- `<run>/model/` is the best model so far, by held-out loss. `<run>/checkpoint.safetensors` is what
   a resumed run goes on from.
 """
 
@@ -28,8 +27,8 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-# How often OpenMP's threads look for work before they sleep. With its own 300,000, a step beside
-# another program took five times as long. It is read when torch is imported.
+# How often OpenMP's threads look for work before they sleep; read when torch is imported. With the
+# default of 300,000, a step beside another program took five times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
@@ -42,7 +41,6 @@ from gptchat.data import shards
 from gptchat.data.batches import Batch, prefetch
 from gptchat.data.keyed_draw import draw_key
 from gptchat.files import atomic_write
-from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
 from gptchat.runtime import handle_stop_signals, on_stop_signals, tune_memory
 from gptchat.training import checkpoint
@@ -51,9 +49,6 @@ from gptchat.training.metrics import autocast, metrics, sum_losses
 from gptchat.training.monitor import Monitor, printable, require_finite
 from gptchat.training.optim import clip_gradients, lr_scale, set_learning_rate
 from gptchat.training.start import Run, start
-
-N_SAMPLES = 3  # texts that an evaluation lets the model write
-SAMPLE_PROMPT = 16  # tokens of a held-out text that an LM continues in them
 
 
 def train(run: Run) -> None:
@@ -89,15 +84,13 @@ def train(run: Run) -> None:
 
 
 def write_static_files(run: Run) -> None:
-    """Write what does not change during the run: the model's config and tokenizer, `config.json`.
-
-    Raises UserError where that cannot be written.
-    """
+    """Write what does not change during the run: the configs and the tokenizer."""
     if run.world.rank > 0:
         return
     task = run.config.task
+    n_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     learns_both = run.config.data.learns_both_speakers
-    defaults = pretrained.suitable_defaults(task, run.n_parameters, learns_both)
+    defaults = pretrained.suitable_defaults(task, n_parameters, learns_both)
     pretrained.save_static(run.model_dir, run.model.config, run.tokenizer, task, defaults)
     with atomic_write(run.folder / "config.json") as temporary:
         temporary.write_text(json.dumps(run.saved_config, indent=2) + "\n")
@@ -106,8 +99,7 @@ def write_static_files(run: Run) -> None:
 def micro_batch_indices(run: Run) -> range:
     """Which of a step's micro-batches this process takes: every `world.size`-th from its rank.
 
-    Every process takes the same number, as DDP requires; indices past the last micro-batch are
-    empty ones.
+    Every process takes the same number, as DDP requires. Those past the last micro-batch are empty.
     """
     world = run.world
     per_process = math.ceil(run.config.train.gradient_accumulation_steps / world.size)
@@ -124,7 +116,7 @@ def prefetch_steps(run: Run) -> contextlib.AbstractContextManager[Iterator[list[
 def train_step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
     """One optimizer step on this process's micro-batches.
 
-    Returns the sum of its losses, and the gradient norm before clipping: scalar tensors on the
+    Returns the sum of their losses and the gradient norm before clipping, scalar tensors on the
     device.
     """
     world, state = run.world, run.state
@@ -142,7 +134,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
     for index, batch in zip(indices, micro_batches, strict=True):
         torch.manual_seed(draw_key(run.config.train.seed, state.step, index))  # for dropout
         with sync_gradients(run, is_last=index == indices[-1]):
-            loss_sum = summed_loss(run, batch)
+            with autocast(world.device, run.config.train.precision):
+                loss_sum = run.training_model(**batch.inputs(world.device))  # nats
             run.scaler.scale(loss_sum * loss_scale).backward()
         total += loss_sum.detach()
     return total, update_weights(run)
@@ -153,12 +146,6 @@ def sync_gradients(run: Run, is_last: bool) -> contextlib.AbstractContextManager
     if is_last or not isinstance(run.training_model, DistributedDataParallel):
         return contextlib.nullcontext()
     return run.training_model.no_sync()
-
-
-def summed_loss(run: Run, batch: Batch) -> Tensor:
-    """The sum of the cross-entropies (nats) of a micro-batch's targets, a scalar tensor."""
-    with autocast(run.world.device, run.config.train.precision):
-        return run.training_model(**batch.inputs(run.world.device))
 
 
 def update_weights(run: Run) -> Tensor:
@@ -188,32 +175,15 @@ def evaluate(run: Run, monitor: Monitor) -> None:
         run.best_is_missing = False
         if world.rank == 0:
             pretrained.save_weights(run.model_dir, run.model)
+            (run.model_dir / "README.md").unlink(missing_ok=True)  # `evaluate`'s, of another model
     figures = metrics(loss_sum, int(n_targets), run.valid_batches.n_bytes)
-    monitor.report_evaluation(figures, is_best, write_samples(run))
-
-
-def write_samples(run: Run) -> list[str]:
-    """Lines "prompt -> text": held-out dialogues that the model answers, or texts it continues.
-
-    Empty on other ranks than 0, which report nothing.
-    """
-    if run.world.rank > 0:
-        return []
-    text = run.valid_batches.sources[0]
-    stride = math.ceil(text.documents / N_SAMPLES)
-    prompts = [text.prompt(n, SAMPLE_PROMPT) for n in range(0, text.documents, stride)]
-    generator = TextGenerator(run.model, run.tokenizer, run.config.task)
-    lines = []
-    for turns, answer in zip(prompts, generator.sample_answers(prompts), strict=True):
-        prompt = " / ".join(run.tokenizer.decode(ids) for _, ids in turns)
-        lines.append(f"{prompt} -> {answer}")
-    return lines
+    monitor.report_evaluation(figures, is_best)
 
 
 def save(run: Run) -> None:
     """Write the checkpoint from which the same command goes on.
 
-    Raises UserError where it cannot be written, RunFailed if a weight is not finite.
+    Raises UserError if it cannot be written, RunFailed if a weight is not finite.
     """
     norm = float(torch.nn.utils.get_total_norm(run.model.parameters()))
     require_finite(run.world, run.folder, run.state.step, {"norm of the weights": norm})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import byte_tokenizer, random_gpt2, write
+from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel
 
 from gptchat import evaluate
@@ -223,6 +224,9 @@ def test_figures_of_a_run_are_recorded_until_model_or_text_change(
     first = run(monkeypatch, capsys, "--config", config)
     assert run(monkeypatch, capsys, "--config", config) == first and len(counted) == 1
     assert (tmp_path / "run/test.txt").read_text().startswith(f"{text}: loss ")
+    card = ModelCard.load(model / "README.md")
+    assert card.data.library_name == "transformers" and "lm" in card.data.tags
+    assert f"    {text}: loss " in card.text and "model.n_ctx = 48" in card.text
     run(monkeypatch, capsys, "--config", config, "model.n_ctx=16")  # leaves the record
     assert run(monkeypatch, capsys, "--config", config) == first and len(counted) == 2
     text.write_text("Another text.\n")

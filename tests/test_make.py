@@ -226,6 +226,7 @@ def test_real_runs_from_own_files_and_what_happens_when_they_change(real: Projec
     assert "out/bard: not evaluated again" in output  # before chatlm's figures: lm's once more
     assert output.count(lm.read_text()) == 2 and chatlm.read_text() in output
     assert "you> Hi!\nbot> " in output
+    assert "    you> Hi!\n    bot> " in (chatlm.parent / "model/README.md").read_text()
     after = real.states()
     assert before.items() <= after.items()  # own files are as they were
     assert {path.relative_to(real.folder).parts[0] for path in after.keys() - before} == {"out"}

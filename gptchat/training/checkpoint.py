@@ -1,20 +1,18 @@
 """What a resumed run needs, in one file: weights, optimizer state, and how far the run has come.
 
-`checkpoint.safetensors` in a run's folder is replaced atomically: after a crash it is the previous
-checkpoint or the new one.
+`checkpoint.safetensors` in a run's folder is replaced atomically. It holds
 
-- Tensors: `model.<parameter name>`, and `optimizer.<kind>.<parameter name>.<state key>` (kind:
-  adamw or muon).
-- Metadata: `format`, the version of this layout; `state`, a `TrainState`; `config`, the resolved
-  config; `digest`, of all tensors and of the other metadata.
+- tensors: `model.<parameter name>`, and `optimizer.<kind>.<parameter name>.<state key>` with the
+  kind adamw or muon
+- metadata: `format`, the version of this layout; `state`, a `TrainState`; `config`, the resolved
+  config; `digest`, of all tensors and the other metadata
 
 It holds no data position and no random state: batches and dropout are functions of (seed, step,
-micro-batch). A run that goes on from here computes what it would have computed without a stop, to
-the bit on the same machine with the same number of processes, precision and compilation. A file of
-another format, a damaged one, or one whose config differs in more than FREE_KEYS is refused.
+micro-batch). On the same machine, with the same number of processes, precision and compilation, a
+resumed run computes to the bit what an uninterrupted one does. A file of another format, a damaged
+one, or one whose config differs in more than FREE_KEYS is refused.
 """
 
-import dataclasses
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptchat.config import FREE_KEYS, Config
+from gptchat.config import FREE_KEYS, Config, flatten
 from gptchat.console import UserError
 from gptchat.files import atomic_write
 from gptchat.model.gpt2 import GPT2
@@ -35,7 +33,7 @@ from gptchat.training.optim import Optimizers, load_optimizer_state, optimizer_s
 
 # Raised whenever a run would go on otherwise than with the version that began it.
 CHECKPOINT_FORMAT = "5"
-# What the files of the config hold, as digests.
+# Keys of the resolved config that are digests of files.
 DATA_KEYS = {"text.tokenizer", "text.train", "text.valid"}
 
 
@@ -52,10 +50,9 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read: nothing of it is used yet."""
+    """The metadata of a checkpoint; `restore` reads its tensors."""
 
     path: Path
-    tensors: dict[str, Tensor]
     state: TrainState
     config: dict[str, Any]
 
@@ -69,7 +66,7 @@ def save(
 ) -> None:
     """Write the checkpoint into the run's folder.
 
-    Raises UserError where it cannot be written; the previous one then stays.
+    Raises UserError if it cannot be written; the previous one then stays.
     """
     tensors = optimizer_state(model, optimizer)
     for name, value in model.state_dict().items():
@@ -87,9 +84,9 @@ def save(
 
 
 def read(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a run's folder, None where there is none.
+    """The metadata of the checkpoint in a run's folder; None without a checkpoint.
 
-    Raises UserError for a damaged file and for one of another format.
+    Raises UserError for a file that is no checkpoint or of another format.
     """
     path = path_in(folder)
     if not path.exists():
@@ -97,27 +94,31 @@ def read(folder: Path) -> Checkpoint | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _refuse_other_format(path, metadata.get("format"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata["digest"] != digest(tensors, metadata):
-            raise ValueError("its digest is not that of its content")
+        _refuse_other_format(path, metadata.get("format"))
         state = TrainState(**json.loads(metadata["state"]))
-        return Checkpoint(path, tensors, state, json.loads(metadata["config"]))
+        return Checkpoint(path, state, json.loads(metadata["config"]))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise _damaged(path, error) from None
 
 
-def restore(saved: Checkpoint, model: GPT2, optimizer: Optimizers) -> TrainState:
-    """Copy a checkpoint's tensors into model and optimizer. Returns how far the run has come."""
+def restore(path: Path, model: GPT2, optimizer: Optimizers) -> None:
+    """Copy a checkpoint's tensors into model and optimizer.
+
+    Raises UserError for a file that does not fit its digest.
+    """
     try:
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if name != "lm_head.weight":
-                    value.copy_(saved.tensors[f"model.{name}"])
-    except (KeyError, RuntimeError) as error:
-        raise _damaged(saved.path, error) from None
-    load_optimizer_state(model, optimizer, saved.tensors)
-    return dataclasses.replace(saved.state)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata["digest"] != digest(tensors, metadata):
+            raise ValueError("its digest is not that of its content")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from None
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name != "lm_head.weight":
+                value.copy_(tensors[f"model.{name}"])
+    load_optimizer_state(model, optimizer, tensors)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -137,8 +138,7 @@ def _refuse_other_format(path: Path, found: str | None) -> None:
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """The BLAKE2b digest of a checkpoint: names, dtypes, shapes, bytes, and the other metadata.
 
-    The tensors are contiguous and on the CPU. One thread hashes about 1 GB/s; several tensors are
-    hashed at once.
+    The tensors are contiguous and on the CPU. A thread hashes about 1 GB/s.
     """
     names = sorted(tensors)
     with ThreadPoolExecutor() as pool:
@@ -156,18 +156,15 @@ def _tensor_digest(value: Tensor) -> str:
 
 
 def resolve_config(config: Config, digests: dict[str, Any]) -> dict[str, Any]:
-    """The config, and in the section `text` the digests of what its files hold.
-
-    It has gone through JSON, as the one in a checkpoint has.
-    """
+    """The config with a section `text` of digests, as it looks after a way through JSON."""
     return json.loads(json.dumps(asdict(config) | {"text": digests}))
 
 
 def compare_configs(saved: Checkpoint, config: dict[str, Any]) -> list[str]:
     """What changed between a checkpoint's config and that of this start, in words.
 
-    A key that the checkpoint lacks had its default. Raises UserError where other keys than
-    FREE_KEYS differ: a resumed run must compute what it computed before.
+    A key that the checkpoint lacks had its default. Raises UserError if other keys than FREE_KEYS
+    differ.
     """
     now = flatten(config)
     before = flatten(resolve_config(Config(), {})) | flatten(saved.config)
@@ -180,23 +177,11 @@ def compare_configs(saved: Checkpoint, config: dict[str, Any]) -> list[str]:
         return list(changes.values())
     differences = "; ".join(refused.values())
     if refused.keys() <= DATA_KEYS:
-        run = config["run"]
         raise UserError(
             f"{saved.path}: the data is no longer what this run began with: {differences}; put it "
-            f"back, or remove {run} to train anew"
+            f"back, or remove {config['run']} to train anew"
         )
     raise UserError(
         f"{saved.path}: made with another config: {differences}; change it back, or name another "
         f"run folder; only these keys may change: {', '.join(sorted(FREE_KEYS))}"
     )
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables -> {"section.key": value}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -1,16 +1,14 @@
-"""What a training run reports: progress in the terminal, TensorBoard, the model card.
+"""What a training run reports: progress in the terminal, and TensorBoard.
 
-Only rank 0 writes; the figures are those of all processes. Nothing that only reports ends a run: if
-a report cannot be written, one line says so and the run goes on. What does end a run is a loss or a
-gradient that is not a finite number (`require_finite`): it is neither trained on nor saved.
+Rank 0 writes; the figures are those of all processes. If TensorBoard's file cannot be written, one
+line says so and the run goes on without it. A loss, gradient or weight that is not a finite number
+does end a run (`require_finite`): it is not saved.
 """
 
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,23 @@ import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams, scalar, text
+from torch.utils.tensorboard.summary import scalar, text
 
-from gptchat.console import Progress, RunFailed, UserError
+from gptchat.config import flatten
+from gptchat.console import Progress, RunFailed
 from gptchat.data.batches import Batch
 from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2Config
-from gptchat.training import model_card
-from gptchat.training.checkpoint import flatten
 from gptchat.training.distributed import World
 from gptchat.training.metrics import PRECISIONS, Metrics
 from gptchat.training.start import Run
-
-# What TensorBoard's table of runs shows beside their settings.
-COMPARED = ("valid/loss", "valid/bits_per_byte", "train/loss", "train/tokens_per_second")
 
 
 def step_flops(config: GPT2Config, n_tokens: int, n_targets: int, row_length: int) -> float:
     """Floating-point operations of forward and backward (Chowdhery et al. 2022, appendix B).
 
-    6 for each weight and token (for the head, each target), and attention over rows of `row_length`
-    positions.
+    6 for each weight and token, of the head for each weight and target, and attention over rows of
+    `row_length` positions.
     """
     inner = config.n_inner or 4 * config.n_embd
     block = 4 * config.n_embd**2 + 2 * config.n_embd * inner
@@ -50,10 +44,9 @@ def step_flops(config: GPT2Config, n_tokens: int, n_targets: int, row_length: in
 def matmul_peak(
     device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2
 ) -> float:
-    """The measured peak of a device, FLOP/s: the fastest of many matrix products.
+    """The measured peak of a device in FLOP/s: the fastest of the matrix products of `seconds`.
 
-    They are `size` x `size`, on CUDA 8,192 x 8,192, and go on for `seconds`. The first one, which
-    may have to set kernels and threads up, does not count.
+    Matrices are `size` x `size`, on CUDA 8,192 x 8,192.
     """
     if device.type == "cuda":
         size = 8192
@@ -61,7 +54,7 @@ def matmul_peak(
         dtype = torch.float32  # half precision is emulated, and slower
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    a @ b
+    a @ b  # sets kernels and threads up
     best = float("inf")
     end = time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
@@ -74,7 +67,7 @@ def matmul_peak(
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: on the device for CUDA, else resident."""
+    """The most bytes that this process has held so far: of the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -82,7 +75,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def require_finite(world: World, folder: Path, step: int, figures: dict[str, float]) -> None:
-    """Raise RunFailed, on rank 0, if one of the figures is not finite; others end silently.
+    """Raise RunFailed on rank 0, and end the other processes, if a figure is not finite.
 
     All processes must have the same figures.
     """
@@ -99,29 +92,6 @@ def require_finite(world: World, folder: Path, step: int, figures: dict[str, flo
     )
 
 
-class Board:
-    """Writes a TensorBoard event file.
-
-    TensorBoard drops what earlier files of the folder say of `step` and later ones: those steps
-    were lost, and are made again.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Names sort by time. Unbuffered, so that an error is raised where it happens.
-        file = open(folder / f"events.out.tfevents.{time.time_ns()}", "wb", buffering=0)
-        self.records = RecordWriter(file)
-        self.write(step, file_version="brain.Event:2")
-        self.write(step, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, step: int, **content: Any) -> None:
-        event = Event(wall_time=time.time(), step=step, **content)
-        self.records.write(event.SerializeToString())
-
-    def close(self) -> None:
-        self.records.close()
-
-
 class Monitor:
     """The reports of one run. Use as a context manager.
 
@@ -132,7 +102,7 @@ class Monitor:
         self.run = run
         self.device = run.world.device
         self.progress: Progress | None = None
-        self.board: Board | None = None
+        self.board: RecordWriter | None = None
         dtype = PRECISIONS[run.config.train.precision]
         self.peak_flops = matmul_peak(self.device, dtype) * run.world.size
         self.restart()
@@ -141,9 +111,10 @@ class Monitor:
         if self.run.world.rank == 0:
             step, task = self.run.state.step, self.run.config.task
             self.progress = Progress(self.run.total_steps, task, "step", initial=step)
-            with self._may_fail("TensorBoard"):
-                self.board = Board(self.run.folder / "tensorboard", step + 1)
-            self._show_config()
+            self._open_board()
+            config = flatten(self.run.saved_config)
+            lines = [f"    {key} = {value}" for key, value in config.items()]
+            self._write_summary(text("config", printable("\n".join(lines))))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -152,34 +123,41 @@ class Monitor:
         if self.board:
             self.board.close()
 
-    @contextmanager
-    def _may_fail(self, what: str) -> Iterator[None]:
-        """Print a warning in place of an error."""
+    def _open_board(self) -> None:
+        """Begin an event file of TensorBoard.
+
+        TensorBoard drops what earlier files say of later steps than the run's: they are made again.
+        """
+        folder, step = self.run.folder / "tensorboard", self.run.state.step + 1
         try:
-            yield
-        except (OSError, UserError) as error:
-            self.print_line(f"warning: {what}: {error}; the run goes on without")
+            folder.mkdir(parents=True, exist_ok=True)
+            # Names sort by time. Unbuffered, so that an error is raised when it happens.
+            file = open(folder / f"events.out.tfevents.{time.time_ns()}", "wb", buffering=0)
+        except OSError as error:
+            self._warn(error)
+            return
+        self.board = RecordWriter(file)
+        self._write(step=step, file_version="brain.Event:2")
+        self._write(step=step, session_log=SessionLog(status=SessionLog.START))
 
-    def _show_config(self) -> None:
-        """Give TensorBoard the resolved config, as a text and as the run's hyperparameters."""
-        settings: dict[str, str | int | float] = {}
-        for key, value in flatten(self.run.saved_config).items():
-            settings[key] = value if isinstance(value, int | float) else printable(str(value))
-        lines = "\n".join(f"    {key} = {value}" for key, value in settings.items())
-        experiment, start, _ = hparams(settings, dict.fromkeys(COMPARED, 0.0))
-        for summary in (text("config", lines), experiment, start):
-            self._write(summary)
+    def _write_summary(self, summary: Any) -> None:
+        self._write(step=self.run.state.step, summary=summary)
 
-    def _write(self, summary: Any) -> None:
-        """Give TensorBoard a summary of the present step; nothing more after one that failed."""
-        board, self.board = self.board, None
-        if board:
-            with self._may_fail("TensorBoard"):
-                board.write(self.run.state.step, summary=summary)
-                self.board = board
+    def _write(self, **content: Any) -> None:
+        """Write an event to TensorBoard's file; nothing more after one that failed."""
+        if self.board:
+            try:
+                event = Event(wall_time=time.time(), **content)
+                self.board.write(event.SerializeToString())
+            except OSError as error:
+                self.board = None
+                self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        self.print_line(f"warning: TensorBoard: {error}; the run goes on without")
 
     def restart(self) -> None:
-        """Begin to count: rates then leave out, say, an evaluation before."""
+        """Begin to count; the speed leaves out what was before, such as an evaluation."""
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.largest_norm = torch.zeros((), device=self.device)
         self.n_targets = 0
@@ -211,9 +189,12 @@ class Monitor:
         Raises RunFailed if the loss or a gradient norm since then is not finite.
         """
         run, world = self.run, self.run.world
-        counts = (self.n_targets, self.n_tokens, self.flops)
         loss_sum, norm_sum, n_targets, n_tokens, flops = world.sum(
-            float(self.loss_sum), float(self.largest_norm), *counts
+            float(self.loss_sum),
+            float(self.largest_norm),
+            self.n_targets,
+            self.n_tokens,
+            self.flops,
         )
         seconds = time.perf_counter() - self.start_time
         loss = loss_sum / max(1, n_targets)
@@ -231,40 +212,25 @@ class Monitor:
             "peak_memory_gb": peak_memory(self.device) / 1e9,
         }
         for name, value in figures.items():
-            self._write(scalar(f"train/{name}", value))
+            self._write_summary(scalar(f"train/{name}", value))
         if self.progress:
-            self.progress.figures = {
-                "loss": f"{loss:.3f}",
-                "lr": f"{figures['learning_rate']:.1e}",
-                "norm": f"{figures['grad_norm']:.2f}",
-                "tok/s": f"{figures['tokens_per_second']:,.0f}",
-                "targets/s": f"{figures['target_tokens_per_second']:,.0f}",
-                "MFU": f"{figures['mfu']:.0%}",
-                "GB": f"{figures['peak_memory_gb']:.1f}",
-            }
+            self.progress.figures = (
+                f"loss {loss:.3f}, lr {figures['learning_rate']:.1e}, "
+                f"norm {figures['grad_norm']:.2f}, {figures['tokens_per_second']:,.0f} tok/s, "
+                f"MFU {figures['mfu']:.0%}, {figures['peak_memory_gb']:.1f} GB"
+            )
         self.restart()
 
-    def report_evaluation(self, metrics: Metrics, is_best: bool, samples: list[str]) -> None:
-        """Report the figures of the held-out split, and texts that the model wrote."""
-        run = self.run
+    def report_evaluation(self, metrics: Metrics, is_best: bool) -> None:
+        """Report the figures of the held-out split."""
         figures = {"loss": metrics.loss, "perplexity": metrics.perplexity}
         if metrics.bits_per_byte is not None:
             figures["bits_per_byte"] = metrics.bits_per_byte
-        summary = ", ".join(
-            f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()
-        )
-        mark = " (best so far)" if is_best else ""
-        self.print_line(f"step {run.state.step}: held-out {summary}{mark}")
         for name, value in figures.items():
-            self._write(scalar(f"valid/{name}", value))
-        for number, sample in enumerate(samples):
-            self._write(text(f"samples/{number}", sample))
-        if is_best and run.world.rank == 0:
-            place = {"step": run.state.step, "tokens": run.state.n_tokens}
-            with self._may_fail("the model card"):
-                model_card.write_card(
-                    run.model_dir, run.saved_config, run.n_parameters, place | figures, samples
-                )
+            self._write_summary(scalar(f"valid/{name}", value))
+        summary = ", ".join(f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in figures)
+        mark = " (best so far)" if is_best else ""
+        self.print_line(f"step {self.run.state.step}: held-out {summary}{mark}")
         self.restart()
 
     def print_line(self, line: str) -> None:

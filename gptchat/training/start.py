@@ -1,12 +1,13 @@
-"""The start of a training run: `start` gives a `Run` that is complete, new or resumed.
+"""The start of a training run: `start` gives a `Run`, new or resumed.
 
 Everything random here is drawn from the config's seed, so the same config starts from the same
-weights.
+weights. Whether a run is done is read from its checkpoint's metadata; a finished run is left
+without an optimizer, which takes longer to make than all the rest.
 """
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,6 @@ from gptchat.data.tokenizer import Tokenizer, start_directory, tokenizer_for
 from gptchat.files import remove_temporary_files
 from gptchat.model import pretrained
 from gptchat.model.convert import adapt
-from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.training import checkpoint
 from gptchat.training.checkpoint import Checkpoint, TrainState
@@ -39,17 +39,18 @@ class Run:
     world: World
     lock: IO[str] | None  # holds the run's folder, on rank 0
     model: GPT2
-    training_model: torch.nn.Module  # calls `model`, compiled and through DDP where that is wanted
     tokenizer: Tokenizer
     train_batches: Batches
     valid_batches: Batches
     total_steps: int
-    optimizer: Optimizers
-    scaler: torch.amp.GradScaler
     state: TrainState
     best_is_missing: bool  # the checkpoint's best model is not in its folder any more
     signalled: bool = False  # this process was told to stop
     stopped: bool = False  # some process was told to stop; all know it after the same step
+    # A finished run has none of these.
+    training_model: torch.nn.Module = field(init=False)  # calls `model`, compiled, through DDP
+    optimizer: Optimizers = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
 
     @property
     def folder(self) -> Path:
@@ -58,10 +59,6 @@ class Run:
     @property
     def model_dir(self) -> Path:
         return self.folder / "model"
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def out_of_patience(self) -> bool:
@@ -81,9 +78,10 @@ class Run:
 def start(config: Config, world: World) -> Run:
     """Begin a run, or resume the one in the config's folder.
 
-    Raises UserError where data, model or checkpoint do not fit the config.
+    Raises UserError if data, model or checkpoint do not fit the config.
     """
-    config = choose_precision(config, world)
+    precision = resolve_precision(config.train.precision, world.device)
+    config = replace(config, train=replace(config.train, precision=precision))
     folder = Path(config.run)
     lock = None
     if world.rank == 0:
@@ -102,52 +100,49 @@ def start(config: Config, world: World) -> Run:
         "init": fingerprint(config, model, saved),
     }
     saved_config = checkpoint.resolve_config(config, digests)
-
     total_steps = count_steps(config, train_batches)
-    model.to(world.device)
-    optimizer = make_optimizers(model, config.train)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
+
     state = TrainState()
     if saved:
+        state = saved.state
         changes = checkpoint.compare_configs(saved, saved_config)
         if world.rank == 0 and changes:
-            print(f"{config.run}: goes on; {'; '.join(changes)}", file=sys.stderr)
-        state = checkpoint.restore(saved, model, optimizer)
-    check_step(state, total_steps, folder)
+            print(f"{folder}: goes on; {'; '.join(changes)}", file=sys.stderr)
+    if state.step > total_steps:
+        raise UserError(
+            f"{folder}: found a checkpoint of step {state.step}; the config wants only "
+            f"{total_steps} steps; raise train.num_steps or train.num_epochs"
+        )
     world.require_same_step(state.step, config.run)
-    if scaler.is_enabled() and state.scaler:  # else the run was not in fp16 before
-        scaler.load_state_dict(state.scaler)
-    return Run(
+    run = Run(
         config=config,
         saved_config=saved_config,
         world=world,
         lock=lock,
-        model=model,
-        training_model=wrap_model(model, config.train, world, train_batches.varying_dimensions),
+        model=model.to(world.device),
         tokenizer=tokenizer,
         train_batches=train_batches,
         valid_batches=valid_batches,
         total_steps=total_steps,
-        optimizer=optimizer,
-        scaler=scaler,
         state=state,
         best_is_missing=best_is_missing(state, folder, world),
     )
+    if not run.done:
+        make_ready(run, saved)
+    return run
 
 
-def choose_precision(config: Config, world: World) -> Config:
-    """The config with the precision that "auto" means on the device of this run.
-
-    Warns of bf16 on a device that has to convert every number.
-    """
-    precision = resolve_precision(config.train.precision, world.device)
-    if precision == "bf16" and world.rank == 0 and not multiplies_bfloat16(world.device):
-        print(
-            "warning: train.precision bf16 on a device without instructions for it, where it is "
-            "many times slower than fp32; auto chooses by the device",
-            file=sys.stderr,
-        )
-    return replace(config, train=replace(config.train, precision=precision))
+def make_ready(run: Run, saved: Checkpoint | None) -> None:
+    """Give a run what it trains with, and the tensors of its checkpoint."""
+    config, device = run.config.train, run.world.device
+    run.optimizer = make_optimizers(run.model, config)
+    run.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    if saved:
+        checkpoint.restore(saved.path, run.model, run.optimizer)
+        if run.state.scaler:  # it was in fp16 before
+            run.scaler.load_state_dict(run.state.scaler)
+    varying = run.train_batches.varying_dimensions
+    run.training_model = wrap_model(run.model, config, run.world, varying)
 
 
 def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
@@ -175,31 +170,33 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
 
 
 def fingerprint(config: Config, model: GPT2, saved: Checkpoint | None) -> list[float]:
-    """A few weights that identify the model that a run started from; [] for new weights.
+    """Four weights, which any training changes, of the model in `init_from`; [] without one.
 
-    If `init_from` is gone, the checkpoint's own.
+    If that model is gone, they are the checkpoint's.
     """
     if not config.init_from:
         return []
     if saved and start_directory(config) != config.init_from:
         return saved.config["text"]["init"]
-    return model.ln_f.weight[:4].tolist()  # any training changes these
+    return model.ln_f.weight[:4].tolist()
 
 
 def check_size(config: Config, found: GPT2Config) -> None:
-    """Raise UserError if `[model]` wants another size than the loaded model's; 0 fits any."""
-    size = config.model
+    """Raise UserError if `[model]` wants another size than the loaded model's; 0 fits any.
+
+    The context may be shorter than the model's.
+    """
+    wanted = config.model
     sizes = {
-        "n_layer": (size.n_layer, found.n_layer),
-        "n_head": (size.n_head, found.n_head),
-        "n_embd": (size.n_embd, found.n_embd),
-        "n_ctx": (size.n_ctx, found.n_positions),
+        "n_layer": (wanted.n_layer or found.n_layer, found.n_layer),
+        "n_head": (wanted.n_head or found.n_head, found.n_head),
+        "n_embd": (wanted.n_embd or found.n_embd, found.n_embd),
+        "n_ctx": (max(wanted.n_ctx, found.n_positions), found.n_positions),
     }
-    for key, (wanted, has) in sizes.items():
-        fits = wanted <= has if key == "n_ctx" else wanted in (0, has)  # a shorter context is fine
-        if not fits:
+    for key, (size, has) in sizes.items():
+        if size != has:
             raise UserError(
-                f"[model] {key} is {wanted}, {config.init_from} has {has}; leave {key} out"
+                f"[model] {key} is {size}, {config.init_from} has {has}; leave {key} out"
             )
 
 
@@ -224,18 +221,7 @@ def count_steps(config: Config, batches: Batches) -> int:
     return math.ceil(config.train.num_epochs * per_epoch)
 
 
-def check_step(state: TrainState, total_steps: int, folder: Path) -> None:
-    """Raise UserError if the run has made more steps than the config wants."""
-    if state.step > total_steps:
-        raise UserError(
-            f"{folder}: found a checkpoint of step {state.step}; the config wants only "
-            f"{total_steps} steps; raise train.num_steps or train.num_epochs"
-        )
-
-
 def best_is_missing(state: TrainState, folder: Path, world: World) -> bool:
-    """Whether the checkpoint knows of a best model that is no longer in the run's folder."""
-    is_missing = (
-        math.isfinite(state.best_loss) and not (folder / "model/model.safetensors").exists()
-    )
-    return world.sum(float(is_missing and world.rank == 0))[0] > 0
+    """Whether there was a best model that is no longer in the run's folder; all processes agree."""
+    is_missing = state.best_loss < math.inf and not (folder / "model/model.safetensors").exists()
+    return world.sum(float(is_missing))[0] > 0
