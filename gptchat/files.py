@@ -1,19 +1,11 @@
-"""Files: those that ship with gptchat, those that match a pattern, and atomic writes.
-
-After `atomic_write` a reader, or the next start after a crash, finds the old file or the new one,
-never a part. A process that is killed while it writes leaves a temporary file, which
-`remove_temporary_files` removes.
-"""
+"""Files: those that ship with gptchat, those that match a pattern, and atomic writes."""
 
 import glob
 import json
 import os
-import re
-import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,8 +18,7 @@ PACKAGE = Path(__file__).resolve().parent
 def shipped(folder: str) -> Path:
     """The folder `handlers` or `configs` of this version of gptchat.
 
-    A checkout has it beside the package; a wheel inside, as `_handlers` or `_configs`, since a name
-    like `handlers` among all installed packages could be another's.
+    A checkout has it beside the package, a wheel inside, as `_handlers` or `_configs`.
     """
     inside = PACKAGE / f"_{folder}"
     return inside if inside.is_dir() else PACKAGE.with_name(folder)
@@ -36,29 +27,27 @@ def shipped(folder: str) -> Path:
 def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
     """The files that the glob patterns match, pattern by pattern, sorted within each.
 
-    A file that comes again, by another pattern or a link, is left out, and so is one that gptchat
-    wrote; a line on stderr says so. Raises UserError for a pattern that matches no file, with the
-    reason; `named_by` says in it where the pattern comes from.
+    A further name of the same file is left out, and so is a file that gptchat wrote; a line on
+    stderr says so. Raises UserError for a pattern that matches no other file. `named_by` says in
+    these lines where the patterns come from.
     """
     paths: list[Path] = []
-    written: list[Path] = []
     for pattern in patterns:
-        own, by_gptchat = _match(pattern)
+        own, written = _match(pattern)
         if not own:
-            raise UserError(f"{pattern}: {why_no_file(pattern)}, named by {named_by}")
+            raise UserError(f"{pattern}: {_why_no_file(pattern, written)}, named by {named_by}")
+        if written:
+            print(
+                f"{named_by}: gptchat wrote {len(written)} files that match {pattern}, such as "
+                f"{written[0]}; they are left out",
+                file=sys.stderr,
+            )
         paths += own
-        written += by_gptchat
-    if written:
+    distinct = _distinct(paths)
+    if len(distinct) < len(paths):
         print(
-            f"{named_by}: gptchat wrote {len(written)} files that match, such as {written[0]}; "
-            "they are left out",
-            file=sys.stderr,
-        )
-    distinct, repeated = split_repeats(paths)
-    if repeated:
-        print(
-            f"warning: {named_by}: {repeated[0]} was named before, by this name or another; "
-            f"each file is read once, so {len(repeated)} of {len(paths)} names are passed over",
+            f"warning: {named_by}: {len(paths)} names of {len(distinct)} files; "
+            "each file is read once",
             file=sys.stderr,
         )
     return distinct
@@ -66,19 +55,19 @@ def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
     """The files that `expand` returns, without lines and errors."""
-    return split_repeats(chain.from_iterable(_match(pattern)[0] for pattern in patterns))[0]
+    return _distinct(path for pattern in patterns for path in _match(pattern)[0])
 
 
 def _match(pattern: str) -> tuple[list[Path], list[Path]]:
     """(the files that a pattern names, files that it matches but gptchat wrote), each sorted.
 
-    A name without wildcards always counts.
+    A name without wildcards always counts, and so does a pattern that begins with out/.
     """
     names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
     paths = [Path(name) for name in names]
     if not glob.has_magic(pattern):
         return paths, []
-    is_in_out = pattern.removeprefix("./").startswith("out/")
+    is_in_out = Path(pattern).parts[0] == "out"
     is_written: dict[Path, bool] = {}  # by folder
     own: list[Path] = []
     written: list[Path] = []
@@ -103,19 +92,27 @@ def _holds_record(folder: Path) -> bool:
     return isinstance(record, dict) and {"settings", "digest"} <= record.keys()  # not another's
 
 
-def split_repeats(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """(each file under its first name, further names of the same files)."""
-    distinct: list[Path] = []
-    repeated: list[Path] = []
-    seen: set[tuple[int, int]] = set()
+def _why_no_file(pattern: str, written: list[Path]) -> str:
+    """Why a pattern names no file."""
+    if written:
+        return "matches only files that gptchat wrote, which are left out"
+    if os.path.isdir(pattern):
+        return f"is a folder, wanted files such as {pattern.rstrip('/')}/*.txt"
+    if os.path.lexists(pattern):
+        if glob.has_magic(pattern):
+            return f"is read as a pattern, wanted {glob.escape(pattern)} for the file of this name"
+        return "is no regular file"
+    if pattern.startswith("data/"):
+        return "no such file (`gptchat corpora` writes the default ones)"
+    return "no such file"
+
+
+def _distinct(paths: Iterable[Path]) -> list[Path]:
+    """Each file once, under its first name."""
+    files: dict[tuple[int, int], Path] = {}
     for path in paths:
-        file = file_id(path)
-        if file in seen:
-            repeated.append(path)
-        else:
-            seen.add(file)
-            distinct.append(path)
-    return distinct, repeated
+        files.setdefault(file_id(path), path)
+    return list(files.values())
 
 
 def file_id(path: Path) -> tuple[int, int]:
@@ -124,39 +121,14 @@ def file_id(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def why_no_file(pattern: str) -> str:
-    """Why a glob pattern matches no regular file."""
-    if pattern.startswith("~"):
-        return "`~` is no home folder here, wanted its whole path"
-    if _match(pattern)[1]:
-        return "matches only files that gptchat wrote, which are left out"
-    matched = glob.glob(pattern, recursive=True)
-    is_read_as_pattern = glob.escape(pattern) != pattern
-    if not matched and is_read_as_pattern and os.path.lexists(pattern):
-        return f"is read as a pattern, wanted {glob.escape(pattern)} for the file of this name"
-    name = matched[0] if matched else pattern
-    try:
-        mode = os.stat(name).st_mode
-    except FileNotFoundError:
-        if os.path.lexists(name):
-            return f"{name} is a link to nothing"
-        if name.startswith("data/"):
-            return "no such file (`gptchat corpora` writes the default ones)"
-        return "no such file"
-    except OSError as error:  # a loop of links, a folder that may not be entered
-        return f"{name} cannot be read ({error.strerror})"
-    if stat.S_ISDIR(mode):
-        return f"{name} is a folder, wanted files such as {name.rstrip('/')}/*.txt"
-    return f"{name} is a pipe or a device, wanted a regular file"
-
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the file written there replaces `path` in the end.
 
-    File and folder are synced, so that not even a crash of the machine leaves part of a file.
-    Raises UserError when the disk is full or the folder read-only. After any exception the old file
-    is still there.
+    File and folder are synced, so a reader, or the next start after a crash, finds the old file or
+    the new one. A process that is killed leaves a temporary file, which `remove_temporary_files`
+    removes. Raises UserError if the disk is full or the folder read-only. After any exception the
+    old file is still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -177,10 +149,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def remove_temporary_files(folder: Path) -> None:
     """Remove what killed `atomic_write`s left in a folder in which no other process writes now."""
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-            with suppress(OSError):
-                path.unlink()
+    for path in folder.glob(".*.[0-9]*.tmp"):
+        path.unlink()
 
 
 def _umask() -> int:

@@ -26,14 +26,12 @@ def test_the_true_reason_is_told_for_a_name_that_matches_no_file(tmp_path: Path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "a[1].txt").touch()
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for name, reason in (
         ("folder", "is a folder"),
-        ("fold*", "is a folder"),
-        ("pipe", "is a pipe or a device"),
-        ("loop", "symbolic links"),
-        ("dangling", "is a link to nothing"),
+        ("fold*", "no such file"),
+        ("pipe", "is no regular file"),
+        ("dangling", "is no regular file"),
         ("a[1].txt", "is read as a pattern"),
         ("nothing", "no such file, named by data.train"),
         ("folder/*.txt", "no such file"),
@@ -42,8 +40,6 @@ def test_the_true_reason_is_told_for_a_name_that_matches_no_file(tmp_path: Path)
             expand([f"{tmp_path}/{name}"], "data.train")
         line = str(error.value)
         assert reason in line and "\n" not in line and "gptchat corpora" not in line
-    with pytest.raises(UserError, match="`~` is no home folder"):
-        expand(["~/mine.txt"], "data.train")
     with pytest.raises(UserError, match="gptchat corpora"):
         expand(["data/nowhere/train.txt"], "data.train")
 
@@ -57,8 +53,7 @@ def test_a_file_with_several_names_is_taken_once_with_one_warning(
     paths = expand([f"{tmp_path}/*.txt", f"{tmp_path}/b.txt"], "data.train")
     assert [path.name for path in paths] == ["a.txt", "b.txt"]
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "link.txt was named before" in warning
-    assert "2 of 4 names" in warning
+    assert warning == "warning: data.train: 4 names of 2 files; each file is read once\n"
     expand([f"{tmp_path}/a.txt"], "data.train")
     assert not capsys.readouterr().err
 
