@@ -28,8 +28,8 @@ from gptchat.data.shards import Shards
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.generate import TextGenerator
 from gptchat.model import pretrained
-from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2
+from gptchat.runtime import default_device
 from gptchat.training.metrics import metrics, sum_losses
 
 MAX_ANSWERS = 200  # per file

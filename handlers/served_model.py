@@ -19,9 +19,8 @@ from gptchat.inference.engine import Request, generate
 from gptchat.inference.generate import TextGenerator, prompt_room
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
-from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2Config
-from gptchat.runtime import tune_memory
+from gptchat.runtime import default_device, tune_memory
 from handlers.body import Refusal
 
 ORIGINAL_NEW_TOKENS = 64

@@ -26,10 +26,9 @@ from gptchat.inference.linear import DTYPES
 from gptchat.inference.prefix_cache import PrefixCache
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
-from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
 from gptchat.model.weights import hugging_face_state
-from gptchat.runtime import tune_memory
+from gptchat.runtime import default_device, tune_memory
 
 TURN = 20  # tokens of a message, and of an answer, in a conversation
 GPU_DTYPES = ("float32", "bfloat16")  # int8's kernel is for CPUs

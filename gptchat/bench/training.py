@@ -22,9 +22,8 @@ from gptchat.bench.decode import Transformers
 from gptchat.bench.report import Report, check_context, positive, timed
 from gptchat.config import TrainConfig, load_config
 from gptchat.console import UserError
-from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.runtime import tune_memory
+from gptchat.runtime import default_device, tune_memory
 from gptchat.training.distributed import World, wrap_model
 from gptchat.training.metrics import PRECISIONS, autocast, resolve_precision
 from gptchat.training.monitor import matmul_peak, peak_memory, step_flops

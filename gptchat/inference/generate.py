@@ -33,9 +33,9 @@ from gptchat.inference.pick import PICKS, last_turn, mutual_information, nearest
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import CharacterFilter, StreamDecoder
 from gptchat.model import pretrained
-from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS
 from gptchat.model.pretrained import TRAINED_HERE, AnswerDefaults
+from gptchat.runtime import default_device
 
 SLOTS = 16  # default number of sequences that are decoded at once
 NEW_TOKENS = 100  # default length of an answer, but for the server's

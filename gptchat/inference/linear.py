@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptchat.console import UserError
-from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2
+from gptchat.runtime import multiplies_bfloat16
 
 DTYPES = ("float32", "bfloat16", "int8")
 # What F.linear computes in, where it replaces the kernel of a dtype

@@ -29,9 +29,8 @@ import torch
 from gptchat.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data.check import Report, bytes_per_token, check
-from gptchat.model.devices import default_device
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.runtime import tune_memory
+from gptchat.runtime import default_device, tune_memory
 from gptchat.training.metrics import autocast, resolve_precision
 from gptchat.training.monitor import step_flops
 from gptchat.training.optim import clip_gradients, make_optimizers

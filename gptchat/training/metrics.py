@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gptchat.data.batches import Batch
-from gptchat.model.devices import multiplies_bfloat16
+from gptchat.runtime import multiplies_bfloat16
 
 # The values of [train] precision, but for "auto".
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

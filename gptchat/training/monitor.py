@@ -21,8 +21,8 @@ from torch.utils.tensorboard.summary import scalar, text
 from gptchat.config import flatten
 from gptchat.console import Progress, RunFailed
 from gptchat.data.batches import Batch
-from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2Config
+from gptchat.runtime import multiplies_bfloat16
 from gptchat.training.distributed import World
 from gptchat.training.metrics import PRECISIONS, Metrics
 from gptchat.training.start import Run

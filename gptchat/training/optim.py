@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from gptchat.config import TrainConfig
-from gptchat.model.devices import multiplies_bfloat16
 from gptchat.model.gpt2 import GPT2
+from gptchat.runtime import multiplies_bfloat16
 from gptchat.training.muon import Muon
 
 BETAS = (0.9, 0.95)  # AdamW's decay of the mean gradient and of the mean squared gradient
