@@ -1,9 +1,7 @@
 """`gptchat new`: configs for own data that load, are sized by stated rules, overwrite nothing."""
 
 import json
-import os
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 
 from gptchat import new
-from gptchat.config import load_config, load_run_config
+from gptchat.config import Config, load_config, load_run_config
 from gptchat.console import UserError
 from gptchat.data.check import check
 from gptchat.data.dialogue_files import read_prompts
@@ -20,6 +18,7 @@ from gptchat.new import sizing
 from gptchat.training.start import check_size
 
 SPEED = 3e11  # FLOP/s, about that of two cores
+BOTH = ("--text", "mine/*.txt", "--chat", "talks/*.tsv")
 
 
 @pytest.fixture
@@ -40,20 +39,38 @@ def run(*arguments: str) -> None:
     new.main(["bard", *arguments])
 
 
-BOTH = ("--text", "mine/*.txt", "--chat", "talks/*.tsv")
+def config_of(task: str) -> Config:
+    return load_run_config(f"configs/bard/{task}.toml")
 
 
-def test_both_configs_load_and_name_the_files(folder: Path, capsys: Any) -> None:
+def prompts() -> list[str]:
+    return [turns[0][1] for _, turns, _ in read_prompts("configs/bard/prompts.tsv")]
+
+
+def write_messages(name: str, dialogues: list[list[str]], system: bool = False) -> str:
+    """A JSONL file in which user and assistant take turns."""
+    lines = []
+    for texts in dialogues:
+        messages = [{"role": "system", "content": "Be kind."}] if system else []
+        for number, text in enumerate(texts):
+            messages.append({"role": ("user", "assistant")[number % 2], "content": text})
+        lines.append(json.dumps({"messages": messages}))
+    Path(name).write_text("\n".join(lines))
+    return name
+
+
+def test_both_configs_load_name_the_files_and_say_what_is_next(folder: Path, capsys: Any) -> None:
     run(*BOTH)
-    lm, chatlm = (load_run_config(f"configs/bard/{task}.toml") for task in ("lm", "chatlm"))
+    lm, chatlm = config_of("lm"), config_of("chatlm")
     assert lm.data.train == ("mine/*.txt",) and chatlm.data.train == ("talks/*.tsv",)
     assert lm.tokenizer.files == ("mine/*.txt", "talks/*.tsv")
     assert chatlm.init_from == f"{lm.run}/model" and lm.run == "out/bard/lm"
     assert lm.data.held_out > 0 and chatlm.data.held_out > 0
+    check_size(chatlm, GPT2Config.of(lm.model, lm.tokenizer.vocab_size))
     assert capsys.readouterr().out.splitlines() == [
         "wrote configs/bard/lm.toml",
         "wrote configs/bard/chatlm.toml",
-        "wrote configs/bard/prompts.tsv: 10 first turns, which `make chatlm` answers at the end",
+        "wrote configs/bard/prompts.tsv",
         "next:",
         "  gptchat check --config configs/bard/lm.toml",
         "  gptchat check --config configs/bard/chatlm.toml",
@@ -69,16 +86,15 @@ def test_every_number_has_its_reason_beside_it(folder: Path) -> None:
         assert "  # " in line
 
 
-def test_text_alone_gives_an_lm_alone(folder: Path, capsys: Any) -> None:
+def test_text_alone_gives_an_lm_alone(folder: Path) -> None:
     run("--text", "mine/*.txt")
     assert [path.name for path in Path("configs/bard").iterdir()] == ["lm.toml"]
-    assert "make tokenizer lm CONFIGS=configs/bard" in capsys.readouterr().out
 
 
 def test_dialogues_alone_give_a_chatlm_from_new_weights(folder: Path) -> None:
     run("--chat", "talks/*.tsv")
-    assert sorted(os.listdir("configs/bard")) == ["chatlm.toml", "prompts.tsv"]
-    config = load_run_config("configs/bard/chatlm.toml")
+    assert not Path("configs/bard/lm.toml").exists()
+    config = config_of("chatlm")
     assert config.init_from == "" and config.data.targets == "all" and config.model.n_embd > 0
     assert config.tokenizer.files == ("talks/*.tsv",)
     lm = load_config(str(new.DEFAULTS / "lm.toml")).train
@@ -86,16 +102,13 @@ def test_dialogues_alone_give_a_chatlm_from_new_weights(folder: Path) -> None:
         assert getattr(config.train, key) == getattr(lm, key)  # not those of fine-tuning
 
 
-def test_what_is_there_is_never_overwritten(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["chatlm.toml", "prompts.tsv"])
+def test_what_is_there_is_never_overwritten(folder: Path, name: str) -> None:
     Path("configs/bard").mkdir(parents=True)
-    Path("configs/bard/chatlm.toml").write_text("mine")
-    with pytest.raises(UserError, match="configs/bard/chatlm.toml: is there already"):
-        run("--text", "mine/*.txt")
-    assert [path.name for path in Path("configs/bard").iterdir()] == ["chatlm.toml"]
-
-
-def prompts() -> list[str]:
-    return [turns[0][1] for _, turns, _ in read_prompts("configs/bard/prompts.tsv")]
+    Path("configs/bard", name).write_text("mine")
+    with pytest.raises(UserError, match=f"configs/bard/{name}: is there already"):
+        run(*BOTH)
+    assert [path.name for path in Path("configs/bard").iterdir()] == [name]
 
 
 def test_prompts_are_short_first_turns_from_all_files_in_their_order(folder: Path) -> None:
@@ -110,36 +123,16 @@ def test_prompts_are_short_first_turns_from_all_files_in_their_order(folder: Pat
 
 
 def test_prompts_are_what_people_say_first_once_each_and_escaped(folder: Path) -> None:
-    lines = []
-    for i in range(100):
-        messages = [{"role": "system", "content": "Be kind."}]
-        messages += [{"role": "user", "content": f"A line\nand\tanother {i % 3}."}]
-        messages += [{"role": "assistant", "content": "Yes."}]
-        lines.append(json.dumps({"messages": messages}))
-    Path("some.jsonl").write_text("\n".join(lines))
-    run("--chat", "some.jsonl")
+    dialogues = [[f"A line\nand\tanother {i % 3}.", "Yes."] for i in range(100)]
+    run("--chat", write_messages("some.jsonl", dialogues, system=True))
     assert prompts() == [f"A line\nand\tanother {i}." for i in range(3)]
 
 
 def test_rows_that_repeat_a_conversation_give_their_last_turn_also_with_roles(folder: Path) -> None:
-    lines = []
-    for talk in range(30):
-        messages = [{"role": "system", "content": "Be kind."}]
-        for turn in range(6):
-            messages.append({"role": "user", "content": f"Question {talk} {turn}?"})
-            messages.append({"role": "assistant", "content": f"Answer {talk} {turn}."})
-            lines.append(json.dumps({"messages": messages}))
-    Path("log.jsonl").write_text("\n".join(lines))
-    run("--text", "mine/*.txt", "--chat", "log.jsonl")
-    assert load_config("configs/bard/chatlm.toml").data.targets == "response"
-
-
-def test_prompts_that_are_there_stay(folder: Path, capsys: Any) -> None:
-    Path("configs/bard").mkdir(parents=True)
-    Path("configs/bard/prompts.tsv").write_text("Mine?\n")
-    run(*BOTH)
-    assert prompts() == ["Mine?"]
-    assert "kept configs/bard/prompts.tsv, which is there already" in capsys.readouterr().out
+    talks = [[f"Turn {turn} of {talk}." for turn in range(12)] for talk in range(30)]
+    so_far = [turns[:length] for turns in talks for length in range(2, 13, 2)]
+    run("--text", "mine/*.txt", "--chat", write_messages("log.jsonl", so_far, system=True))
+    assert config_of("chatlm").data.targets == "response"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +143,7 @@ def test_prompts_that_are_there_stay(folder: Path, capsys: Any) -> None:
         (["bard", "--text", "none/*.txt"], "none/.*: no such file"),
         (["bard", "--text", "small.txt"], "small.txt: found 3 documents; wanted 40 or more"),
         (["bard", "--chat", "mine/a.txt"], "mine/a.txt:1: found one column"),
+        (["bard", "--text", "\udcff.txt"], "FILES: found .* which is not UTF-8"),
         (["bard", *BOTH, "--minutes", "0"], "invalid positive value: '0'"),
     ],
 )
@@ -160,10 +154,10 @@ def test_wrong_use_is_one_line(folder: Path, arguments: list[str], message: str)
     assert not Path("configs").exists()
 
 
-def plan(minutes: float, n_copies: int = 1) -> Any:
+def plan(minutes: float, n_copies: int = 1) -> Config:
     text = Path("mine/a.txt").read_text()
     Path("mine/b.txt").write_text("\n\n".join([text] * n_copies))
-    contents = new.plan_configs("x", ["mine/b.txt"], [], minutes)
+    contents = new.plan_files("x", ["mine/b.txt"], [], minutes)
     Path("x.toml").write_text(contents["lm.toml"])
     return load_config("x.toml")
 
@@ -184,85 +178,51 @@ def test_little_data_is_read_ten_times_at_most_with_dropout_and_patience(folder:
 
 
 @pytest.mark.parametrize("rows", [50, 50_000])
-@pytest.mark.parametrize("minutes", [2, 15])
-def test_the_plans_of_both_never_take_more_than_the_minutes(
-    folder: Path, rows: int, minutes: int
-) -> None:
+def test_the_plans_of_both_never_take_more_than_the_minutes(folder: Path, rows: int) -> None:
     lm, chatlm = (load_config(str(new.DEFAULTS / f"{task}.toml")) for task in ("lm", "chatlm"))
-    recipes = {"lm": lm, "chatlm": replace(lm, train=chatlm.train)}
-    Path("mine/a.txt").write_text("\n\n".join([Path("mine/a.txt").read_text()] * 10))
-    reports = {"lm": sizing.survey("lm", ["mine/*.txt"], 256)[0]}
+    text, _ = sizing.survey("lm", ["mine/*.txt"], 256)
+    text = replace(text, text_bytes=10 * text.text_bytes)
     Path("talks/a.tsv").write_text("Who is there at this hour?\tIt is only me.\n" * rows)
-    reports["chatlm"], _ = sizing.survey("chatlm", ["talks/*.tsv"], 256)
-    plans = sizing.plan_all(reports, recipes, minutes, SPEED)
-    assert plans["lm"].model == plans["chatlm"].model
-    seconds = plans["lm"].seconds + plans["chatlm"].seconds
-    assert 0.5 < seconds / (60 * minutes * sizing.STEPS_SHARE) <= 1 + 1e-9
+    reports = {"lm": text, "chatlm": sizing.survey("chatlm", ["talks/*.tsv"], 256)[0]}
+    train = {"lm": lm.train, "chatlm": chatlm.train}
+    for minutes in (2, 15):
+        plans = sizing.plan_all(reports, lm, train, minutes, SPEED)
+        assert plans["lm"].model == plans["chatlm"].model
+        seconds = plans["lm"].seconds + plans["chatlm"].seconds
+        assert 0.5 < seconds / (60 * minutes * sizing.STEPS_SHARE) <= 1 + 1e-9
 
 
 def test_text_without_blank_lines_is_cut_into_lines(folder: Path) -> None:
     Path("lines.txt").write_text("".join(f"Line {i} stands alone here.\n" for i in range(500)))
-    contents = new.plan_configs("x", ["lines.txt"], [], 1)
+    contents = new.plan_files("x", ["lines.txt"], [], 1)
     assert 'document = "line"' in contents["lm.toml"]
 
 
 def test_long_dialogues_get_a_longer_context_and_fewer_rows(folder: Path) -> None:
-    lines = []
-    for i in range(200):
-        messages = [{"role": "user", "content": f"{i} " + "long " * 400}]
-        messages += [{"role": "assistant", "content": "Yes."}]
-        lines.append(json.dumps({"messages": messages}))
-    Path("long.jsonl").write_text("\n".join(lines))
-    run("--text", "mine/*.txt", "--chat", "long.jsonl")
-    default = load_config(str(new.DEFAULTS / "lm.toml"))
-    config = load_config("configs/bard/lm.toml")
+    dialogues = [[f"{i} " + "long " * 400, "Yes."] for i in range(200)]
+    run("--text", "mine/*.txt", "--chat", write_messages("long.jsonl", dialogues))
+    default, config = load_config(str(new.DEFAULTS / "lm.toml")), config_of("lm")
     assert config.model.n_ctx == 4 * default.model.n_ctx
     assert config.train.batch_size == default.train.batch_size // 4
 
 
-def conversation(number: int) -> list[str]:
-    """Thirty turns, about 600 tokens."""
-    return [f"Turn {turn} of {number}: " + f"some words {turn} " * 6 for turn in range(30)]
-
-
-def write_conversations(name: str) -> str:
-    turns = [conversation(number) for number in range(100)]
-    lines = ["\t".join(texts) for texts in turns]
-    if name.endswith(".jsonl"):
-        roles = ("user", "assistant") * 15
-        messages = [
-            [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-            for texts in turns
-        ]
-        lines = [json.dumps({"messages": each}) for each in messages]
-    Path(name).write_text("\n".join(lines))
-    return name
-
-
-@pytest.mark.parametrize("name", ["whole.tsv", "whole.jsonl"])
 @pytest.mark.parametrize("has_lm, targets", [(True, "responder"), (False, "turns")])
 def test_long_conversations_that_lose_nothing_leave_the_context_as_it_is(
-    folder: Path, name: str, has_lm: bool, targets: str
+    folder: Path, has_lm: bool, targets: str
 ) -> None:
     text = ("--text", "mine/*.txt") if has_lm else ()
-    run(*text, "--chat", write_conversations(name))
-    config = load_config("configs/bard/chatlm.toml")
-    first = load_config("configs/bard/lm.toml") if has_lm else config
-    assert config.data.targets == targets and first.model.n_ctx == 256
+    talks = [
+        [f"Turn {turn} of {talk}: " + f"some words {turn} " * 6 for turn in range(30)]
+        for talk in range(100)  # of about 600 tokens each
+    ]
+    run(*text, "--chat", write_messages("whole.jsonl", talks))
+    config = config_of("chatlm")
+    assert (
+        config.data.targets == targets
+        and config_of("lm" if has_lm else "chatlm").model.n_ctx == 256
+    )
     report = check(config)
     assert report.long_rows == 100 and report.cut_rows == 0
-
-
-@pytest.mark.parametrize("n_ctx", [256, 257])
-def test_the_context_beside_an_lm_is_accepted_if_it_is_that_of_the_lm(
-    folder: Path, n_ctx: int
-) -> None:
-    run(*BOTH)
-    lm = load_config("configs/bard/lm.toml")
-    config = load_config("configs/bard/chatlm.toml", [f"model.n_ctx={n_ctx}"])
-    found = GPT2Config.of(lm.model, lm.tokenizer.vocab_size)
-    with nullcontext() if n_ctx == 256 else pytest.raises(UserError, match="n_ctx is 257"):
-        check_size(config, found)
 
 
 def test_the_speed_that_is_measured_is_that_of_the_default_model() -> None:

@@ -1,20 +1,18 @@
 """Configs for a person's own data: `gptchat new NAME --text FILES --chat FILES --minutes 15`.
 
-Writes configs/NAME/lm.toml for text and configs/NAME/chatlm.toml for dialogues, sized to the data,
-the machine and the minutes (sizing.py has the rules), and never over a file that is there. Without
-text the ChatLM starts from new weights; without dialogues there is only the LM. Some of the
-dialogues' first turns go to configs/NAME/prompts.tsv, which `make chatlm` lets the new ChatLM
-answer.
+Writes configs/NAME/lm.toml for text, configs/NAME/chatlm.toml for dialogues, and a few first turns
+of these as configs/NAME/prompts.tsv, which `make chatlm` lets the new ChatLM answer. sizing.py
+chooses the sizes; a comment beside each number gives the reason. All else is taken over from the
+default configs, on a GPU from those of gpt2-small. Without text the ChatLM starts from new weights.
 
-What is not sized comes from the default configs, on a GPU from those of gpt2-small. A comment
-beside each number says where it is from.
+Files that are there are never overwritten.
 """
 
 import json
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +23,13 @@ import gptchat.new.sizing as sizing
 from gptchat.config import load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.data.check import Report, verdict
-from gptchat.data.dialogue_files import format_row
-from gptchat.files import atomic_write, shipped
-from gptchat.new.dialogues import choose_prompts, choose_targets, sample
+from gptchat.data.dialogue import TextTurn
+from gptchat.data.dialogue_files import format_row, read_dialogues
+from gptchat.files import atomic_write, matching_files, shipped
 from gptchat.new.sizing import Plan
 
 DEFAULTS = shipped("configs")
-# Keys of the default configs that are chosen anew; all others are taken over.
+# Keys of the default configs that are chosen anew or left out; all others are taken over.
 CHOSEN = {
     "tokenizer": {"dir", "vocab_size", "files"},
     "data": {"train", "valid", "test", "weights", "held_out", "shards", "document", "targets"},
@@ -39,9 +37,15 @@ CHOSEN = {
     "train": {"num_steps", "num_epochs", "batch_size", "eval_interval", "patience"},
 }
 FRESH_EPOCHS = 4  # up to these, repeated text teaches nearly as much as new (Muennighoff 2023)
-EVALUATIONS = 5  # in a run; twice as many where it may end early
+EVALUATIONS = 5  # in a run; twice as many if it may end early
 PATIENCE = 3
-Lines = list[str]
+SAMPLE = 1000  # dialogues
+SAMPLE_FILES = 10
+CONVERSATION = 4  # turns of a row, on average, from which on rows are conversations
+REPEATED = 0.2  # share of repeated turns from which on rows show one conversation several times
+PROMPTS = 10
+SHORT = 80  # characters of a prompt
+Dialogue = list[TextTurn]
 
 
 class Choice(NamedTuple):
@@ -51,18 +55,65 @@ class Choice(NamedTuple):
     reason: str = ""
 
 
-def section(name: str, values: dict[str, Choice], recipe_file: Path) -> Lines:
-    """A section of a config: what was chosen, then the other keys of the default config."""
-    table = tomli.loads(recipe_file.read_text(encoding="utf-8")).get(name, {})
-    others = {key: Choice(value) for key, value in table.items() if key not in CHOSEN[name]}
-    lines = ["", f"[{name}]"]
-    for key, (value, reason) in (values | others).items():
-        comment = f"  # {reason}" if reason else ""
-        lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}{comment}")
-    return lines
+Section = dict[str, Choice]
 
 
-def tokenizer_values(name: str, files: Sequence[str], plan: Plan) -> dict[str, Choice]:
+# --- what dialogues show
+
+
+def sample(patterns: Sequence[str]) -> list[Dialogue]:
+    """The first dialogues of the files: SAMPLE in all, from up to SAMPLE_FILES of them.
+
+    Raises UserError for a line that is no dialogue.
+    """
+    paths = matching_files(patterns)
+    chosen = paths[:: max(1, -(-len(paths) // SAMPLE_FILES))]  # rounded up
+    dialogues: list[Dialogue] = []
+    for path in chosen:
+        dialogues += islice(read_dialogues(path), SAMPLE // len(chosen))
+    return dialogues
+
+
+def choose_targets(dialogues: Sequence[Dialogue], has_lm: bool) -> Choice:
+    """[data] targets; `has_lm` says whether the ChatLM starts from an LM.
+
+    Rows that show one conversation at different turns, such as a program's log of all messages so
+    far, repeat turns. Of these only the last turn is learned, so that none is learned twice.
+    """
+    n_turns = sum(map(len, dialogues)) / max(1, len(dialogues))
+    # First turns may repeat: many conversations begin with the same greeting or system message.
+    texts = [text for turns in dialogues for _, text in turns[1:]]
+    repeated = 1 - len(set(texts)) / max(1, len(texts))
+    figures = f"rows have {n_turns:.1f} turns, {100 * repeated:.0f} % repeat others"
+    if has_lm:
+        return Choice("response" if repeated >= REPEATED else "responder", figures)
+    if repeated < REPEATED and n_turns >= CONVERSATION:
+        return Choice("turns", f'{figures}. "all": the first, too, but long rows are cut')
+    return Choice("all", "without an LM before it, it learns from every token")
+
+
+def opening(turns: Dialogue) -> str:
+    """What the responder answers first; empty if the responder speaks first."""
+    text = ""
+    for speaker, spoken in turns:
+        if speaker == 1:
+            break
+        text = spoken
+    return text
+
+
+def choose_prompts(dialogues: Sequence[Dialogue]) -> list[str]:
+    """Up to PROMPTS distinct short openings, spread over the dialogues."""
+    openings = dict.fromkeys(map(opening, dialogues))
+    short = [text for text in openings if 0 < len(text) <= SHORT]
+    n = min(PROMPTS, len(short))
+    return [short[i * len(short) // n] for i in range(n)]
+
+
+# --- the text of a config
+
+
+def tokenizer_section(name: str, files: Sequence[str], plan: Plan) -> Section:
     reason = f"one for each {sizing.BYTES_PER_ENTRY:,} bytes of text, a power of two"
     return {
         "dir": Choice(f"out/{name}/tokenizer"),
@@ -71,9 +122,9 @@ def tokenizer_values(name: str, files: Sequence[str], plan: Plan) -> dict[str, C
     }
 
 
-def data_values(
-    name: str, patterns: Sequence[str], cut: dict[str, Choice], report: Report, plan: Plan
-) -> dict[str, Choice]:
+def data_section(
+    name: str, patterns: Sequence[str], cut: Section, report: Report, plan: Plan
+) -> Section:
     """`cut` is `document` of text or `targets` of dialogues."""
     n_documents = report.documents["train"]
     size = (
@@ -89,12 +140,13 @@ def data_values(
     }
 
 
-def model_values(plan: Plan, has_lm: bool, context: str) -> dict[str, Choice]:
-    """`context` is the reason for the context; a ChatLM with an LM has the LM's model."""
+def model_section(plan: Plan, has_lm: bool) -> Section:
+    """A ChatLM with an LM has the LM's size, which is not repeated."""
     model = plan.model
-    values = {"n_ctx": Choice(model.n_ctx, "that of the LM" if has_lm else context)}
+    values = {"n_ctx": Choice(model.n_ctx, "that of the LM")}
     if not has_lm:
-        values |= {
+        values = {
+            "n_ctx": Choice(model.n_ctx, "the default's; more for longer dialogues"),
             "n_layer": Choice(model.n_layer, "the largest size that sees tokens enough"),
             "n_head": Choice(model.n_head, f"{sizing.HEAD_WIDTH} wide each"),
             "n_embd": Choice(model.n_embd),
@@ -104,7 +156,7 @@ def model_values(plan: Plan, has_lm: bool, context: str) -> dict[str, Choice]:
     return values
 
 
-def train_values(plan: Plan) -> dict[str, Choice]:
+def train_section(plan: Plan) -> Section:
     is_repeated = plan.epochs > FRESH_EPOCHS
     n_evaluations = (1 + is_repeated) * EVALUATIONS
     minutes = f"about {plan.seconds / 60:.1f} minutes, {plan.epochs:.1f} passes over the data"
@@ -119,19 +171,21 @@ def train_values(plan: Plan) -> dict[str, Choice]:
     return values
 
 
-def head(task: str, name: str, minutes: float, flops: float, has_lm: bool) -> Lines:
-    what = "An LM of own text" if task == "lm" else "A ChatLM of own dialogues"
-    lines = [
-        f"# {what}, made by `gptchat new {name} --minutes {minutes:g}`, when training steps "
-        f"made {flops / 1e9:,.1f} GFLOP/s.",
-        "# File names are relative to the working directory. configs/README.md explains every key.",
-        f'task = "{task}"',
-        f'run = "out/{name}/{task}"',
-    ]
-    return [*lines, f'init_from = "out/{name}/lm/model"'] if has_lm else lines
+def config_text(intro: str, sections: Mapping[str, Section], recipe_file: Path) -> str:
+    """TOML: `intro`, then in each section what was chosen and the recipe's other keys."""
+    recipe = tomli.loads(recipe_file.read_text(encoding="utf-8"))
+    text = intro
+    for name, chosen in sections.items():
+        text += f"\n[{name}]\n"
+        values = recipe.get(name, {})
+        others = {key: Choice(values[key]) for key in values if key not in CHOSEN[name]}
+        for key, (value, reason) in (chosen | others).items():
+            comment = f"  # {reason}" if reason else ""
+            text += f"{key} = {json.dumps(value, ensure_ascii=False)}{comment}\n"
+    return text
 
 
-def plan_configs(
+def plan_files(
     name: str, text: Sequence[str], chat: Sequence[str], minutes: float
 ) -> dict[str, str]:
     """What to write: file name -> content. Raises UserError for data missing or too little."""
@@ -142,60 +196,47 @@ def plan_configs(
     recipe = load_config(str(recipe_files["lm"]))
     default = recipe.model.n_ctx
     patterns = {task: files for task, files in (("lm", text), ("chatlm", chat)) if files}
-    cuts: dict[str, dict[str, Choice]] = {}
+    cuts: dict[str, Section] = {}
     reports: dict[str, Report] = {}
-    for task, files in patterns.items():
-        if task == "lm":
-            reports[task], document = sizing.survey(task, files, default)
-            size = reports[task].text_bytes / reports[task].documents["train"]
-            cuts[task] = {"document": Choice(document, f"of {size:,.0f} bytes on average")}
-        else:
-            targets = Choice(*choose_targets(sample(files), has_lm=bool(text)))
-            reports[task], _ = sizing.survey(task, files, default, targets.value)
-            cuts[task] = {"targets": targets}
-        if reports[task].warnings:
-            print(verdict(reports[task]), file=sys.stderr)
+    prompts: list[str] = []
+    if text:
+        reports["lm"], document = sizing.survey("lm", text, default)
+        size = reports["lm"].text_bytes / reports["lm"].documents["train"]
+        cuts["lm"] = {"document": Choice(document, f"of {size:,.0f} bytes on average")}
+    if chat:
+        dialogues = sample(chat)
+        prompts = choose_prompts(dialogues)
+        targets = choose_targets(dialogues, has_lm=bool(text))
+        reports["chatlm"], _ = sizing.survey("chatlm", chat, default, targets.value)
+        cuts["chatlm"] = {"targets": targets}
+    for report in reports.values():
+        if report.warnings:
+            print(verdict(report), file=sys.stderr)
     flops = sizing.measure(recipe)
-    rates = {task: load_config(str(file)).train for task, file in recipe_files.items()}
-    recipes = {task: replace(recipe, train=train) for task, train in rates.items()}
-    plans = sizing.plan_all(reports, recipes, minutes, flops)
-    context = "that of the default config"
-    if chat and plans["chatlm"].model.n_ctx != default:
-        share = 100 * sizing.cut_share(reports["chatlm"])
-        context = f"{share:.0f} % of the dialogues do not fit into {default} tokens"
+    train = {task: load_config(str(file)).train for task, file in recipe_files.items()}
+    plans = sizing.plan_all(reports, recipe, train, minutes, flops)
     contents: dict[str, str] = {}
     for task, plan in plans.items():
         has_lm = task == "chatlm" and bool(text)
-        data = data_values(name, patterns[task], cuts[task], reports[task], plan)
         sections = {
-            "tokenizer": tokenizer_values(name, [*text, *chat], plan),
-            "data": data,
-            "model": model_values(plan, has_lm, context),
-            "train": train_values(plan),
+            "tokenizer": tokenizer_section(name, [*text, *chat], plan),
+            "data": data_section(name, patterns[task], cuts[task], reports[task], plan),
+            "model": model_section(plan, has_lm),
+            "train": train_section(plan),
         }
+        intro = (
+            f"# {'An LM' if task == 'lm' else 'A ChatLM'} of own data, made by `gptchat new {name} "
+            f"--minutes {minutes:g}`, when training steps made {flops / 1e9:,.1f} GFLOP/s.\n"
+            "# File names are relative to the working directory. configs/README.md explains every "
+            f'key.\ntask = "{task}"\nrun = "out/{name}/{task}"\n'
+        )
         if has_lm:
             del sections["tokenizer"]
-        lines = head(task, name, minutes, flops, has_lm)
-        for title, values in sections.items():
-            lines += section(title, values, recipe_files[task])
-        contents[f"{task}.toml"] = "\n".join(lines) + "\n"
-    return contents
-
-
-def write(path: Path, content: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
-
-
-def write_prompts(path: Path, chat: Sequence[str]) -> None:
-    """Write first turns of the dialogues, unless there are none or the file is there; say so."""
-    if path.exists():
-        print(f"kept {path}, which is there already")
-        return
-    prompts = choose_prompts(sample(chat))
+            intro += f'init_from = "out/{name}/lm/model"\n'
+        contents[f"{task}.toml"] = config_text(intro, sections, recipe_files[task])
     if prompts:
-        write(path, "".join(format_row([text]) for text in prompts))
-        print(f"wrote {path}: {len(prompts)} first turns, which `make chatlm` answers at the end")
+        contents["prompts.tsv"] = "".join(format_row([text]) for text in prompts)
+    return contents
 
 
 def positive(text: str) -> float:
@@ -228,18 +269,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"FILES: found {pattern!r}, which is not UTF-8; wanted a glob pattern for it"
             )
     folder = Path("configs", args.name)
-    existing = [path for path in (folder / "lm.toml", folder / "chatlm.toml") if path.exists()]
-    if existing:
-        raise UserError(f"{existing[0]}: is there already; wanted another NAME, or it removed")
-    contents = plan_configs(args.name, args.text, args.chat, args.minutes)
+    for file_name in ("lm.toml", "chatlm.toml", "prompts.tsv"):
+        if (folder / file_name).exists():
+            raise UserError(
+                f"{folder / file_name}: is there already; wanted another NAME, or it removed"
+            )
+    contents = plan_files(args.name, args.text, args.chat, args.minutes)
     for file_name, content in contents.items():
-        write(folder / file_name, content)
-        load_config(str(folder / file_name))
+        with atomic_write(folder / file_name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
         print(f"wrote {folder / file_name}")
-    if args.chat:
-        write_prompts(folder / "prompts.tsv", args.chat)
-    targets = " ".join(Path(file_name).stem for file_name in contents)
+    tasks = [Path(file_name).stem for file_name in contents if file_name != "prompts.tsv"]
     print("next:")
-    for file_name in contents:
-        print(f"  gptchat check --config {folder / file_name}")
-    print(f"  make tokenizer {targets} CONFIGS={folder}")
+    for task in tasks:
+        print(f"  gptchat check --config {folder}/{task}.toml")
+    print(f"  make tokenizer {' '.join(tasks)} CONFIGS={folder}")

@@ -1,32 +1,30 @@
 """How large a model, and how many steps: from the data, the machine and the minutes wanted.
 
-The rules:
-- Minutes: STEPS_SHARE of them are for optimizer steps, the rest for everything else. An LM and its
-  ChatLM divide them by LM_SHARE. Time that the ChatLM cannot use, since its steps end with
-  MAX_EPOCHS, goes to more steps of the LM. The time of a step is measured on the default model
-  and scaled by floating-point operations.
+- Minutes: STEPS_SHARE of them are for optimizer steps. An LM and its ChatLM divide these by
+  LM_SHARE; what the ChatLM cannot use goes to the LM. The time of a step is measured on the default
+  model and scaled by floating-point operations.
 - Context: the default's; twice that if more than one dialogue in ten would be cut, four times if
   more than three in ten would. A step has as many tokens as the default's.
 - Vocabulary: an entry for each BYTES_PER_ENTRY bytes of text, rounded down to a power of two, at
   most as many as the default.
-- Steps: as many as there is time for, but MAX_EPOCHS passes over the data at most.
-- Model: the largest of SIZES of which each parameter is trained on as many tokens as in the default
-  run (on one, if that counts epochs). A ChatLM has the size of its LM.
-- Held out: HELD_OUT_BYTES for valid and as much for test, HELD_OUT_DOCUMENTS at least, a tenth of
-  the data at most.
+- Model: the largest of SIZES that sees as many tokens for each parameter as in the default run (one
+  token, if that counts epochs). A ChatLM has the size of its LM.
+- Steps: as many as there is time for, at most MAX_EPOCHS passes over the data.
+- Held out: HELD_OUT_BYTES for valid and as much for test, at least HELD_OUT_DOCUMENTS, at most a
+  tenth of the data.
 """
 
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as for training: see train.py
 
 import torch
 
-from gptchat.config import Config, DataConfig, ModelConfig, TokenizerConfig
+from gptchat.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from gptchat.console import UserError
 from gptchat.data.check import Report, bytes_per_token, check
 from gptchat.model.gpt2 import GPT2, GPT2Config
@@ -40,6 +38,7 @@ HEAD_WIDTH = 64
 STEPS_SHARE = 0.8
 LM_SHARE = 0.55
 MEASURED_STEPS = 3
+MIN_STEPS = 20
 MAX_EPOCHS = 10
 BYTES_PER_ENTRY = 500
 MIN_ENTRIES = 1024
@@ -69,50 +68,71 @@ class Sizer:
     vocab_size: int
     n_ctx: int
 
-    def plan(self, report: Report, recipe: Config, seconds: float, lm: Plan | None = None) -> Plan:
-        """The numbers for this data in this time; `recipe` has the [train] of its task.
+    def plan(
+        self, report: Report, train: TrainConfig, seconds: float, lm: Plan | None = None
+    ) -> Plan:
+        """The numbers for this data and time, with the task's default `train`.
 
         A ChatLM has the model of the plan `lm`, if there is one.
         """
-        held_out = choose_held_out(report)
+        share = max(
+            HELD_OUT_BYTES / report.text_bytes, HELD_OUT_DOCUMENTS / report.documents["train"]
+        )
+        held_out = float(f"{min(0.1, share):.2g}")
         n_tokens = count_tokens(report, self.vocab_size) * (1 - 2 * held_out)
         most = MAX_EPOCHS * n_tokens
-        model = lm.model if lm else self._largest(seconds, most)
-        seen = min(self._tokens_in(seconds, model), most)
-        step_tokens = tokens_per_step(recipe)
-        num_steps = max(20, int(seen / step_tokens))
+        model = lm.model if lm else self._largest_model(seconds, most)
+        rate = self._tokens_per_second(model)
+        tokens_per_step = self._tokens_per_step(train)
+        num_steps = max(MIN_STEPS, int(min(seconds * rate, most) / tokens_per_step))
         return Plan(
             model=model,
             vocab_size=self.vocab_size,
-            batch_size=max(1, recipe.train.batch_size * self.recipe.model.n_ctx // self.n_ctx),
+            batch_size=max(1, train.batch_size * self.recipe.model.n_ctx // self.n_ctx),
             num_steps=num_steps,
-            epochs=num_steps * step_tokens / n_tokens,
-            seconds=seconds * num_steps * step_tokens / self._tokens_in(seconds, model),
+            epochs=num_steps * tokens_per_step / n_tokens,
+            seconds=num_steps * tokens_per_step / rate,
             held_out=held_out,
         )
 
-    def _tokens_in(self, seconds: float, model: ModelConfig) -> float:
-        """How many tokens a model is trained on in the time."""
-        config = GPT2Config.of(model, self.vocab_size)
-        return seconds * self.flops / step_flops(config, 1, 1, self.n_ctx)
+    def _largest_model(self, seconds: float, most: float) -> ModelConfig:
+        """The largest model that sees enough tokens in the time; it sees `most` at most."""
+        train, default = self.recipe.train, self.recipe.model
+        tokens_per_parameter = 1.0
+        if train.num_steps:
+            n_default = n_parameters(default, self.recipe.tokenizer.vocab_size)
+            tokens_per_parameter = train.num_steps * self._tokens_per_step(train) / n_default
+        models = [
+            replace(
+                default,
+                n_layer=n_layer,
+                n_head=n_embd // HEAD_WIDTH,
+                n_embd=n_embd,
+                n_ctx=self.n_ctx,
+            )
+            for n_layer, n_embd in SIZES
+        ]
+        largest = models[0]
+        for model in models[1:]:
+            seen = min(seconds * self._tokens_per_second(model), most)
+            if seen >= tokens_per_parameter * n_parameters(model, self.vocab_size):
+                largest = model
+        return largest
 
-    def _largest(self, seconds: float, most: float) -> ModelConfig:
-        """The largest model that is trained on enough tokens in the time, `most` at most."""
-        default = GPT2Config.of(self.recipe.model, self.recipe.tokenizer.vocab_size)
-        n_default = self.recipe.train.num_steps * tokens_per_step(self.recipe)
-        enough = n_default / n_parameters(default) if n_default else 1.0  # for a parameter
-        fitting = [self._model(*SIZES[0])]
-        for size in SIZES[1:]:
-            model = self._model(*size)
-            wanted = enough * n_parameters(GPT2Config.of(model, self.vocab_size))
-            if min(self._tokens_in(seconds, model), most) >= wanted:
-                fitting.append(model)
-        return fitting[-1]
+    def _tokens_per_second(self, model: ModelConfig) -> float:
+        return self.flops / step_flops(GPT2Config.of(model, self.vocab_size), 1, 1, self.n_ctx)
 
-    def _model(self, n_layer: int, n_embd: int) -> ModelConfig:
-        n_head = max(1, n_embd // HEAD_WIDTH)
-        size = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_ctx": self.n_ctx}
-        return replace(self.recipe.model, **size)
+    def _tokens_per_step(self, train: TrainConfig) -> int:
+        return train.batch_size * train.gradient_accumulation_steps * self.recipe.model.n_ctx
+
+
+def n_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Those of the matrices: the rest is less than a hundredth."""
+    return model.n_embd * (vocab_size + 12 * model.n_layer * model.n_embd)
+
+
+def count_tokens(report: Report, vocab_size: int) -> float:
+    return report.text_bytes / bytes_per_token(vocab_size)
 
 
 def survey(
@@ -128,7 +148,7 @@ def survey(
             task=task,
             data=DataConfig(train=tuple(patterns), document=document, targets=targets),
             tokenizer=TokenizerConfig(dir=""),
-            model=replace(Config().model, n_ctx=n_ctx),
+            model=ModelConfig(n_ctx=n_ctx),
         )
         report = check(config)
         if report.refusals:
@@ -142,7 +162,7 @@ def survey(
 
 
 def measure(recipe: Config) -> float:
-    """FLOP/s of a training step of the default model, measured in a few steps on random ids."""
+    """FLOP/s of a training step of the default model: the fastest of a few on random ids."""
     device = default_device()
     tune_memory()
     config = GPT2Config.of(recipe.model, recipe.tokenizer.vocab_size)
@@ -151,7 +171,7 @@ def measure(recipe: Config) -> float:
     precision = resolve_precision(recipe.train.precision, device)
     shape = (recipe.train.batch_size, recipe.model.n_ctx + 1)
     ids = torch.randint(config.vocab_size, shape, device=device)
-    seconds = math.inf  # the first step allocates, and others may be disturbed: the fastest counts
+    seconds = math.inf
     for _ in range(1 + MEASURED_STEPS):
         start = time.perf_counter()
         with autocast(device, precision):
@@ -166,54 +186,30 @@ def measure(recipe: Config) -> float:
     return step_flops(config, n_tokens, n_tokens, recipe.model.n_ctx) / seconds
 
 
-def n_parameters(config: GPT2Config) -> int:
-    """Those of the matrices: the rest is less than a hundredth."""
-    return config.n_embd * (config.vocab_size + 12 * config.n_layer * config.n_embd)
-
-
-def tokens_per_step(recipe: Config) -> int:
-    train = recipe.train
-    return train.batch_size * train.gradient_accumulation_steps * recipe.model.n_ctx
-
-
-def count_tokens(report: Report, vocab_size: int) -> float:
-    return report.text_bytes / bytes_per_token(vocab_size)
-
-
-def choose_vocabulary(n_bytes: float, recipe: Config) -> int:
-    entries = 2 ** int(math.log2(max(1, n_bytes / BYTES_PER_ENTRY)))
-    return min(max(entries, MIN_ENTRIES), recipe.tokenizer.vocab_size)
-
-
-def cut_share(report: Report) -> float:
-    """The share of dialogues of which something would be cut in the default context."""
-    return report.cut_rows / report.documents["train"]
-
-
-def choose_context(report: Report, n_ctx: int) -> int:
-    share = cut_share(report)
-    return n_ctx * (4 if share > 0.3 else 2 if share > 0.1 else 1)
-
-
-def choose_held_out(report: Report) -> float:
-    share = max(HELD_OUT_BYTES / report.text_bytes, HELD_OUT_DOCUMENTS / report.documents["train"])
-    return float(f"{min(0.1, share):.2g}")
-
-
 def plan_all(
-    reports: dict[str, Report], recipes: dict[str, Config], minutes: float, flops: float
+    reports: Mapping[str, Report],
+    recipe: Config,
+    train: Mapping[str, TrainConfig],
+    minutes: float,
+    flops: float,
 ) -> dict[str, Plan]:
-    """The plan of each task: the LM's first, whose model the ChatLM has."""
-    recipe = recipes["lm"]
+    """The plan of each task in `reports`; `train` has their default sections [train]."""
     n_ctx = recipe.model.n_ctx
     if "chatlm" in reports:
-        n_ctx = choose_context(reports["chatlm"], n_ctx)
-    vocab_size = choose_vocabulary(sum(report.text_bytes for report in reports.values()), recipe)
+        dialogues = reports["chatlm"]
+        share = dialogues.cut_rows / dialogues.documents["train"]
+        if share > 0.3:
+            n_ctx *= 4
+        elif share > 0.1:
+            n_ctx *= 2
+    entries = sum(report.text_bytes for report in reports.values()) / BYTES_PER_ENTRY
+    rounded = 2 ** int(math.log2(max(MIN_ENTRIES, entries)))
+    vocab_size = min(rounded, recipe.tokenizer.vocab_size)
     sizer = Sizer(recipe, flops, vocab_size, n_ctx)
     seconds = 60 * minutes * STEPS_SHARE
     if len(reports) == 1:
-        return {task: sizer.plan(reports[task], recipes[task], seconds) for task in reports}
-    lm = sizer.plan(reports["lm"], recipe, LM_SHARE * seconds)
-    chatlm = sizer.plan(reports["chatlm"], recipes["chatlm"], (1 - LM_SHARE) * seconds, lm)
-    lm = sizer.plan(reports["lm"], recipe, seconds - chatlm.seconds, lm)
+        return {task: sizer.plan(reports[task], train[task], seconds) for task in reports}
+    lm = sizer.plan(reports["lm"], train["lm"], LM_SHARE * seconds)
+    chatlm = sizer.plan(reports["chatlm"], train["chatlm"], (1 - LM_SHARE) * seconds, lm)
+    lm = sizer.plan(reports["lm"], train["lm"], seconds - chatlm.seconds, lm)
     return {"lm": lm, "chatlm": chatlm}
