@@ -1,15 +1,13 @@
 """`gptchat bench BENCHMARK`: gptchat and its alternatives, side by side in one run.
 
-Each benchmark is a module with `add_options(parser)` and `run(args, report)`. In `run`, contestants
-with the same weights take turns. One warm-up round of each is not counted.
+A benchmark is a module with `add_options(parser)` and `run(args, report)`.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from gptchat.bench import decode, serving, training
-from gptchat.bench.report import Report, positive
+from gptchat.bench import Report, decode, positive, serving, training
 from gptchat.console import CommandParser, cli
 
 BENCHMARKS = {  # name: (module, summary, example arguments)

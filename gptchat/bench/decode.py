@@ -1,9 +1,8 @@
 """`gptchat bench decode`: generating text, beside transformers' `generate` with the same weights.
 
-Measured are decoding steps at several batch sizes, the first token after a long prompt, and the
-first token of a conversation's next turn with and without the prefix cache; with --text also what
-the smaller dtypes cost in perplexity. The model is --model, or GPT-2 124M with random weights. It
-is on a GPU where there is one. Prompts are random ids. transformers runs in float32.
+Measures decoding steps at several batch sizes, the first token after a long prompt, and the first
+token of a conversation's next turn with and without the prefix cache; with --text also the
+perplexity of each dtype. Prompts are random ids. transformers runs in float32.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptchat.bench.report import Report, check_context, positive, timed, wait_for_device
+from gptchat.bench import Report, check_context, positive, timed, wait_for_device
 from gptchat.console import UserError
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.engine import Engine, Request, generate
@@ -75,9 +74,9 @@ class Transformers:
         self.model.to(model.wte.weight.device)
 
     def generate(self, prompts: Tensor, n: int, sampling: Sampling) -> list[float]:
-        """Generate `n` tokens after each of `prompts` (B, T). Returns the seconds of each token.
+        """Generate `n` tokens after each of `prompts` (B, T). Returns the seconds of each step.
 
-        The first one includes the prompt. The new tokens (B, n) are left in `new_ids`.
+        The first step includes the prompt. The new tokens (B, n) are left in `new_ids`.
         """
         stamps = [time.perf_counter()]
 
@@ -137,11 +136,15 @@ class DecodeBenchmark:
         self.args = args
         self.report = report
         self.model, self.tokenizer, _ = benchmark_model(args.model)
-        config = self.model.config
-        self.vocab_size, n_ctx = config.vocab_size, config.n_positions
+        self.vocab_size = self.model.config.vocab_size
+        n_ctx = self.model.config.n_positions
         check_context(args.prompt + args.new, "--prompt and --new", n_ctx)
-        check_context(3 * TURN + 1, "a conversation's next turn", n_ctx)
         self.first = min(args.first, n_ctx - 1)
+        if self.first <= 2 * TURN:
+            raise UserError(f"--first: found {self.first} tokens; wanted more than {2 * TURN}")
+        if args.text:
+            assert self.tokenizer is not None  # --text needs --model
+            self.rows = text_rows(args.text, self.tokenizer, min(256, n_ctx))
         self.sampling = Sampling(temperature=0)
         if args.sampled:
             self.sampling = Sampling(**pretrained.answer_defaults(args.model).sampling)
@@ -151,7 +154,6 @@ class DecodeBenchmark:
         self.engines = {dtype: Engine(self.model, slots, length, dtype) for dtype in args.dtypes}
 
     def race_steps(self, batch: int) -> None:
-        """Race the decoding steps of a batch."""
         prompts = torch.randint(self.vocab_size, (batch, self.args.prompt))
         requests = requests_for(prompts, self.args.new, self.sampling)
         contestants: Contestants = {
@@ -178,7 +180,7 @@ class DecodeBenchmark:
         self.report.race(f"first token of {self.first}", "ms", contestants, self.args.rounds)
 
     def race_next_turn(self) -> None:
-        """Race the first token of a conversation's next turn, without and with the prefix cache."""
+        """Race the first token of a conversation's next turn."""
         contestants: Contestants = {}
         for dtype, engine in self.engines.items():
             contestants[f"{dtype}, computed anew"] = partial(self.next_turn, engine, False)
@@ -194,14 +196,9 @@ class DecodeBenchmark:
         prompt = torch.cat([history, torch.tensor([answer.ids]), message], 1)
         return timed(partial(generate, engine, requests_for(prompt, 1, self.sampling)))
 
-    def compare_predictions(self) -> None:
-        """Note each dtype's agreement with float32, and its perplexity, on its latest line."""
-        assert self.tokenizer is not None  # --text needs --model
-        rows = text_rows(self.args.text, self.tokenizer, min(256, self.model.config.n_positions))
+    def note_perplexity(self) -> None:
         for dtype, engine in self.engines.items():
-            agreement, perplexity = quality(self.model, engine.model, rows)
-            notes = {"top1_agreement": f"{agreement:.2%}", "perplexity": f"{perplexity:.2f}"}
-            self.report.note(dtype, **notes)
+            self.report.note(dtype, perplexity=f"{perplexity(engine.model, self.rows):.2f}")
 
 
 def text_rows(path: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -218,20 +215,13 @@ def text_rows(path: str, tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def quality(model: GPT2, candidate: GPT2, ids: Tensor) -> tuple[float, float]:
-    """How well `candidate`, which is `model` in another dtype, predicts the rows `ids` (B, T).
-
-    Returns the share of positions where both models' best token is the same, and the perplexity of
-    `candidate`.
-    """
-    agreement, loss = 0.0, 0.0
-    for row in ids.to(model.wte.weight.device).split(1):  # (1, T)
-        reference = model.logits(model.hidden(row))[0, :-1].float()  # (T - 1, V)
-        logits = candidate.logits(candidate.hidden(row))[0, :-1].float()  # (T - 1, V)
-        same = logits.argmax(-1) == reference.argmax(-1)
-        agreement += same.float().mean().item() / len(ids)
-        loss += F.cross_entropy(logits, row[0, 1:]).item() / len(ids)
-    return agreement, math.exp(loss)
+def perplexity(model: GPT2, ids: Tensor) -> float:
+    """The perplexity of the rows `ids` (B, T)."""
+    loss = 0.0
+    for row in ids.to(model.wte.weight.device):  # (T,)
+        logits = model.logits(model.hidden(row[None]))[0, :-1].float()  # (T - 1, V)
+        loss += F.cross_entropy(logits, row[1:]).item() / len(ids)
+    return math.exp(loss)
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
@@ -241,5 +231,5 @@ def run(args: argparse.Namespace, report: Report) -> None:
         benchmark.race_steps(batch)
     benchmark.race_first_token()
     if args.text:
-        benchmark.compare_predictions()
+        benchmark.note_perplexity()
     benchmark.race_next_turn()

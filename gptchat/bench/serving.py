@@ -1,9 +1,9 @@
 """`gptchat bench serve`: a running server, beside its engine alone and transformers behind a lock.
 
-Several clients send one request each and round, all at the same time and with the same random
-prompt. The answers are sampled, streamed and equally long: the token that would end one is
-forbidden. Counted are the seconds per new token, all clients together.
-If the server wants a key, it is read from the environment variable OPENAI_API_KEY.
+In a round every client sends one request, all at the same time and with the same random prompt. The
+answers are sampled, streamed and equally long: the token that would end one is forbidden. The
+result is seconds per new token, all clients together. A server's key is read from the environment
+variable OPENAI_API_KEY.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from urllib.error import HTTPError
 
 import torch
 
+from gptchat.bench import Report, check_context, positive
 from gptchat.bench.decode import Transformers, benchmark_model, differences
-from gptchat.bench.report import Report, check_context, positive
 from gptchat.console import UserError
 from gptchat.inference.engine import Engine, Request, generate
 from gptchat.inference.linear import DTYPES
@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(url: str, request: Request) -> tuple[list[float], int]:
-    """Send one request to the completions API, whose answer streams.
+    """Stream the answer of the completions API to one request.
 
     Returns the seconds to the first chunk and between the further ones, and the number of new
     tokens. Raises UserError if there is no answer.
@@ -120,8 +120,8 @@ class ServingBenchmark:
             with self.lock:
                 return len(self.peer.generate(prompts, self.args.new, Sampling()))
 
-        # The threads end, and with them the OpenMP threads that each of them had: otherwise those
-        # of the engine would find too few cores and sleep between two operations.
+        # These threads must end, and with them the OpenMP threads of each, which would take cores
+        # from the engine's.
         with ThreadPoolExecutor(n) as threads:
             return list(threads.map(answer, range(n)))
 

@@ -1,11 +1,8 @@
 """`gptchat bench train`: one optimizer step of AdamW, beside transformers' GPT2LMHeadModel.
 
-On a GPU where there is one, else on the CPU. Each contestant runs in its own process, because the
-allocator's settings and the peak memory belong to a process. The processes take turns: while one
-makes a step, the others wait. "As found" is without the settings of runtime.py, by which glibc
-keeps freed memory.
-
-Invariant: all contestants start from the same weights and train on the same ids.
+All contestants start from the same weights and train on the same ids. Each has its own process,
+since the allocator's settings and the peak memory belong to a process; while one makes a step, the
+others wait. "As found" is without `runtime.tune_memory`.
 """
 
 import argparse
@@ -18,8 +15,8 @@ from typing import Any
 
 import torch
 
+from gptchat.bench import Report, check_context, positive, timed
 from gptchat.bench.decode import Transformers
-from gptchat.bench.report import Report, check_context, positive, timed
 from gptchat.config import TrainConfig, load_config
 from gptchat.console import UserError
 from gptchat.model.gpt2 import GPT2, GPT2Config
@@ -83,7 +80,7 @@ def training_step(contestant: str, args: argparse.Namespace) -> Callable[[], Non
 
 
 def worker(pipe: Connection, contestant: str, args: argparse.Namespace) -> None:
-    """A contestant's process: makes a step for each True received and sends its seconds.
+    """A contestant's process. For each True from the pipe it makes a step and sends its seconds.
 
     After a False it sends its peak memory in bytes and ends.
     """
