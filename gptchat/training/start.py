@@ -23,7 +23,6 @@ from gptchat.files import remove_temporary_files
 from gptchat.model import pretrained
 from gptchat.model.convert import adapt
 from gptchat.model.gpt2 import GPT2, GPT2Config
-from gptchat.runtime import multiplies_bfloat16
 from gptchat.training import checkpoint
 from gptchat.training.checkpoint import Checkpoint, TrainState
 from gptchat.training.distributed import World, wrap_model
