@@ -69,12 +69,9 @@ def pre_tokenizer(pattern: str) -> Any:
     """The library's object that splits by "gpt2" or "script" and writes pieces as bytes."""
     if pattern == "gpt2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(SCRIPT_PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([_script_split(), to_bytes])
-
-
-def _script_split() -> Any:
-    return pre_tokenizers.Split(Regex(SCRIPT_PATTERN), "isolated")
+    return pre_tokenizers.Sequence([split, to_bytes])
 
 
 def pattern_of(settings: dict[str, Any]) -> str:
@@ -82,18 +79,13 @@ def pattern_of(settings: dict[str, Any]) -> str:
 
     One that changes the text before, or has added entries for text, splits otherwise.
     """
-    first_step = settings["pre_tokenizer"] or {"type": None}
-    steps = first_step.get("pretokenizers", [first_step])
-    last_step = steps[-1]
     has_text_entries = not all(token["special"] for token in settings["added_tokens"])
     if settings["normalizer"] is not None or has_text_entries:
         return ""
-    if last_step["type"] != "ByteLevel" or last_step["add_prefix_space"]:
-        return ""
-    if len(steps) == 1 and last_step["use_regex"]:
-        return "gpt2"
-    is_script = steps[:-1] == [json.loads(_script_split().__getstate__())]
-    return "script" if is_script and not last_step["use_regex"] else ""
+    for pattern in WORDS:
+        if settings["pre_tokenizer"] == json.loads(pre_tokenizer(pattern).__getstate__()):
+            return pattern
+    return ""
 
 
 # Marks that stand in UNSPACED: vowel signs, tones, voiced kana, variants of Han characters.

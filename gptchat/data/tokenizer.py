@@ -1,30 +1,24 @@
-"""Train, load and save byte-level BPE tokenizers (Radford et al. 2019).
+"""Train, load and save byte-level BPE tokenizers (Radford et al. 2019): `gptchat tokenizer`.
 
-`gptchat tokenizer --config FILE [section.key=value ...]` trains one with the `tokenizers` library.
-A byte-level vocabulary made elsewhere, such as GPT-2's, loads as it is. The special tokens that it
-lacks can be appended.
+A directory holds `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer
+loads, too. GPT-2's pair `vocab.json` and `merges.txt` is also read. A byte-level vocabulary made
+elsewhere loads as it is, and the special tokens that it lacks can be appended.
 
-A vocabulary is trained again only if settings or text have changed since the same run trained it,
-and that run has not begun. Its folder has a record of that (artifacts.py), and the name of the run.
-
-A tokenizer's directory holds `tokenizer.json` and `tokenizer_config.json`, which transformers'
-AutoTokenizer loads. GPT-2's pair `vocab.json` and `merges.txt` is read, too.
-
-Invariants:
-- Decoding gives every text back, to the last byte. Loading tests that with one text (PROBE).
+- Decoding returns every text, to the last byte. Loading checks that on one text, PROBE.
 - Text never becomes a special token: "[SEP]" typed by a user is encoded as letters. The library
-  does not save its setting for this, `encode_special_tokens`, so it is set at every load. (In
+  does not save its setting for that, `encode_special_tokens`, so it is set at every load. (In
   transformers such text does become the special token.)
-- Equal hashes mean equal ids for every text.
+- A vocabulary is trained again only if its settings or text have changed since the same run trained
+  it, and that run has not begun.
 """
 
 import hashlib
 import json
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,13 +47,13 @@ from gptchat.files import atomic_write, expand, matching_files
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
 SAMPLE_BYTES = 100_000_000  # of text that a vocabulary is trained on, at most
-# A tokenizer must give this text back: it has characters of 1 to 4 bytes, a combining accent,
-# control characters, runs of white space and text that looks like special tokens.
+# Characters of 1 to 4 bytes, a combining accent, control characters, runs of white space, and text
+# that looks like special tokens.
 PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in a byte-level vocabulary -> the bytes.
+    """The characters of a byte-level vocabulary -> the bytes that they stand for.
 
     Bytes that are printable in Latin-1 stand as that character, the others from U+0100 on, in
     order (`bytes_to_unicode` of GPT-2's encoder.py).
@@ -87,8 +81,8 @@ class Tokenizer:
     """A byte-level tokenizer and the ids of its special tokens, -1 for one that it lacks.
 
     `token_bytes[id]` holds the bytes of a token, none for special tokens. The ids are
-    `special_ids["[PAD]"]` and so on, and `pad_id`, `unk_id`, `bos_id`, `eos_id`, `cls_id` and
-    `sep_id`. `end_token` serves as [EOS]; by default that is [EOS], else `<|endoftext|>`. Raises
+    `special_ids["[PAD]"]` and so on; most also have a name, such as `pad_id`. `end_token` serves as
+    [EOS]; by default that is [EOS], else `<|endoftext|>`. `source` names it in messages. Raises
     UserError for a tokenizer that does not give every text back.
     """
 
@@ -100,7 +94,7 @@ class Tokenizer:
     ):
         self.backend = backend
         self.end_token = end_token
-        self.source = source  # where it came from, for messages
+        self.source = source
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -123,14 +117,12 @@ class Tokenizer:
         for entry, id in vocabulary.items():
             if entry not in special:
                 self.token_bytes[id] = _entry_bytes(entry)
-        self._pieces: SortedTokens | None = None  # made on first use
         self.special_ids = {name: special.get(name, -1) for name in SPECIAL}
         for name in (self.end_token, "[EOS]", END_OF_TEXT):
             if name in special:
                 self.special_ids["[EOS]"] = special[name]
                 break
         self.pad_id = self.special_ids["[PAD]"]
-        self.unk_id = self.special_ids["[UNK]"]
         self.bos_id = self.special_ids["[BOS]"]
         self.eos_id = self.special_ids["[EOS]"]
         self.cls_id = self.special_ids["[CLS]"]
@@ -138,23 +130,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json`, or else GPT-2's `vocab.json` and `merges.txt`.
-
-        Raises UserError if there is neither, or for a tokenizer that is not byte-level.
-        """
-        path = Path(directory) / "tokenizer.json"
-        merges = Path(directory) / "merges.txt"
-        if not path.exists() and not merges.exists():
+        """Read a directory. Raises UserError if it has no tokenizer, or one that is no use here."""
+        path = vocabulary_file(directory)
+        if path is None:
             raise UserError(
                 f"{directory}: found neither tokenizer.json nor merges.txt; "
                 "`gptchat tokenizer` trains one"
             )
         try:
-            if path.exists():
+            if path.name == "tokenizer.json":
                 backend = tokenizers.Tokenizer.from_file(str(path))
             else:
-                backend = _read_gpt2_files(merges)
-            end_token = _find_end_token(Path(directory), backend)
+                backend = _read_gpt2_files(path.parent)
+            end_token = _find_end_token(path.parent, backend)
         except Exception as error:  # the library raises nothing narrower
             reason = str(error).splitlines()[0]
             raise UserError(f"{directory}: cannot be read as a tokenizer: {reason}") from None
@@ -177,12 +165,13 @@ class Tokenizer:
         """The content of `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
 
-    @property
+    @cached_property
     def pieces(self) -> SortedTokens:
         """All tokens, sorted by their bytes."""
-        if self._pieces is None:
-            self._pieces = _sort_tokens(self.token_bytes)
-        return self._pieces
+        ids = sorted(range(self.vocab_size), key=self.token_bytes.__getitem__)
+        pieces = [self.token_bytes[id] for id in ids]
+        ends = list(accumulate(len(piece) + 1 for piece in pieces))
+        return SortedTokens(pieces, ids, b"\xff".join(pieces), ends)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special tokens are added."""
@@ -198,7 +187,6 @@ class Tokenizer:
         return b"".join([self.token_bytes[id] for id in ids]).decode(errors="replace")
 
     def missing_specials(self) -> list[str]:
-        """The names of the special tokens that the vocabulary lacks, in the order of their ids."""
         return [name for name, id in self.special_ids.items() if id < 0]
 
     def require_specials(self) -> None:
@@ -225,7 +213,7 @@ class Tokenizer:
     ) -> None:
         """Write the two files that transformers' AutoTokenizer loads, `tokenizer.json` last.
 
-        Raises UserError where they cannot be written, as on a full disk; the old ones are kept.
+        Raises UserError if they cannot be written; the old ones are kept.
         """
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -239,43 +227,24 @@ class Tokenizer:
             if id >= 0:
                 key = name.strip("[]").lower() + "_token"  # "[PAD]" -> "pad_token"
                 settings[key] = self.backend.id_to_token(id)
-        with atomic_write(Path(directory) / "tokenizer.json") as vocabulary_file:
+        with atomic_write(Path(directory) / "tokenizer.json") as vocabulary:
             # Not `backend.save`, whose error for a full disk is no OSError.
-            vocabulary_file.write_text(self.json, encoding="utf-8")
+            vocabulary.write_text(self.json, encoding="utf-8")
             with atomic_write(Path(directory) / "tokenizer_config.json") as settings_file:
                 settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def start_directory(config: Config) -> str:
-    """The model directory that a run loads at its start; "" stands for new weights.
-
-    It is `init_from`. Where that is gone, a run that has a checkpoint loads its own best model: it
-    has the same size and tokenizer, and the weights come from the checkpoint.
-    """
-    own = Path(config.run, "model")
-    can_load_own = has_begun(config.run) and Path(own, "model.safetensors").is_file()
-    if config.init_from and can_load_own and not Path(config.init_from).is_dir():
-        return str(own)
-    return config.init_from
-
-
-def has_begun(run: str) -> bool:
-    """Whether there is a run in this folder that the same config would resume."""
-    return Path(run, "checkpoint.safetensors").is_file()
-
-
-def tokenizer_for(config: Config) -> Tokenizer:
-    """The tokenizer of a run, with every special token.
-
-    It is the one of the model that the run starts from, if there is one, else the config's.
-    """
-    tokenizer = Tokenizer.load(start_directory(config) or config.tokenizer.dir)
-    tokenizer.add_missing_specials()
-    return tokenizer
+def vocabulary_file(directory: str | Path) -> Path | None:
+    """The file that a directory's tokenizer is read from, if there is one."""
+    for name in ("tokenizer.json", "merges.txt"):
+        path = Path(directory, name)
+        if path.is_file():
+            return path
+    return None
 
 
 def _entry_bytes(entry: str) -> bytes:
-    """The bytes that a vocabulary entry stands for.
+    """The bytes of a vocabulary entry.
 
     An added token that is not written in the byte alphabet stands for its own text.
     """
@@ -284,14 +253,7 @@ def _entry_bytes(entry: str) -> bytes:
     return entry.encode()
 
 
-def _sort_tokens(token_bytes: list[bytes]) -> SortedTokens:
-    ids = sorted(range(len(token_bytes)), key=token_bytes.__getitem__)
-    pieces = [token_bytes[id] for id in ids]
-    ends = list(accumulate(len(piece) + 1 for piece in pieces))
-    return SortedTokens(pieces, ids, b"\xff".join(pieces), ends)
-
-
-def _byte_level(model: models.Model, pattern: str = "gpt2") -> tokenizers.Tokenizer:
+def _byte_level(model: models.Model, pattern: str) -> tokenizers.Tokenizer:
     """A library tokenizer around `model` that reads and writes the byte alphabet."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer(pattern)
@@ -299,14 +261,14 @@ def _byte_level(model: models.Model, pattern: str = "gpt2") -> tokenizers.Tokeni
     return backend
 
 
-def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
-    """GPT-2's `merges.txt`, the `vocab.json` beside it, and the tokens that were added to them.
+def _read_gpt2_files(directory: Path) -> tokenizers.Tokenizer:
+    """GPT-2's `vocab.json` and `merges.txt`, and the tokens that were added to them.
 
     Its end of text, an ordinary entry in these files, is marked as special. Raises ValueError for
     an added token that cannot have its id.
     """
-    directory = merges.parent
-    backend = _byte_level(models.BPE.from_file(str(directory / "vocab.json"), str(merges)))
+    bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+    backend = _byte_level(bpe, "gpt2")
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])
     special = set(_named_tokens(directory).values())
@@ -326,7 +288,7 @@ def _read_gpt2_files(merges: Path) -> tokenizers.Tokenizer:
 
 
 def _find_end_token(directory: Path, backend: tokenizers.Tokenizer) -> str | None:
-    """The token that ends a text in a directory of other people's, None if it names none.
+    """The token that ends a text in somebody else's directory, None if it names none.
 
     It is the tokenizer's `eos_token`, or the `eos_token_id` of config.json. Each is `<|endoftext|>`
     if nobody has changed it, so another one comes first. An id counts only if text cannot have it:
@@ -367,6 +329,34 @@ def _json_table(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: {error}") from None
 
 
+def start_directory(config: Config) -> str:
+    """The model directory that a run loads at its start; "" means new weights.
+
+    It is `init_from`. If that is gone, a run that has a checkpoint loads its own best model: it has
+    the same size and tokenizer, and the weights come from the checkpoint.
+    """
+    own = Path(config.run, "model")
+    can_load_own = has_begun(config.run) and Path(own, "model.safetensors").is_file()
+    if config.init_from and can_load_own and not Path(config.init_from).is_dir():
+        return str(own)
+    return config.init_from
+
+
+def has_begun(run: str) -> bool:
+    """Whether there is a run in this folder that the same config would resume."""
+    return Path(run, "checkpoint.safetensors").is_file()
+
+
+def tokenizer_for(config: Config) -> Tokenizer:
+    """The tokenizer of a run: that of the model it starts from, else the config's.
+
+    Special tokens that are missing are added.
+    """
+    tokenizer = Tokenizer.load(start_directory(config) or config.tokenizer.dir)
+    tokenizer.add_missing_specials()
+    return tokenizer
+
+
 def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `vocab_size` entries, or fewer if the text does not yield them.
 
@@ -374,16 +364,20 @@ def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
     the same every time. Raises UserError for files that cannot be read or hold no text.
     """
     paths = expand(settings.files, "[tokenizer] files")
+
+    def texts() -> Iterator[str]:
+        return chain.from_iterable(map(texts_of, paths))
+
+    if not any(text.strip() for text in texts()):
+        names = ", ".join(settings.files)
+        raise UserError(f"{names}: found no text; wanted some for [tokenizer] files")
     n_bytes = sum(map(text_size, paths))
     stride = max(1, -(-n_bytes // SAMPLE_BYTES))  # rounded up
-    has_text = False
 
-    def texts(bar: Progress) -> Iterator[str]:
-        nonlocal has_text
-        for number, text in enumerate(chain.from_iterable(map(texts_of, paths))):
+    def sample(bar: Progress) -> Iterator[str]:
+        for number, text in enumerate(texts()):
             bar.update(len(text.encode()))
             if number % stride == 0:
-                has_text = has_text or bool(text.strip())
                 yield text
 
     backend = _byte_level(models.BPE(), settings.pattern)
@@ -393,105 +387,91 @@ def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with _ended_by_ctrl_c(), Progress(n_bytes, "tokenizer", "B") as bar:
-        backend.train_from_iterator(texts(bar), trainer)
-    if not has_text:
-        names = ", ".join(settings.files)
-        raise UserError(f"{names}: found no text; wanted some for [tokenizer] files")
+    with Progress(n_bytes, "tokenizer", "B") as bar:
+        backend.train_from_iterator(sample(bar), trainer)
     return Tokenizer(backend)
+
+
+def prepare_vocabulary(config: Config, asked: bool = False) -> None:
+    """Train the vocabulary in `[tokenizer] dir` if it is missing or out of date.
+
+    One that another run trained, that a run has begun with, or that was not trained here is kept,
+    as one line says. If somebody `asked` for it and it is out of date, that line is a UserError.
+    """
+    folder = config.tokenizer.dir
+    if config.init_from:
+        if asked:
+            print(f"{config.init_from}: its vocabulary is used, so none is trained")
+        return
+    found = vocabulary_file(folder)
+    if found is None:
+        _train_and_save(config)
+        return
+    manifest = read_manifest(folder) or {}
+    if manifest.get("vocabulary") != file_digest(found):
+        if asked:
+            print(f"{folder}: kept as it is; it was not trained here")
+        return
+    owner = manifest["run"]
+    change = changed_setting(manifest["settings"], _training_settings(config))
+    change = change or changed_input(manifest["inputs"], matching_files(config.tokenizer.files))
+    if not change:
+        if asked:
+            print(f"{folder}: kept as it is; it was trained by these settings on this text")
+    elif owner == config.run and not has_begun(owner):
+        _train_and_save(config)
+    else:
+        line = f"{folder}: kept, although {change}: it is the vocabulary of {owner}"
+        if asked:
+            raise UserError(f"{line}; wanted another [tokenizer] dir")
+        print(line)
+
+
+def _train_and_save(config: Config) -> None:
+    """Train a vocabulary, on the default corpora if it needs them, and write it with its record.
+
+    A process that is killed leaves the old files, or no vocabulary, never one without its record.
+    """
+    folder = Path(config.tokenizer.dir)
+    files = config.tokenizer.files
+    write_missing(files)
+    with lock_folder(folder, "another process is training a vocabulary here"):
+        inputs = input_states(matching_files(files))
+        with _ended_by_ctrl_c():
+            tokenizer = train_tokenizer(config.tokenizer)
+        record = {
+            "settings": _training_settings(config),
+            "inputs": inputs,
+            "run": config.run,
+            "vocabulary": new_digest(tokenizer.json.encode()).hexdigest(),
+        }
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        write_manifest(folder, record)
+        tokenizer.save(folder)
+    print(f"{folder}: {tokenizer.vocab_size:,} entries")
+
+
+def _training_settings(config: Config) -> dict[str, Any]:
+    """The settings on which the vocabulary depends."""
+    settings = asdict(config.tokenizer)
+    del settings["dir"]
+    return settings
 
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
     """Within it Ctrl-C ends the process at once.
 
-    The library trains for minutes before it returns to Python, which would act on Ctrl-C only then.
-    Nothing has been written before training ends.
+    The library may train for minutes before it returns to Python, which acts on Ctrl-C only then.
     """
-    has_usual_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not has_usual_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def find_vocabulary(folder: str) -> Path | None:
-    """The file of the vocabulary in a folder, if there is one; "" is no folder."""
-    paths = [Path(folder, name) for name in ("tokenizer.json", "merges.txt")]
-    return next((path for path in paths if folder and path.is_file()), None)
-
-
-def prepare_vocabulary(config: Config, asked: bool = False) -> None:
-    """Train the vocabulary in `[tokenizer] dir` if it is missing or out of date.
-
-    Default corpora that it is trained on are written first. A vocabulary that another run trained,
-    that a run has begun with, or that was not trained here is kept, as one line says. If somebody
-    `asked` for it and it is out of date, that line is a UserError.
-    """
-    settings = config.tokenizer
-    if config.init_from:
-        if asked:
-            print(f"{config.init_from}: its vocabulary is used, so none is trained")
-        return
-    found = find_vocabulary(settings.dir)
-    if found is None:
-        _train_and_save(config, replaced="")
-        return
-    digest = file_digest(found)
-    manifest = read_manifest(settings.dir) or {}
-    if digest not in (manifest.get("vocabulary"), manifest.get("replaced")):
-        if asked:
-            print(f"{settings.dir}: kept as it is; it was not trained here")
-        return
-    change = changed_setting(manifest["settings"], _settings(settings))
-    change = change or changed_input(manifest["inputs"], matching_files(settings.files))
-    if not change and digest == manifest["replaced"] != manifest["vocabulary"]:
-        change = "its training was cut short"
-    owner = manifest["run"]
-    if not change:
-        if asked:
-            print(f"{settings.dir}: kept as it is; it was trained by these settings on this text")
-    elif owner == config.run and not has_begun(owner):
-        _train_and_save(config, replaced=digest)
-    else:
-        line = f"{settings.dir}: kept, although {change}: it is the vocabulary of {owner}"
-        if asked:
-            raise UserError(f"{line}; wanted another [tokenizer] dir")
-        print(line)
-
-
-def _train_and_save(config: Config, replaced: str) -> None:
-    """Train a vocabulary and write it behind its record.
-
-    The record also has the digest of the vocabulary that is `replaced`: if the process is killed
-    between the two files, the old one still counts as trained here.
-    """
-    settings = config.tokenizer
-    write_missing(settings.files)
-    with lock_folder(Path(settings.dir), "another process is training a vocabulary here"):
-        inputs = input_states(matching_files(settings.files))
-        tokenizer = train_tokenizer(settings)
-        record = {
-            "settings": _settings(settings),
-            "inputs": inputs,
-            "run": config.run,
-            "vocabulary": new_digest(tokenizer.json.encode()).hexdigest(),
-            "replaced": replaced,
-        }
-        write_manifest(Path(settings.dir), record)
-        tokenizer.save(settings.dir)
-    print(f"{settings.dir}: {tokenizer.vocab_size:,} entries")
-
-
-def _settings(settings: TokenizerConfig) -> dict[str, Any]:
-    """The settings on which the vocabulary depends."""
-    values = asdict(settings)
-    del values["dir"]
-    return values
+        if is_usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
