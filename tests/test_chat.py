@@ -460,7 +460,7 @@ def test_lines_of_a_pipe_are_a_conversation(bot):
         (["--model", "BOT", "--input", "FOLDER", "--output", "OUT"], "is a folder"),
         (
             ["--model", "BOT", "--input", "BLANK", "--output", "OUT"],
-            "blank.tsv:2: found white space alone in column 1",
+            "blank.tsv:2: found no text in column 1",
         ),
         (
             ["--model", "BOT", "--input", "LONG", "--output", "OUT"],

@@ -10,7 +10,7 @@ from gptchat.config import Config, DataConfig, TokenizerConfig
 from gptchat.console import UserError
 from gptchat.data import reading
 from gptchat.data.dialogue_files import read_dialogues
-from gptchat.data.reading import read_lines, read_text, text_size
+from gptchat.data.reading import filled_lines, read_text, text_size
 from gptchat.data.shards import write
 from gptchat.data.tokenizer import train_tokenizer
 
@@ -31,7 +31,7 @@ def test_text_and_lines_are_those_of_the_plain_file(files: tuple[Path, Path]) ->
     plain, packed = files
     assert text_size(packed) == text_size(plain) == plain.stat().st_size
     assert "".join(read_text(packed, 1000)) == "".join(read_text(plain, 1000))
-    assert list(read_lines(packed)) == list(read_lines(plain))
+    assert list(filled_lines(packed)) == list(filled_lines(plain))
 
 
 def test_vocabulary_and_shards_are_those_of_the_plain_file(
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_told_in_one_line(files: tuple[Path, Path], damage: st
         "behind": data + b"more",
     }
     path.write_bytes(damaged[damage])
-    for read in (lambda: list(read_lines(path)), lambda: text_size(path)):
+    for read in (lambda: list(filled_lines(path)), lambda: text_size(path)):
         with pytest.raises(UserError, match="own.txt.gz: found damaged gzip data .*; wanted"):
             read()
 
@@ -92,4 +92,4 @@ def test_places_are_those_in_the_text(tmp_path: Path) -> None:
 def test_what_is_written_is_compressed_if_its_name_says_so(tmp_path: Path) -> None:
     for name in ("x.tsv", "x.tsv.gz"):
         (tmp_path / name).write_bytes(reading.to_bytes("a\tb\n", tmp_path / name))
-        assert list(read_lines(tmp_path / name)) == ["a\tb"]
+        assert list(filled_lines(tmp_path / name)) == [(1, "a\tb")]

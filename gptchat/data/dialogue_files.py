@@ -1,28 +1,25 @@
 r"""Files of dialogues: the formats TSV and JSON, read into turns and written with an answer.
 
-TSV. A line holds one dialogue, one turn a column, the response last. Inside a turn a tab is written
-`\t`, a line feed `\n`, a carriage return `\r` and a backslash `\\`. When read, a backslash before
-any other character, or at the end of a column, stands for itself. Empty columns at the front of a
-row are skipped (a table whose rows have histories of different lengths). Any other empty column is
-an error, and so is a turn of white space alone.
+TSV. A line is a dialogue, a column a turn, the last one the response. In a turn a tab is written
+`\t`, a line feed `\n`, a carriage return `\r` and a backslash `\\`; any other backslash is itself.
+Empty columns at the front of a row are skipped, so that a table may hold histories of different
+lengths. No other column may be without text.
 
 JSON. A line, or an item of one array, is a dialogue in OpenAI's or in ShareGPT's form:
 
     {"messages": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]}
     {"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Hello."}]}
 
-Every message has one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, and text that is not white
-space alone. Roles need not alternate. In training the last message is the response and must be the
-responder's ("assistant" or "gpt"). A message with `"weight": 0` or `"train": false` is not learned;
-if no response is, the dialogue is passed over. A row's `system` is a first turn. Other keys are
-ignored. Answers to an array's dialogues are written as lines.
+Each message has text and one of the roles in SPEAKERS or SHAREGPT_SPEAKERS, which need not
+alternate. In training the last message is the response, so it must be the responder's ("assistant"
+or "gpt"). A message with `"weight": 0` or `"train": false` is not learned; if no response is, the
+dialogue is passed over. A row's `system` is a first turn. Other keys are ignored. Answers to an
+array's dialogues are written as lines.
 
-A file is JSON if it begins like objects or an array of them, or if its name ends in `.jsonl` or
-`.json`. Else it is TSV. `.gz` behind an ending does not count. Empty lines are skipped. NULs and
-lines or objects of more than 1,000,000 characters are errors. reading.py has the rules for all
-text.
+A file is JSON if it begins so (json_files.py), or if its name ends in `.jsonl` or `.json`, with or
+without `.gz`. Else it is TSV. Empty lines are skipped; a NUL is an error.
 
-A format is an entry of FORMATS. Whatever reads or writes dialogues finds it there by `format_of`.
+A format is an entry of FORMATS. Whatever reads or writes dialogues finds it by `format_of`.
 """
 
 import json
@@ -54,20 +51,18 @@ _CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 class Format:
     """How files of dialogues are read, and written with answers.
 
-    An entry is one dialogue as the file has it, such as a line. `entries` yields each with the
-    number of its line. `turns(entry, place, is_prompt)` are its turns. The last one is the
-    response, or with `is_prompt` what is to be answered. There are none if nothing of the dialogue
-    is to be learned. It raises UserError, which begins with `place`, if there are too few.
-    `answered(entry, answer)` is what a file holds for the entry with an answer behind it.
-    `unread_keys(entry)` are the names of what `turns` ignores.
+    `entries(path)` yields each dialogue as the file has it, such as a line, after its line number.
+    `turns(entry, place, is_prompt)` are its turns; the last one is the response, or with
+    `is_prompt` what is to be answered. There are none if nothing of it is to be learned. It raises
+    UserError, which begins with `place`, for what is no dialogue. `answered(entry, answer)` is the
+    text of the entry with an answer behind it. `unread_keys(entry)` names what `turns` ignores.
     """
 
-    name: str
     endings: tuple[str, ...]  # of file names, `.gz` apart
-    entries: Callable[[str | Path], Iterator[tuple[int, Any]]]
-    turns: Callable[[Any, str, bool], list[TextTurn]]
-    answered: Callable[[Any, str], str]
-    unread_keys: Callable[[Any], list[str]]
+    entries: Callable[[str | Path], Iterator[tuple[int, str]]]
+    turns: Callable[[str, str, bool], list[TextTurn]]
+    answered: Callable[[str, str], str]
+    unread_keys: Callable[[str], list[str]]
 
 
 class Prompt(NamedTuple):
@@ -75,7 +70,7 @@ class Prompt(NamedTuple):
 
     place: str  # FILE:LINE
     turns: list[TextTurn]
-    entry: Any  # of the file's format
+    entry: str  # as the file has it
 
 
 def format_of(path: str | Path) -> Format:
@@ -119,12 +114,11 @@ def texts_of(path: str | Path) -> Iterator[str]:
     """
     if is_json(path) and has_texts(path):
         yield from read_texts(path)
-        return
-    if not (format_named(path) or is_json(path)):
+    elif is_json(path) or format_named(path):
+        for prompt in read_prompts(path):
+            yield "\n".join(text for _, text in prompt.turns)
+    else:
         yield from read_text(path)
-        return
-    for prompt in read_prompts(path):
-        yield "\n".join(text for _, text in prompt.turns)
 
 
 # --- TSV
@@ -137,28 +131,23 @@ def escape(text: str) -> str:
 
 def unescape(column: str) -> str:
     """The turn that a TSV column stands for; the inverse of `escape`."""
-    if "\\" not in column:
-        return column
     return re.sub(r"\\[tnr\\]", lambda match: _CHARACTERS[match[0]], column)
 
 
 def format_row(turns: Sequence[str]) -> str:
     """The TSV line of a dialogue, line feed and all."""
-    return "\t".join(escape(turn) for turn in turns) + "\n"
+    return "\t".join(map(escape, turns)) + "\n"
 
 
 def _row_turns(line: str, place: str, is_prompt: bool) -> list[TextTurn]:
-    columns = line.lstrip("\t").split("\t")
-    turns = [unescape(column) for column in columns] if "\\" in line else columns
+    turns = [unescape(column) for column in line.lstrip("\t").split("\t")]
     if len(turns) < (1 if is_prompt else 2):
         problem = "one column"
     elif "\0" in line:
         problem = "a NUL character"
-    elif "" in columns:
-        problem = f"an empty column {columns.index('') + 1}"
     elif not all(map(str.strip, turns)):
         blank = next(number for number, turn in enumerate(turns, 1) if not turn.strip())
-        problem = f"white space alone in column {blank}"
+        problem = f"no text in column {blank}"
     else:
         return alternate(turns, SPEAKERS["user" if is_prompt else "assistant"])
     raise UserError(f"{place}: found {problem}; wanted turns divided by tabs, the response last")
@@ -188,63 +177,39 @@ _FORMS = (
 )
 
 
+def _form_of(values: dict[str, Any], place: str) -> _Form:
+    forms = [form for form in _FORMS if form.messages in values]
+    if len(forms) != 1:
+        problem = "both keys" if forms else "neither key"
+        raise UserError(f"{place}: found {problem}; wanted messages or conversations")
+    return forms[0]
+
+
 def _message_turns(line: str, place: str, is_prompt: bool) -> list[TextTurn]:
-    form, messages, system = _find_messages(line, place)
+    values = parse_object(line, place, "messages or conversations")
+    form = _form_of(values, place)
+    messages = values[form.messages]
     field = f"{place}: {form.messages}"
+    if not isinstance(messages, list):
+        raise UserError(f"{field}: found {show(messages)}; wanted a list of messages")
     turns = [_message_turn(message, form, f"{field}[{i}]") for i, message in enumerate(messages)]
     wanted = 1 if is_prompt else 2
     if len(turns) < wanted:
         raise UserError(f"{field}: found {len(turns)}; wanted {wanted} or more")
-    if not is_prompt and turns[-1][0] % UNLEARNED != form.speakers[form.responder]:
+    if not is_prompt and turns[-1][0] % UNLEARNED != 1:
         raise UserError(
             f"{field}[{len(turns) - 1}].{form.role}: found {messages[-1][form.role]!r}; "
             f"wanted {form.responder!r}, the response last"
         )
-    turns = [*system, *turns]
+    system = values.get("system") or ""
+    if not isinstance(system, str):
+        raise UserError(f"{place}: system: found {show(system)}; wanted some text")
+    if system.strip():
+        turns.insert(0, (0, check_characters(system, f"{place}: system")))
     if is_prompt:
         return [(speaker % UNLEARNED, text) for speaker, text in turns]
     learned = [i for i, (speaker, _) in enumerate(turns) if speaker == 1 and i > 0]
     return turns[: learned[-1] + 1] if learned else []
-
-
-def _unread_keys(line: str) -> list[str]:
-    values = json.loads(line)
-    (form,) = (form for form in _FORMS if form.messages in values)
-    read = {form.role, form.text, "weight", "train"}
-    inside = {key for message in values[form.messages] for key in message.keys() - read}
-    return [
-        *(values.keys() - {form.messages, "system"}),
-        *(f"{form.messages}[].{key}" for key in inside),
-    ]
-
-
-def _answered_messages(line: str, answer: str) -> str:
-    """The line with one message more; it keeps its form, its roles and its other keys."""
-    values = json.loads(line)
-    (form,) = (form for form in _FORMS if form.messages in values)
-    values[form.messages].append({form.role: form.responder, form.text: answer})
-    # Keys that nobody checked may hold half a surrogate pair: it becomes its escape again.
-    return json.dumps(values, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
-
-
-def _find_messages(line: str, place: str) -> tuple[_Form, list[Any], list[TextTurn]]:
-    """The form of an object, its messages, which are not checked yet, and the turn of `system`."""
-    names = " or ".join(form.messages for form in _FORMS)
-    values = parse_object(line, place, names)
-    forms = [form for form in _FORMS if form.messages in values]
-    if len(forms) != 1:
-        problem = "both keys" if forms else "neither key"
-        raise UserError(f"{place}: found {problem}; wanted {names}")
-    messages = values[forms[0].messages]
-    if not isinstance(messages, list):
-        field = f"{place}: {forms[0].messages}"
-        raise UserError(f"{field}: found {show(messages)}; wanted a list of messages")
-    system = values.get("system") or ""
-    if not isinstance(system, str):
-        raise UserError(f"{place}: system: found {show(system)}; wanted some text")
-    if not system.strip():
-        return forms[0], messages, []
-    return forms[0], messages, [(0, check_characters(system, f"{place}: system"))]
 
 
 def _message_turn(message: Any, form: _Form, field: str) -> TextTurn:
@@ -266,8 +231,26 @@ def _message_turn(message: Any, form: _Form, field: str) -> TextTurn:
     return form.speakers[role] + (0 if weight and train else UNLEARNED), text
 
 
-TSV = Format("TSV", (".tsv",), filled_lines, _row_turns, _answered_row, lambda entry: [])
-JSON = Format(
-    "JSON", (".jsonl", ".json"), json_entries, _message_turns, _answered_messages, _unread_keys
-)
+def _unread_keys(line: str) -> list[str]:
+    values = json.loads(line)
+    form = _form_of(values, "")
+    read = {form.role, form.text, "weight", "train"}
+    inside = {key for message in values[form.messages] for key in message.keys() - read}
+    return [
+        *(values.keys() - {form.messages, "system"}),
+        *(f"{form.messages}[].{key}" for key in inside),
+    ]
+
+
+def _answered_messages(line: str, answer: str) -> str:
+    """The line with one message more; it keeps its form, its roles and its other keys."""
+    values = json.loads(line)
+    form = _form_of(values, "")
+    values[form.messages].append({form.role: form.responder, form.text: answer})
+    # Keys that nobody checked may hold half a surrogate pair: it becomes its escape again.
+    return json.dumps(values, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
+
+
+TSV = Format((".tsv",), filled_lines, _row_turns, _answered_row, lambda entry: [])
+JSON = Format((".jsonl", ".json"), json_entries, _message_turns, _answered_messages, _unread_keys)
 FORMATS = (TSV, JSON)

@@ -1,6 +1,7 @@
-"""JSON files: objects a line, or one array of objects; documents for an LM are their `text`.
+"""JSON files: an object a line, or one array of objects. Documents of an LM are their `text`.
 
-A file is told by how it begins, whatever its ending. Objects have at most LONGEST_LINE characters.
+How a file begins decides whether it is one, whatever its ending. An object has at most LONGEST_LINE
+characters, so memory is flat.
 """
 
 import json
@@ -31,10 +32,7 @@ def has_texts(path: str | Path) -> bool:
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """The documents of a JSON file for an LM: the `text` of each object.
-
-    Raises UserError that names the line for anything else.
-    """
+    """The `text` of each object of a file. Raises UserError that names the line of another one."""
     for number, entry in json_entries(path):
         place = f"{path}:{number}"
         values = parse_object(entry, place, "text")
@@ -47,7 +45,7 @@ def read_texts(path: str | Path) -> Iterator[str]:
 
 
 def json_entries(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number of its line, JSON) of every line, or of every item of an array."""
+    """(line number, JSON) of every line, or of every item of an array."""
     return _array_items(path) if _beginning(path).startswith("[") else filled_lines(path)
 
 
@@ -62,10 +60,10 @@ def _beginning(path: str | Path) -> str:
 
 
 def _array_items(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number of its line, JSON) of every item of an array, and of what is left if that is none."""
+    """(line number, JSON) of every item of an array, and of what follows if it does not end."""
     decoder = json.JSONDecoder()
     number = 1
-    waiting = ""  # text that has been read and holds no whole item
+    waiting = ""  # text that holds no whole item yet
     before = _ARRAY_START
     for piece in read_text(path):
         waiting += piece
@@ -90,7 +88,7 @@ def _array_items(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_object(entry: str, place: str, wanted: str) -> dict[str, Any]:
-    """The object of an entry; `wanted` names its keys in errors."""
+    """The object of an entry; `wanted` names the keys in an error."""
     try:
         values = json.loads(entry)
     except json.JSONDecodeError as error:

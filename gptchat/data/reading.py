@@ -1,11 +1,10 @@
-"""Text out of UTF-8 files, in pieces or line by line.
+"""Text of UTF-8 files, in pieces or line by line.
 
-All readers have this in common:
 - A file whose name ends in `.gz` is decompressed. Sizes, bytes and line numbers are those of the
   text in it.
-- A byte order mark at the beginning is left out. CR LF and a lone CR are line feeds.
-- A UserError names the file, and the byte and line of invalid UTF-8.
-- Memory is flat: they hold a piece, or a line of at most LONGEST_LINE characters.
+- A byte order mark at the beginning is left out. CR LF and a lone CR become line feeds.
+- Invalid UTF-8 and formats that are no text raise UserError, with the byte and line.
+- Memory is flat: a piece is held, or a line of at most LONGEST_LINE characters.
 """
 
 import codecs
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from io import IncrementalNewlineDecoder
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -22,7 +22,7 @@ from gptchat.console import UserError
 
 PIECE = 1 << 16  # bytes read at once
 LONGEST_LINE = 1_000_000  # characters
-# What files begin with that are no UTF-8 text.
+# How files begin that are no UTF-8 text.
 MAGIC = {
     b"\x1f\x8b": "gzip data; wanted text, or a name that ends in .gz of text compressed once",
     b"\xfd7zXZ": "xz data; wanted text, or gzip (.gz)",
@@ -36,13 +36,12 @@ MAGIC = {
 
 
 def is_gzip(path: str | Path) -> bool:
-    """Whether a file's ending says that it is compressed."""
     return Path(path).suffix.lower() == ".gz"
 
 
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
-    """The bytes of a file's text. Raises UserError for a file that cannot be read."""
+    """A file of the text's bytes. Raises UserError, also while it is read."""
     try:
         with open(path, "rb") as file:
             if is_gzip(path):
@@ -56,7 +55,7 @@ def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def to_bytes(text: str, path: str | Path) -> bytes:
-    """What a file of that name contains if its text is this one."""
+    """The content of a file of that name with this text."""
     data = text.encode()
     return gzip.compress(data, mtime=0) if is_gzip(path) else data
 
@@ -71,16 +70,13 @@ def text_size(path: Path) -> int:
 
 @lru_cache(maxsize=4096)
 def _uncompressed_size(path: Path, size: int, mtime_ns: int) -> int:
-    """Bytes of a compressed file's text. Size and time identify the file's state for the cache."""
+    """Bytes of a compressed file's text. The cache holds it for a file of this size and time."""
     with open_bytes(path) as file:
         return sum(map(len, iter(lambda: file.read(1 << 20), b"")))
 
 
 def read_text(path: str | Path, size: int = PIECE) -> Iterator[str]:
-    """The text of a file, read `size` bytes at a time.
-
-    A piece ends with a line feed, if there is one in it, or with the file.
-    """
+    """The text of a file, read `size` bytes at a time; a piece with a line feed ends with one."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = IncrementalNewlineDecoder(utf8, translate=True)
     n_lines = 1
@@ -115,7 +111,6 @@ def read_text(path: str | Path, size: int = PIECE) -> Iterator[str]:
 
 
 def _refuse_other_formats(path: str | Path, data: bytes) -> None:
-    """Raise UserError if a file that begins with `data` is no UTF-8 text."""
     for magic, problem in MAGIC.items():
         if data.startswith(magic):
             raise UserError(f"{path}: found {problem}")
@@ -123,14 +118,14 @@ def _refuse_other_formats(path: str | Path, data: bytes) -> None:
         raise UserError(f"{path}: found NULs; wanted UTF-8 (iconv converts from others)")
 
 
-def read_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a file, without their ends.
+def filled_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of every line that is not empty, without its end.
 
     Raises UserError for a line of more than LONGEST_LINE characters, of which little more is read.
     """
     number = 1
     rest = ""  # the beginning of a line whose end has not been read
-    for text in read_text(path):
+    for text in chain(read_text(path), ["\n"]):
         *lines, rest = (rest + text).split("\n")
         longest = lines[0] if lines else rest  # the others are shorter than a piece
         if len(longest) > LONGEST_LINE:
@@ -138,14 +133,5 @@ def read_lines(path: str | Path) -> Iterator[str]:
                 f"{path}:{number}: found a line of more than {LONGEST_LINE:,} characters; "
                 "wanted a dialogue a line"
             )
-        yield from lines
+        yield from ((n, line) for n, line in enumerate(lines, number) if line)
         number += len(lines)
-    if rest:
-        yield rest
-
-
-def filled_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of every line that is not empty."""
-    for number, line in enumerate(read_lines(path), 1):
-        if line:
-            yield number, line
