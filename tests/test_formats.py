@@ -199,26 +199,6 @@ def test_what_shows_a_spreadsheet_is_told(tmp_path: Path) -> None:
     assert report(tmp_path, "chatlm").warnings == []
 
 
-def test_files_in_two_splits_are_found_in_time_that_grows_with_their_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for i in range(100):
-        (tmp_path / f"train{i}.txt").write_text(f"Document {i}.")
-        (tmp_path / f"valid{i}.txt").symlink_to(f"train{i}.txt")
-    calls = 0
-    stat = Path.stat
-
-    def counted(*arguments: Any, **options: Any) -> os.stat_result:
-        nonlocal calls
-        calls += 1
-        return stat(*arguments, **options)
-
-    monkeypatch.setattr(Path, "stat", counted)
-    warnings = report(tmp_path, "lm").warnings
-    assert sum("is in train and in valid" in line for line in warnings) == 100
-    assert calls < 100 * 2 * 10
-
-
 def test_names_that_are_not_utf8_are_printed_and_cannot_be_written(tmp_path: Path) -> None:
     name = os.fsdecode(b"train-\xe9.tsv")
     (tmp_path / name).write_text("alone\n" * 50)

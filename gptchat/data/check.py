@@ -1,13 +1,12 @@
-"""Look through the data of a config before it is trained on: `gptchat check --config FILE`.
+"""Look through the data of a config before training: `gptchat check --config FILE`.
 
-It reads documents and dialogues as training does, and prints how much there is, what occurs twice
-or in two splits, which rows are too long, what training would refuse, and a verdict. Exit status 2
-if training would refuse something.
+It reads documents and dialogues as training does. It prints how much there is, what occurs twice or
+in two splits, which rows are too long, what training would refuse, and a verdict. Exit status 2
+means that training would refuse something.
 
-- A line that is no dialogue does not end the search, but a file that cannot be read to its end is
-  given up where that is.
+- A line that is no dialogue does not end the search; a file that cannot be read is given up there.
 - Documents are duplicates if their texts are equal; dialogues, if the texts of all turns are.
-- Nothing is encoded. Tokens are estimated from the bytes of text and the size of the vocabulary.
+- Nothing is encoded: tokens are estimated from the bytes of text and the size of the vocabulary.
 - Memory is flat but for 8 bytes a document.
 """
 
@@ -17,17 +16,16 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from gptchat.config import Config, load_run_config
 from gptchat.console import CommandParser, Progress, UserError
-from gptchat.data.dialogue import TextTurn, excerpts, fit, input_length
+from gptchat.data.dialogue import TextTurn, excerpts, input_length
 from gptchat.data.dialogue_files import TSV, format_of
 from gptchat.data.encoding import read_documents
 from gptchat.data.reading import PIECE
@@ -35,17 +33,18 @@ from gptchat.data.splits import (
     HASHED,
     SPLITS,
     as_number,
-    empty_splits,
+    describe_empty,
     hash_of,
     new_hash,
     split_of,
     split_of_dialogue,
     split_patterns,
 )
-from gptchat.files import expand, file_id, matching_files
+from gptchat.files import expand, matching_files
 
 MANY = 0.01  # share of duplicates or cut rows from which on they are a warning
 SHOWN = 20  # lines of refusals
+TABLE_ROWS = 1000  # of a TSV, in which a spreadsheet shows
 # Names of a spreadsheet's columns.
 HEADER = re.compile(
     r"\W*(?:context|response|prompt|completion|question|answer|query|reply|input|output|instruction"
@@ -65,24 +64,24 @@ class Report:
     n_files: int = 0
     n_bytes: int = 0  # of the files, compressed or not
     text_bytes: int = 0  # UTF-8 of documents or turns
-    documents: Counter[str] = field(default_factory=Counter)  # of each of `split_patterns`
+    entries: Counter[str] = field(default_factory=Counter)  # documents of each of `split_patterns`
     hashes: dict[str, array] = field(default_factory=lambda: {s: array("Q") for s in SPLITS})
     duplicates: int = 0  # documents of train that occur in it before
     overlap: dict[str, int] = field(default_factory=dict)  # documents of the split also in train
     long_rows: int = 0  # dialogues that do not fit into the context
-    cut_rows: int = 0  # those of them that are not read in several parts, but cut
-    cut_tokens: int = 0  # what is cut of them, estimated
-    unread_keys: Counter[str] = field(default_factory=Counter)  # of JSON, that nothing reads
+    cut_rows: int = 0  # those of them that lose text
+    unread_keys: Counter[str] = field(default_factory=Counter)  # of JSON
     warnings: list[str] = field(default_factory=list)
     refused: dict[str, tuple[str, int]] = field(default_factory=dict)  # kind -> (message, number)
 
     @property
-    def unit(self) -> str:
-        return "documents" if self.task == "lm" else "dialogues"
+    def documents(self) -> dict[str, int]:
+        """The number of documents, or dialogues, of each split."""
+        return {split: len(hashes) for split, hashes in self.hashes.items()}
 
     @property
-    def n_tokens(self) -> float:
-        return self.text_bytes / self.bytes_per_token
+    def unit(self) -> str:
+        return "documents" if self.task == "lm" else "dialogues"
 
     @property
     def refusals(self) -> list[str]:
@@ -93,59 +92,26 @@ class Report:
         ]
 
     def refuse(self, message: str, place: str = "") -> None:
-        """Note what training would refuse; `place` is what a message of its kind differs in."""
+        """Note what training would refuse; messages of a kind differ in `place` and in values."""
         kind = re.sub(r"'[^']*'|\d+", "", message.removeprefix(place))
         first, count = self.refused.get(kind, (message, 0))
         self.refused[kind] = (first, count + 1)
 
-    def add(self, split: str, drawn: str, text_hash: int, n_bytes: int) -> None:
-        """Count a document of a file of `split`; `drawn` is its own split if some are held out."""
-        if drawn in ("valid", "test"):
-            split = drawn
-        self.documents[split] += 1
-        self.text_bytes += n_bytes
+    def add(self, split: str, text_hash: int, n_bytes: int) -> None:
+        """Count a document; `split` is one of `split_patterns`."""
+        self.entries[split] += 1
         self.hashes[split.partition("-")[0]].append(text_hash)
+        self.text_bytes += n_bytes
 
     def note_length(self, turns: list[TextTurn], targets: str) -> None:
         """Count a dialogue if it is too long for the context."""
         lengths = [int(len(text.encode()) / self.bytes_per_token) for _, text in turns]
         if self.n_ctx == 0 or input_length(lengths) <= self.n_ctx:
             return
-        cut_tokens = 0
         speakers = [speaker for speaker, _ in turns]
-        for first, last in excerpts(lengths, speakers, self.n_ctx, targets):
-            part = lengths[first:last]
-            cut_tokens += max(0, input_length(part) - fit(part, self.n_ctx).length)
+        parts = excerpts(lengths, speakers, self.n_ctx, targets)
         self.long_rows += 1
-        self.cut_rows += cut_tokens > 0
-        self.cut_tokens += cut_tokens
-
-
-class TableSigns:
-    """What shows that rows are a spreadsheet's: a header, numbered rows, quoted fields."""
-
-    def __init__(self) -> None:
-        self.n_rows = self.n_numbered = self.n_quoted = 0
-        self.header: list[str] = []  # the first row, if it looks like one
-
-    def add(self, texts: list[str]) -> None:
-        if self.n_rows == 0 and all(HEADER.fullmatch(text) for text in texts):
-            self.header = texts
-        self.n_rows += 1
-        # Rows count from 0 or 1, the header left out.
-        is_number = texts[0].isdecimal() and len(texts[0]) < 10
-        self.n_numbered += is_number and abs(int(texts[0]) - self.n_rows) <= 2
-        self.n_quoted += any(text[:1] == text[-1:] == '"' and len(text) > 1 for text in texts)
-
-    def signs(self) -> list[str]:
-        signs = []
-        if self.header:
-            signs.append(f"the first row looks like a header ({', '.join(self.header)})")
-        if 2 * self.n_numbered > self.n_rows > 2:
-            signs.append("the first column numbers the rows")
-        if 2 * self.n_quoted > self.n_rows:
-            signs.append('most rows have a field in quotes ("), which are learned')
-        return signs
+        self.cut_rows += any(input_length(lengths[i:j]) > self.n_ctx for i, j in parts)
 
 
 def bytes_per_token(vocab_size: int) -> float:
@@ -158,46 +124,35 @@ def check(config: Config) -> Report:
     ratio = bytes_per_token(config.tokenizer.vocab_size)
     report = Report(config.task, _context(config), ratio)
     files = _find_files(config, report)
-    paths = list(chain.from_iterable(files.values()))
-    report.n_files = len(paths)
-    report.n_bytes = sum(path.stat().st_size for path in paths)
+    report.n_files = len(files)
+    report.n_bytes = sum(path.stat().st_size for _, path in files)
     read = _read_documents if config.task == "lm" else _read_dialogues
     with Progress(report.n_bytes, "check", "B") as bar:
-        for split, listed in files.items():
-            for path in listed:
-                try:
-                    read(path, split, config, report)
-                except UserError as error:  # the file cannot be read to its end
-                    report.refuse(str(error), str(path))
-                bar.update(path.stat().st_size)
-    counts = {split: report.documents[split] for split in split_patterns(config.data)}
-    for problem in empty_splits(config.data, counts):
-        report.refuse(problem)
+        for split, path in files:
+            try:
+                read(path, split, config, report)
+            except UserError as error:  # the file cannot be read to its end
+                report.refuse(str(error), str(path))
+            bar.update(path.stat().st_size)
+    for split, patterns in split_patterns(config.data).items():
+        if report.entries[split] == 0:
+            report.refuse(describe_empty(patterns, split, config.data.held_out))
     _compare(report)
     return report
 
 
-def _find_files(config: Config, report: Report) -> dict[str, list[Path]]:
-    """The files of each of `split_patterns`."""
-    files: dict[str, list[Path]] = {}
-    split_by_file: dict[tuple[int, int], str] = {}
+def _find_files(config: Config, report: Report) -> list[tuple[str, Path]]:
+    """Each file behind the one of `split_patterns` that names it."""
+    files: list[tuple[str, Path]] = []
     for split, patterns in split_patterns(config.data).items():
         if config.data.held_out and split in ("valid", "test"):
             continue  # they are drawn from the files of train
-        name = f"[data] {split.partition('-')[0]}"
-        n_named = 0
         for pattern in patterns:
             try:
-                n_named += len(expand([pattern], name))
+                expand([pattern], f"[data] {split.partition('-')[0]}")
             except UserError as error:
                 report.refuse(str(error))
-        files[split] = matching_files(patterns)
-        if n_named > len(files[split]):
-            report.warnings.append(f"{name} names {n_named - len(files[split])} files twice")
-        for path in files[split]:
-            other = split_by_file.setdefault(file_id(path), split)
-            if other != split:
-                report.warnings.append(f"{path} is in {other} and in {split}")
+        files += [(split, path) for path in matching_files(patterns)]
     return files
 
 
@@ -214,16 +169,15 @@ def _read_documents(path: Path, split: str, config: Config, report: Report) -> N
     text_hash = new_hash()
     n_bytes = 0
     beginning = ""  # as much as the split depends on
-    held_out = config.data.held_out
     for text, ends in read_documents(path, config.data.document, PIECE):
         data = text.encode()
         text_hash.update(data)
         n_bytes += len(data)
-        if held_out and len(beginning) < HASHED:
+        if len(beginning) < HASHED:
             beginning += text
         if ends:
-            drawn = split_of(beginning[:HASHED], held_out) if held_out else ""
-            report.add(split, drawn, as_number(text_hash), n_bytes)
+            drawn = split_of(beginning[:HASHED], config.data.held_out)
+            report.add(split if drawn == "train" else drawn, as_number(text_hash), n_bytes)
             text_hash = new_hash()
             n_bytes = 0
             beginning = ""
@@ -231,7 +185,7 @@ def _read_documents(path: Path, split: str, config: Config, report: Report) -> N
 
 def _read_dialogues(path: Path, split: str, config: Config, report: Report) -> None:
     format = format_of(path)
-    table = TableSigns()
+    first_rows: list[list[str]] = []
     for number, entry in format.entries(path):
         place = f"{path}:{number}"
         try:
@@ -243,31 +197,41 @@ def _read_dialogues(path: Path, split: str, config: Config, report: Report) -> N
         if not turns:
             continue
         texts = [text for _, text in turns]
-        table.add(texts)
-        held_out = config.data.held_out
-        drawn = split_of_dialogue(texts, held_out) if held_out else ""
+        if len(first_rows) < TABLE_ROWS:
+            first_rows.append(texts)
+        drawn = split_of_dialogue(texts, config.data.held_out)
         n_bytes = len("".join(texts).encode())
-        report.add(split, drawn, hash_of("\0".join(texts)), n_bytes)
+        report.add(split if drawn == "train" else drawn, hash_of("\0".join(texts)), n_bytes)
         report.note_length(turns, config.data.targets)
-    if format is TSV:
-        report.warnings += [f"{path}: {sign}" for sign in table.signs()]
+    if format is TSV and first_rows:
+        report.warnings += [f"{path}: {sign}" for sign in spreadsheet_signs(first_rows)]
+
+
+def spreadsheet_signs(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """What shows that rows are a spreadsheet's: a header, numbered rows, quoted fields."""
+    if all(map(HEADER.fullmatch, rows[0])):
+        yield f"the first row looks like a header ({', '.join(rows[0])})"
+    # Rows count from 0 or 1, the header left out.
+    n_numbered = sum(row[0] in (str(i - 1), str(i), str(i + 1)) for i, row in enumerate(rows))
+    if 2 * n_numbered > len(rows) > 2:
+        yield "the first column numbers the rows"
+    n_quoted = sum(any(re.fullmatch('".*"', text, re.DOTALL) for text in row) for row in rows)
+    if 2 * n_quoted > len(rows):
+        yield 'most rows have a field in quotes ("), which are learned'
 
 
 def _compare(report: Report) -> None:
     """Count what occurs twice, and add what follows from the figures to the warnings."""
     hashes = {split: np.array(found, np.uint64) for split, found in report.hashes.items()}
-    report.documents = Counter({split: len(found) for split, found in hashes.items()})
     in_train = np.sort(hashes["train"])
     report.duplicates = int((in_train[1:] == in_train[:-1]).sum())
     if report.duplicates > MANY * len(in_train):
         report.warnings.append(f"{report.duplicates:,} duplicates in train")
     for split in ("valid", "test"):
-        first = np.searchsorted(in_train, hashes[split], "left")
-        behind_last = np.searchsorted(in_train, hashes[split], "right")
-        count = report.overlap[split] = int((first < behind_last).sum())
+        count = report.overlap[split] = int(np.isin(hashes[split], in_train).sum())
         if count:
             report.warnings.append(f"{count:,} {report.unit} of {split} are in train, too")
-    if report.cut_rows > MANY * report.documents.total():
+    if report.cut_rows > MANY * sum(report.documents.values()):
         report.warnings.append(f"{report.cut_rows:,} rows cut to the context")
 
 
@@ -281,13 +245,15 @@ def verdict(report: Report) -> str:
     return "verdict: fine"
 
 
-def lines_of(report: Report, config_file: str) -> Iterable[str]:
+def lines_of(report: Report, config_file: str) -> Iterator[str]:
     """What the command prints."""
-    counts = ", ".join(f"{split} {report.documents[split]:,}" for split in SPLITS)
+    n_documents = sum(report.documents.values())
+    counts = ", ".join(f"{split} {count:,}" for split, count in report.documents.items())
+    n_tokens = report.text_bytes / report.bytes_per_token
     yield (
         f"{config_file}: {report.n_files} files, {report.n_bytes / 1e6:.2f} MB, "
-        f"{report.documents.total():,} {report.unit} ({counts}), about "
-        f"{report.n_tokens:,.0f} tokens ({report.bytes_per_token:.1f} bytes each)"
+        f"{n_documents:,} {report.unit} ({counts}), about "
+        f"{n_tokens:,.0f} tokens ({report.bytes_per_token:.1f} bytes each)"
     )
     yield (
         f"twice: {report.duplicates:,} of train; also in train: {report.overlap['valid']:,} of "
@@ -295,11 +261,9 @@ def lines_of(report: Report, config_file: str) -> Iterable[str]:
     )
     if report.task == "chatlm" and report.n_ctx:
         yield (
-            f"long rows: about {report.long_rows:,} are longer than {report.n_ctx} tokens, of "
-            f"which {report.cut_tokens:,} tokens are cut"
+            f"long rows: about {report.long_rows:,} are longer than {report.n_ctx} tokens, "
+            f"{report.cut_rows:,} of them are cut"
         )
-    elif report.task == "chatlm":
-        yield "long rows: unknown until the model is there that the run starts from"
     if report.unread_keys:
         keys = (f"{key} {count:,}" for key, count in report.unread_keys.most_common())
         yield f"keys that nothing reads: {', '.join(keys)}"

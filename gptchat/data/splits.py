@@ -1,20 +1,16 @@
 """Which documents are for training, for validation (valid) and for the test.
 
-The config names files for each split, or only files of `train` and a share, `[data] held_out`. With
-a share, a hash of each document's text decides: a share of `held_out` is valid, as much again is
-test, and the rest is train.
+The config names files for each split, or only files of `train` and a share, `[data] held_out`. Then
+a hash of each document decides: divided by 2**64, it is below `held_out` for valid, below twice
+that for test, and above for train. So a document keeps its split when others are added, moved or
+removed, and equal documents are in the same split.
 
-Invariants:
-- A document's split depends on its text and on `held_out` only: it stays where it is when other
-  documents are added, moved or removed. Equal documents are in the same split.
-- The hash is of a document's first HASHED characters, so that one that grows at its end stays, or
-  of all turns of a dialogue but the response, so that all answers to one prompt stay together. TSV
-  rows that show one conversation at different turns are different dialogues.
-- The hash is BLAKE2b of the UTF-8 bytes, 8 bytes long. As a big-endian number divided by 2**64 it
-  is below `held_out` for valid, and below twice that for test.
+The hash covers a document's first HASHED characters, so that one that grows at its end stays, or
+all turns of a dialogue but the response, so that all answers to one prompt stay together. TSV rows
+that show one conversation at different turns are different dialogues.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 from gptchat.config import DataConfig
@@ -26,7 +22,7 @@ DocumentPiece = tuple[str, bool]  # (text of a document, whether the document en
 
 
 def patterns_of(data: DataConfig, split: str) -> tuple[str, ...]:
-    """The patterns of the files that hold a split."""
+    """The files that hold a split."""
     return data.train if data.held_out > 0 else getattr(data, split)
 
 
@@ -45,18 +41,8 @@ def split_patterns(data: DataConfig) -> dict[str, tuple[str, ...]]:
     return patterns
 
 
-def empty_splits(data: DataConfig, documents: Mapping[str, int]) -> list[str]:
-    """A line for each of these splits of `split_patterns` that has no document."""
-    patterns = split_patterns(data)
-    return [
-        describe_empty(patterns[split], split, data.held_out)
-        for split, n in documents.items()
-        if not n
-    ]
-
-
 def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
-    """What an error says of a split without a document."""
+    """The error of a split without a document."""
     names = ", ".join(patterns)
     if held_out > 0:
         return (
@@ -67,17 +53,16 @@ def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
 
 
 def new_hash(data: bytes = b"") -> blake2b:
-    """A hash to which a text's UTF-8 bytes are given, all at once or piece by piece."""
+    """The hash of a text's UTF-8 bytes, to which `update` adds more."""
     return blake2b(data, digest_size=8)
 
 
 def as_number(text_hash: blake2b) -> int:
-    """The hash as a number below 2**64."""
+    """The hash as a number below 2**64, big-endian."""
     return int.from_bytes(text_hash.digest())
 
 
 def hash_of(text: str) -> int:
-    """A number below 2**64 that stands for the text."""
     return as_number(new_hash(text.encode(errors="replace")))
 
 
