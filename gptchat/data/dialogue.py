@@ -7,32 +7,28 @@ the context, and any turns before those are history:
 
     history [SEP] context [SEP] response [CLS]
 
-Layout. Each turn after the first stands behind a `[SEP]`. The token type of a turn and of the
-`[SEP]` before it is its speaker. A prompt has the same layout and ends with the type-1 `[SEP]` or,
-to continue a response, with the first tokens of that response. `chat_template.py` renders the
-same layout without token types; `dialogue_files.py` reads and writes dialogues in files.
+Each turn after the first has a `[SEP]` before it. The token type of a turn and its `[SEP]` is its
+speaker. A prompt ends with the type-1 `[SEP]` or, to continue a response, with that response's
+first tokens.
 
-Targets. With targets = "response" they are the response and `[CLS]`, which marks that the response
-is complete and is never an input. With "responder" so is every earlier turn of speaker 1, except a
-first turn, which answers nothing: after its last token the target is `[CLS]` although the next
-input is `[SEP]`. With "turns" so are the turns of both speakers. With "all" every token after the
-first is a target, `[SEP]`s included, and `[CLS]` at the end only.
+Targets are the response and `[CLS]`, which means that the response is complete and is never an
+input. With targets = "responder" the earlier turns of speaker 1 are targets, too, except a first
+turn, which answers nothing; with "turns" those of both speakers. After the last token of such a
+turn the target is `[CLS]`, although the next input is `[SEP]`. With "all" every token after the
+first is a target, `[SEP]`s included, and `[CLS]` only at the end.
 
-Truncation of a training example to `n_ctx` input tokens, in this order:
-1. History turns are dropped whole, oldest first, until the rest fits.
+A training example longer than `n_ctx` input tokens is truncated in this order:
+1. History turns are dropped whole, oldest first.
 2. The front of the context is cut, down to `n_ctx // 2` tokens.
-3. The end of the response is cut. Then `[CLS]` is no target: the response did not end there.
-With targets = "responder" or "turns" a dialogue that is too long is first cut into examples, so
-that each of the responder's turns but a first one is a target in exactly one of them. An example
-takes as many turns as fit and ends with one of the responder's; the next begins with that turn, as
-history. Only if a response and the turn before it are too long by themselves is something
-truncated.
-A prompt is truncated by dropping whole turns, oldest first; its last turn is never cut.
+3. The end of the response is cut. Then `[CLS]` is no target, since the response did not end there.
+With targets = "responder" or "turns" a long dialogue is first cut into examples, in which each of
+the responder's turns but a first one is a target once. An example takes as many turns as fit and
+ends with one of the responder's; the next begins with that turn, as history.
+A prompt loses whole turns, oldest first, but never its last one.
 
-Speakers. OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0.
-Turns without roles, as in a TSV row, alternate backwards from the response, which is speaker 1's.
-UNLEARNED is added to the speaker of a turn that is not to be learned: no token of it is a target,
-whatever the targets are. The last turn is always learned.
+OpenAI's role "assistant" is speaker 1; "user", "system" and "developer" are speaker 0. Turns
+without roles, as in a TSV row, alternate backwards from the response. UNLEARNED is added to the
+speaker of a turn of which no token is to be a target. The last turn is always learned.
 """
 
 from collections.abc import Sequence
@@ -49,6 +45,18 @@ TextTurn = tuple[int, str]  # (speaker, text)
 SPEAKERS = {"assistant": 1, "user": 0, "system": 0, "developer": 0}  # of OpenAI's roles
 UNLEARNED = 2  # added to the speaker of a turn that is not to be learned
 IGNORE = -100  # the target of a position that has none
+# The same layout as a Jinja template, without token types, for transformers' `apply_chat_template`.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['assistant', 'user', 'system', 'developer']"
+    " or message['content'] is not string %}"
+    "{{ raise_exception('wanted messages of assistant, user, system or developer, as text') }}"
+    "{% endif %}"
+    "{% if not loop.first %}[SEP]{% endif %}{{ message['content'] }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}[SEP]"
+    "{% elif messages[-1]['role'] == 'assistant' %}[CLS]{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Example:
 
 
 class Truncation(NamedTuple):
-    """What is kept of a training example that has to fit into `n_ctx` input tokens."""
+    """What is kept of a training example that has to fit."""
 
     first_turn: int  # index of the oldest turn that is kept
     skipped: int  # tokens cut from the front of that turn
@@ -72,10 +80,7 @@ class Truncation(NamedTuple):
 
 
 def fit(lengths: Sequence[int], n_ctx: int) -> Truncation:
-    """How turns of `lengths` tokens, two or more, are truncated to `n_ctx` input tokens.
-
-    It takes lengths, not ids, so that batches can be planned without reading any token.
-    """
+    """How two or more turns of `lengths` tokens are truncated to `n_ctx` input tokens."""
     context, response = lengths[-2:]
     first_turn = len(lengths) - 2
     length = context + 1 + response  # 1: the [SEP] between them
@@ -104,11 +109,10 @@ def _concatenate(turns: Sequence[Turn], sep_id: int) -> tuple[np.ndarray, np.nda
 def excerpts(
     lengths: Sequence[int], speakers: Sequence[int], n_ctx: int, targets: str
 ) -> list[tuple[int, int]]:
-    """Which turns, first..last-1, of a dialogue longer than `n_ctx` stand in each training example.
+    """The turns, first..last-1, of each training example of a dialogue longer than `n_ctx`.
 
-    `lengths` are the turns' tokens, `speakers` their speakers. It is one example of all turns,
-    which `fit` truncates, but with targets = "responder" or "turns" as many as the module's
-    docstring says.
+    Turn i has `lengths[i]` tokens. There is one example of all turns, but with targets =
+    "responder" or "turns" as many as the module's docstring says. `fit` then truncates each.
     """
     if targets not in ("responder", "turns"):
         return [(0, len(lengths))]
@@ -128,17 +132,14 @@ def excerpts(
 
 
 def input_length(lengths: Sequence[int]) -> int:
-    """Input tokens of turns of `lengths` tokens, with the [SEP]s between them."""
+    """Input tokens of turns of `lengths` tokens, with the `[SEP]`s between them."""
     return sum(lengths) + len(lengths) - 1
 
 
 def encode_example(
     turns: Sequence[Turn], cls_id: int, sep_id: int, n_ctx: int, targets: str = "response"
 ) -> Example:
-    """A training example of two turns or more, truncated to `n_ctx` input tokens.
-
-    `targets` is one of [data] targets: see the module's docstring.
-    """
+    """A training example of two turns or more, truncated to `n_ctx` input tokens."""
     first_turn, skipped, length = fit([len(ids) for _, ids in turns], n_ctx)
     kept = turns[first_turn:]
     ids, types = _concatenate(kept, sep_id)
@@ -162,11 +163,10 @@ def encode_example(
 def encode_prompt(
     turns: Sequence[Turn], beginning: Sequence[int], sep_id: int, max_length: int
 ) -> tuple[list[int], list[int]]:
-    """(input_ids, token_type_ids) from which the model continues the response after `turns`.
+    """(input_ids, token_type_ids) of a prompt that ends with the `beginning` of the response.
 
-    `beginning` holds the response's first tokens; there may be none. The oldest turns are dropped
-    until at most `max_length` ids are left. Raises UserError if the last turn and the beginning
-    alone are longer.
+    The oldest turns are dropped until at most `max_length` ids are left. Raises UserError if the
+    last turn and the beginning are longer.
     """
     if not turns:
         turns = [(0, [])]

@@ -1,19 +1,14 @@
-"""The order of a split's rows: number in the endless sequence -> what the row holds, without state.
+"""The order of rows: a row's number in an endless sequence -> what the row holds, without state.
 
-The same seed and row number give the same row, in any process, in any order of calls. An epoch
-holds every row of a source (one split's shards) once, in an order of its own. Permutations are
-computed from a key, so memory grows only by three integers for each pool of dialogues.
+The same seed and number give the same row in any process. An epoch holds every row of a source,
+the shards of one split, once. Permutations are computed from a key, so memory is nearly flat.
 
-WindowOrder (lm): each epoch treats the stream of tokens as a circle, cuts it into windows of
-`n_ctx` tokens from an offset of its own, and shuffles them. No token is left out; the last window
-repeats up to n_ctx - 1 tokens of the first.
-
-DialogueOrder (chatlm): dialogues are dealt at random into pools, the same in all epochs. Those of a
-pool, or their excerpts if they are longer than a row, are packed whole into rows of `n_ctx` tokens,
-longest first, by best fit (99 % full with the default corpora). Each epoch shuffles the pools and
-the rows of a pool.
-
-Mixture: several sources give fixed shares of the rows, spread evenly, each in its own order.
+- WindowOrder (lm): each epoch cuts the stream of tokens, as a circle, into windows of `n_ctx`
+  tokens, from an offset of its own, and shuffles them. The last one repeats up to n_ctx - 1 tokens.
+- DialogueOrder (chatlm): dialogues are dealt at random into pools, the same in all epochs. Those of
+  a pool are packed whole into rows of `n_ctx` tokens, longest first, by best fit (99 % full with
+  the default corpora). Each epoch shuffles the pools and the rows of a pool.
+- Mixture: several sources give fixed shares of the rows, spread evenly.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +26,7 @@ MIXTURE_ROWS = 1000  # rows of a block in which each source has exactly its shar
 
 
 class Excerpt(NamedTuple):
-    """Turns first..last-1 of a dialogue; all of them, unless it is longer than a row."""
+    """Turns first..last-1 of a dialogue: all, unless it is longer than a row."""
 
     dialogue: int
     first: int
@@ -39,18 +34,16 @@ class Excerpt(NamedTuple):
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
     return -(-a // b)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most `capacity`: best fit, longest first.
+    """Indices of `lengths`, none above `capacity`, in rows: best fit, longest first.
 
-    No length may exceed `capacity`. The number of rows depends on the lengths only, not on their
-    order.
+    The number of rows does not depend on the order of the lengths.
     """
     rows: list[list[int]] = []
-    # Number of free positions -> indices into `rows`.
+    # rows_with_space[s]: indices of the rows with s free positions
     rows_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0  # bit s is set if some row has s free positions
     longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
@@ -91,14 +84,14 @@ class WindowOrder:
 
 
 class DialogueOrder:
-    """The rows of a split of dialogues (chatlm), in each one excerpt or several."""
+    """The rows of a split of dialogues (chatlm). Each row holds one excerpt or several."""
 
     def __init__(self, shards: Shards, n_ctx: int, seed: int, targets: str):
         self.shards = shards
         self.n_ctx = n_ctx
         self.seed = seed
         self.targets = targets
-        # Rows are asked for in ascending order, so the last epoch and the last pool are kept.
+        # Rows are asked for in ascending order, so one epoch and one pool are kept.
         self._epoch_pools = lru_cache(1)(self._order_pools)
         self._pool_rows = lru_cache(1)(self._pack_pool)
 
@@ -114,12 +107,12 @@ class DialogueOrder:
         return self._pool_rows(epoch, int(pools[place]))[row - int(first_rows[place])]
 
     def pools_in_order(self) -> Iterator[list[list[Excerpt]]]:
-        """All dialogues in the order of the file, POOL by POOL packed into rows."""
+        """The rows of all dialogues in the order of the file, packed POOL by POOL."""
         for first in range(0, self.shards.documents, POOL):
             yield self._pack(np.arange(first, min(first + POOL, self.shards.documents)))
 
     def _order_pools(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pools in the order of an epoch, and the first row of each, counted in the epoch."""
+        """The pools in the order of an epoch, and the number of each one's first row in it."""
         n_pools = len(self._rows_per_pool)
         pools = permute(np.arange(n_pools), n_pools, draw_key(self.seed, epoch))
         n_rows = self._rows_per_pool[pools]
@@ -144,12 +137,11 @@ class DialogueOrder:
         return permute(places, n, draw_key(self.seed, "pools"))
 
     def _pack(self, dialogues: np.ndarray) -> list[list[Excerpt]]:
-        """Rows of these dialogues."""
         parts, lengths = self._excerpts(dialogues)
         return [[parts[i] for i in row] for row in pack(lengths, self.n_ctx)]
 
     def _excerpts(self, dialogues: np.ndarray) -> tuple[list[Excerpt], list[int]]:
-        """The excerpts of these dialogues, and how many input tokens each takes, n_ctx at most."""
+        """The excerpts of these dialogues and the input tokens of each, n_ctx at most."""
         starts, turns = self.shards.starts, self.shards.turns
         first, last = starts[dialogues], starts[dialogues + 1]
         n_separators = last - first - 1
@@ -171,14 +163,13 @@ class DialogueOrder:
 
 
 class Mixture:
-    """Which source a row comes from, where several sources have fixed shares of the rows.
+    """Which source each row comes from.
 
-    Every block of MIXTURE_ROWS rows holds each source's share exactly, rounded to whole rows (at
-    least one), and spreads it evenly over the block.
+    Every block of MIXTURE_ROWS rows holds each source's share, rounded to whole rows but at least
+    one, spread evenly over the block.
     """
 
     def __init__(self, weights: Sequence[float]):
-        """`weights` are above 0; a source's share is its weight divided by their sum."""
         shares = np.array(weights, np.float64) / sum(weights)
         ends = np.rint(np.cumsum(shares) * MIXTURE_ROWS).astype(int)
         self.counts = np.maximum(1, np.diff(ends, prepend=0)).tolist()  # rows of a block, by source
@@ -189,7 +180,7 @@ class Mixture:
         self.block = [(source, j) for _, source, j in sorted(moments)]
 
     def place(self, row: int) -> tuple[int, int]:
-        """(source, number of the row in that source's own sequence) of a row."""
+        """(source, number of the row in that source's own sequence)."""
         block, i = divmod(row, len(self.block))
         source, j = self.block[i]
         return source, block * self.counts[source] + j

@@ -1,17 +1,13 @@
-"""Where text is split before it is encoded: scripts that are written without spaces, and pieces.
-
-A tokenizer first splits a text into pieces, and no token spans two of them. There are two ways:
+"""How text is split into pieces before it is encoded. No token spans two pieces.
 
 - `gpt2`: GPT-2's pattern. A piece is a run of letters, of digits or of other characters, with the
   space before it; or white space; or an English ending such as 's.
-- `script`: the same pieces, but for text without spaces. Where a script is written without spaces
-  between words, a piece is a run of Han characters with the Hiragana that ends it, or a run of
-  Hiragana, of Katakana, or of the letters of Thai, Lao, Tibetan, Burmese or Khmer, of LONGEST
-  characters at most. An accent or vowel sign that is a character of its own belongs to the letter
-  before it. No piece but white space is longer than LONGEST_WORD.
+- `script`: also suits scripts that are written without spaces. There a piece is a run of Han
+  characters with the Hiragana behind it, or a run of Hiragana, of Katakana, or of the letters of
+  Thai, Lao, Tibetan, Burmese or Khmer, of at most LONGEST characters. Accents and vowel signs
+  belong to the letter before them. No piece but white space is longer than LONGEST_WORD.
 
-On text of the Latin letters, digits and signs of ASCII, without words longer than LONGEST_WORD, the
-two give the same pieces.
+On ASCII text without words longer than LONGEST_WORD the two give the same pieces.
 """
 
 import json
@@ -21,10 +17,10 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
-# Ranges of letters, and of marks that belong to them, as they stand in the brackets of a pattern.
+# Ranges of letters and their marks, for the brackets of a pattern.
 HAN = (
     "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003fffd\U000e0100-\U000e01ef"  # variants are marked behind the character
+    "\U00020000-\U0003fffd\U000e0100-\U000e01ef"  # marks of variants
 )
 HIRAGANA = "\u3041-\u309f\u30fc"
 KATAKANA = "\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
@@ -54,7 +50,7 @@ SCRIPT_PATTERN = "|".join(
     ]
 )
 
-# Larger parts of a text, one or several pieces each: no piece of the pattern spans two of them.
+# Parts of a text that hold whole pieces of the pattern, one or several.
 WORDS = {
     "gpt2": re.compile(rf" ?[^{SPACE}]+|{WHITE_SPACE}"),
     "script": re.compile(
@@ -77,7 +73,7 @@ def pre_tokenizer(pattern: str) -> Any:
 def pattern_of(settings: dict[str, Any]) -> str:
     """The pattern by which a parsed `tokenizer.json` splits text: "gpt2", "script", "" for neither.
 
-    One that changes the text before, or has added entries for text, splits otherwise.
+    One that normalises text, or has added tokens for text, splits otherwise.
     """
     has_text_entries = not all(token["special"] for token in settings["added_tokens"])
     if settings["normalizer"] is not None or has_text_entries:
@@ -88,16 +84,12 @@ def pattern_of(settings: dict[str, Any]) -> str:
     return ""
 
 
-# Marks that stand in UNSPACED: vowel signs, tones, voiced kana, variants of Han characters.
+# The marks in UNSPACED: vowel signs, tones, voiced kana, variants of Han characters.
 _MARKED = "".join(map(chr, [*range(0x0E00, 0x1800), *range(0x3040, 0x3100)]))
 MARKS = "".join(c for c in _MARKED if unicodedata.category(c)[0] == "M") + "\U000e0100-\U000e01ef"
 UNITS = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^{UNSPACED}\s]+")
 
 
 def units(text: str) -> list[str]:
-    """What counts as a word in figures about a text.
-
-    It is what stands between white space; of scripts without spaces it is each character, with the
-    marks behind it.
-    """
+    """The words of a text; in scripts without spaces each character, with its marks, is one."""
     return UNITS.findall(text)

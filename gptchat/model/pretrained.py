@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gptchat.console import UserError
-from gptchat.data.chat_template import CHAT_TEMPLATE
+from gptchat.data.dialogue import CHAT_TEMPLATE
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.files import atomic_write
 from gptchat.model.gpt2 import GPT2, NO_TYPE_ROWS, GPT2Config, model_on_meta
