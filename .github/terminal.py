@@ -28,7 +28,7 @@ STYLE = """
   @keyframes come { to { opacity: 1 } }
   @media (prefers-reduced-motion: reduce) { .line { opacity: 1; animation: none } }
 """
-PROMPT = "\x1b[1;36myou>\x1b[0m "
+PROMPT = "you> "
 COLORS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 

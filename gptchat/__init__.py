@@ -1,6 +1,6 @@
 """gptchat: from text and dialogues to a GPT-2 chat model of your own.
 
-The public names below are imported on first use, so `import gptchat` itself does not load torch:
+The public names are imported on first use, so `import gptchat` itself does not load torch:
 
     from gptchat import Engine, Request, Sampling, load
     from gptchat.inference.engine import generate

@@ -1,7 +1,6 @@
-"""The command line: `gptchat COMMAND [ARGUMENTS]`, also as `python -m gptchat COMMAND [ARGUMENTS]`.
+"""The command line: `gptchat COMMAND [ARGUMENTS]`, or `python -m gptchat COMMAND [ARGUMENTS]`.
 
-Invariants: only the module of the given command is imported, so `gptchat --help` starts without
-torch. A command is one word; its module has a function `main(argv)`, which gets the words after it.
+Only the module of the given command is imported, so `gptchat --help` starts without torch.
 """
 
 import importlib
@@ -33,11 +32,10 @@ def usage() -> str:
 
 def dispatch() -> None:
     """Run the command that the first word of the command line names."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
         print(usage())
         return
-    command, arguments = words[0], words[1:]
     if command not in COMMANDS:
         raise UserError(f"{command}: no such command; wanted one of {', '.join(COMMANDS)}")
     module, _ = COMMANDS[command]

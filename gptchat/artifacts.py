@@ -1,16 +1,15 @@
 """The record of what gptchat made in a folder, `manifest.json`, and the folder's lock.
 
-A vocabulary, shards and the results of an evaluation each have such a record. It is a JSON object:
+A vocabulary, shards and the results of an evaluation each have a record. It is a JSON object:
 
     settings   what it was made with
-    inputs     for each file that it was made from: size, modification time, digest
+    inputs     size, modification time and digest of each file that it was made from
     digest     of the whole record; a record that does not fit its digest counts as missing
 
-and whatever else its maker notes, such as the digests of the files that were written.
+and whatever else its maker notes.
 
-A file is compared by size and modification time first. Its digest (BLAKE2b, 16 bytes) is computed
-only if the time differs, so that an unchanged file is not read, and `touch` is no change. An edit
-that keeps the size and restores the time is not noticed.
+Files are compared by size and modification time, and by digest (BLAKE2b, 16 bytes) if only the time
+differs. An edit that keeps the size and restores the time is not noticed.
 """
 
 import fcntl
@@ -37,10 +36,7 @@ def new_digest(data: Any = b"") -> "hashlib.blake2b":
 
 
 def file_digest(path: str | Path) -> str:
-    """The digest of a whole file, read in blocks (about 1 GB a second).
-
-    Raises UserError for a file that cannot be read.
-    """
+    """The digest of a file (about 1 GB a second). Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, new_digest).hexdigest()
@@ -54,10 +50,9 @@ def json_digest(content: Any) -> str:
 
 
 def input_states(paths: Iterable[Path]) -> dict[str, FileState]:
-    """The state of each file, to be taken before the file is read.
+    """The state of each file. Raises UserError for one that cannot be read.
 
-    If somebody edits a file while it is read, its state differs from the edited file's. Raises
-    UserError for a file that cannot be read.
+    States are taken before the files are used, so that an edit in between is noticed later.
     """
     states: dict[str, FileState] = {}
     for path in paths:
@@ -73,7 +68,7 @@ def input_states(paths: Iterable[Path]) -> dict[str, FileState]:
 
 
 def is_unchanged(path: str | Path, state: FileState) -> bool:
-    """Whether a file that is there is what it was; it is read only if its time differs."""
+    """Whether a file is what it was; it is read only if its time differs."""
     status = os.stat(path)
     if status.st_size != state["bytes"]:
         return False
@@ -81,9 +76,9 @@ def is_unchanged(path: str | Path, state: FileState) -> bool:
 
 
 def changed_input(states: dict[str, FileState], paths: Iterable[Path]) -> str:
-    """How the files that are there differ from the recorded ones, in words; "" if they do not.
+    """How `paths` differ from the recorded files, in words; "" if they do not.
 
-    If none is there, that is no change: what was made from them may be used without them.
+    No paths at all is no change: what was made from files may be used without them.
     """
     names = [str(path) for path in paths]
     for name in names:
@@ -112,7 +107,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """A folder's record; None if there is none, or if it is damaged."""
+    """A folder's record; None if it is missing or damaged."""
     try:
         content = json.loads(Path(folder, MANIFEST).read_text())
         digest = content.pop("digest")
@@ -124,8 +119,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 def lock_folder(folder: Path, busy: str) -> IO[str]:
     """Hold `folder` for this process until it ends, or until the returned file is closed.
 
-    Raises UserError while another process holds it (`busy` says what that one does), and for a
-    folder that cannot be written. A file system without locks gets a warning and no lock.
+    Raises UserError if another process holds it (`busy` says what that one does) or it cannot be
+    written. A file system without locks gets a warning and no lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

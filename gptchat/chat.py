@@ -9,9 +9,8 @@ Every setting is an option of the command line and a name of /set. The default i
 
 In the terminal an answer streams, unless it is picked among several. A ChatLM keeps the turns of
 the conversation, and drops the oldest ones when the context is full. An LM continues each line by
-itself. Ctrl-C ends an answer; what was said by then is kept as the turn. Typed lines are saved in
-`chat_history` beside the model directory. If stdin is not a terminal, its lines are answered in the
-same way, without prompts and history.
+itself. Ctrl-C ends an answer; what was said by then is kept as the turn. If stdin is not a
+terminal, its lines are answered in the same way, without prompts.
 
 Each dialogue of --input (a format of `data/dialogue_files.py`; for an LM, lines of text) is
 followed in --output by its answer, as in training data. The file is written whole or not at all,
@@ -26,11 +25,11 @@ import argparse
 import copy
 import glob
 import re
-import readline  # line editing and history for input()
+import readline  # noqa: F401 -- gives input() line editing
 import signal
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 from gptchat.config import load_config
@@ -43,11 +42,11 @@ from gptchat.inference.engine import Request
 from gptchat.inference.generate import SLOTS, Piece, TextGenerator, load_generator
 from gptchat.inference.linear import DTYPES
 from gptchat.inference.pick import CANDIDATES, PICKS
-from gptchat.inference.sampling import LARGEST_BIAS, SETTINGS, Sampling, chosen_seed, parse_biases
+from gptchat.inference.sampling import SETTINGS, Sampling, chosen_seed
 from gptchat.inference.text import WordFilter
 from gptchat.runtime import tune_memory
 
-LISTS = ("forbid", "logit_bias", "stop")  # settings whose option may be repeated
+LISTS = ("forbid", "stop")  # settings whose option may be repeated
 NAMES = (*SETTINGS, "seed", "pick", *LISTS)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line feed
 ESCAPED = {r"\n": "\n", r"\t": "\t", "\\\\": "\\"}  # in a --stop
@@ -90,10 +89,6 @@ def make_parser() -> CommandParser:
     add("--pick", choices=PICKS, help=pick_help)
     forbid_help = "never said; may be repeated"
     add("--forbid", action="append", default=[], metavar="WORD", help=forbid_help)
-    bias_help = (
-        f"added to the logit of a token id, {-LARGEST_BIAS} to {LARGEST_BIAS}; may be repeated"
-    )
-    add("--logit-bias", action="append", default=[], metavar="ID=BIAS", help=bias_help)
     stop_help = (
         r"ends an answer, unsaid; \n is a line break, \t a tab, \\ a backslash; may be repeated"
     )
@@ -146,14 +141,12 @@ def make_sampling(generator: TextGenerator, args: argparse.Namespace) -> Samplin
     words = [word for word in args.forbid if word]
     if words:
         word_filter = WordFilter(generator.tokenizer, words)
-    vocab_size = generator.engine.model.config.vocab_size
     try:
         generator.check_pick(args.pick, generator.task)
         return Sampling(
             **{name: getattr(args, name) for name in SETTINGS},
             seed=chosen_seed(args.seed),
             word_filter=word_filter,
-            logit_bias=parse_biases(args.logit_bias, vocab_size),
             logprobs=0 if args.pick == "mmi" else None,
         )
     except ValueError as error:
@@ -288,25 +281,6 @@ def say(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def converse(generator: TextGenerator, args: argparse.Namespace) -> None:
-    """Talk in the terminal and save typed lines as history, or answer the lines of a pipe."""
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-    if not sys.stdin.isatty():
-        Conversation(generator, args).run()
-        return
-    history = Path(args.model).resolve().parent / "chat_history"
-    with suppress(OSError):
-        readline.read_history_file(history)
-    readline.set_history_length(1000)
-    size = f"{generator.n_parameters:,} parameters"
-    print(f"{args.model}: {generator.task}, {size}. /help lists the commands.")
-    try:
-        Conversation(generator, args).run()
-    finally:
-        with suppress(OSError):
-            readline.write_history_file(history)
-
-
 def answer_prompt(generator: TextGenerator, args: argparse.Namespace) -> None:
     """Print the answer to one message, or the continuation of one text, as it comes."""
     turns = encode_turns(generator, [(0, args.prompt)])
@@ -359,7 +333,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.prompt is not None:
         answer_prompt(generator, args)
     else:
-        converse(generator, args)
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if sys.stdin.isatty():
+            size = f"{generator.n_parameters:,} parameters"
+            print(f"{args.model}: {generator.task}, {size}. /help lists the commands.")
+        Conversation(generator, args).run()
 
 
 if __name__ == "__main__":

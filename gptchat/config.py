@@ -1,14 +1,12 @@
-"""Settings files -> frozen dataclasses, every key and value checked.
+"""Settings files as frozen dataclasses, every key and value checked.
 
-`Config` is a training run's TOML file: the keys `task`, `run` and `init_from`, then one section per
-dataclass (`[tokenizer]`, `[data]`, `[model]`, `[train]`). On the command line, `section.key=value`
-or `key=value` overrides a key. `python -m gptchat.config` writes the tables of keys in
-configs/README.md. `ServerSettings` is the section `gptchat` of configs/serve/model-config.yaml.
+`Config` is a training run's TOML file: the keys `task`, `run` and `init_from`, then a section per
+dataclass. On the command line, `section.key=value` or `key=value` overrides a key. `python -m
+gptchat.config` writes the tables of keys in configs/README.md. `ServerSettings` is the section
+`gptchat` of configs/serve/model-config.yaml.
 
-Promises: a value comes from the file or from an override, or is the default below. What is wrong is
-a UserError of one line that says where it is, what was found and what is wanted. In a config that
-`load_config` returns, every value is of its type, obeys its rules and fits the others; whether
-files, folders and devices exist is checked by the command that uses them.
+In a config that `load_config` returns, every value is of its type, obeys its rules and fits the
+others. Whether files, folders and devices exist is checked by the command that uses them.
 """
 
 import dataclasses
@@ -78,7 +76,7 @@ class DataConfig:
 
     @property
     def held_out_targets(self) -> str:
-        """`targets` where a ChatLM is measured: with "turns" its own turns, the responder's."""
+        """The `targets` that a ChatLM is measured on: with "turns" the responder's only."""
         return "responder" if self.targets == "turns" else self.targets
 
     @property
@@ -214,7 +212,7 @@ def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def keys_that_may_change(cls: type, prefix: str = "") -> set[str]:
-    """The keys of a config that a resumed run may have other values of, as "section.key"."""
+    """The keys that a resumed run may have other values of, as "section.key"."""
     keys = set()
     for field in dataclasses.fields(cls):
         if field.metadata.get("may_change"):
@@ -228,10 +226,7 @@ FREE_KEYS = keys_that_may_change(Config)
 
 
 def build_server_settings(values: Any, source: str) -> ServerSettings:
-    """Check the section `gptchat` of a parsed model-config.yaml.
-
-    Raises UserError that names `source`, the file, and the key.
-    """
+    """The section `gptchat` of a parsed model-config.yaml, checked; `source` is the file."""
     section = values.get("gptchat") if isinstance(values, dict) else None
     if not isinstance(section, dict):
         raise UserError(f"{source}: found no section gptchat; wanted the server's settings in it")
@@ -239,10 +234,7 @@ def build_server_settings(values: Any, source: str) -> ServerSettings:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file and apply `section.key=value` or `key=value` overrides, in order.
-
-    Raises UserError, naming the file, the overrides and the key.
-    """
+    """Read a TOML file and apply `section.key=value` or `key=value` overrides, in order."""
     values = _read_toml(path)
     for override in overrides:
         _apply_override(values, override)
@@ -255,7 +247,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The config of a run. Raises UserError, too, where it names no files for training or valid."""
+    """The config of a run, which must name files for training and validation."""
     config = load_config(path, overrides)
     if not config.data.train:
         raise UserError(f"{path}: [data] train: found no files named; wanted some")
@@ -270,17 +262,15 @@ def load_run_config(path: str, overrides: Sequence[str] = ()) -> Config:
 def find_config(path: str) -> Path:
     """The file that a command line names.
 
-    `configs/...` that does not stand in the working directory is the one that gptchat brings, which
-    one line on stderr tells: what the documents show works without a checkout, too.
+    A missing `configs/...` is the one that ships with gptchat, as a line on stderr says: what the
+    documents show works without a checkout, too.
     """
     named = Path(path)
-    if named.exists() or named.parts[:1] != ("configs",):
-        return named
-    brought = shipped("configs").joinpath(*named.parts[1:])
-    if not brought.is_file():
+    own = shipped("configs").joinpath(*named.parts[1:])
+    if named.exists() or named.parts[:1] != ("configs",) or not own.is_file():
         return named
     print(f"{path}: not in this folder; gptchat's own is used", file=sys.stderr)
-    return brought
+    return own
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -319,7 +309,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str) -> Any:
-    """The TOML value that the text is, or the text itself: a string needs no quotes."""
+    """The text as a TOML value, or the text itself: a string needs no quotes."""
     try:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
@@ -327,7 +317,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _check_combinations(config: Config, source: str) -> None:
-    """Raise UserError for values that are possible alone but not together."""
+    """Raise UserError for values that do not go together."""
     if (config.train.num_epochs > 0) == (config.train.num_steps > 0):
         raise UserError(f"{source}: [train] wants exactly one of num_epochs and num_steps above 0")
     folders = [config.run, config.tokenizer.dir, str(config.shards_dir)]

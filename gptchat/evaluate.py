@@ -15,7 +15,6 @@ unchanged, the figures are printed from there, without importing torch.
 
 import argparse
 import glob
-import json
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -221,7 +220,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--split", choices=SPLITS, help="of the config (default: test)")
     add("--text", metavar="FILE", nargs="+", help="instead of a split; for a ChatLM TSV or JSONL")
     add("--prompts", metavar="FILE", help="dialogues that the run's model answers, too")
-    add("--json", action="store_true", help="print one JSON object")
     add("overrides", nargs="*", metavar="section.key=value", help="changes a key of the config")
     args = parser.parse_intermixed_args(argv)
     if not args.config and (args.overrides or not (args.model and args.text)):
@@ -239,7 +237,7 @@ def is_of_run(args: argparse.Namespace) -> bool:
 
 
 def evaluate(args: argparse.Namespace, config: Config) -> "dict[str, Figures]":
-    """The figures that the arguments ask for."""
+    """The figures that the arguments ask for, by the name of their text."""
     if is_of_run(args):
         return evaluate_run(config, args.prompts or "")
     split = args.split or "test"
@@ -257,10 +255,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     config = load_config(args.config, args.overrides) if args.config else Config()
     figures_of = evaluate(args, config)
-    if args.json:
-        model = args.model or f"{config.run}/model"
-        print(json.dumps({"model": model, "files": figures_of}, indent=2))
-        return
     if not figures_of:
         print(f"{args.config}: names no test files, so there are no figures")
     for line in lines_of(figures_of):

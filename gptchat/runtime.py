@@ -18,11 +18,11 @@ M_TOP_PAD = -2
 M_MMAP_MAX = -4
 PR_SET_PDEATHSIG = 1  # of Linux's prctl (linux/prctl.h)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SECONDS_TO_REPEAT = 1.0  # from a stop signal to the next of its kind that counts
+SECONDS_TO_REPEAT = 1.0
 
 
 def granted_cores() -> int:
-    """The cores that this process may use, which can be fewer than the machine has."""
+    """The cores that this process may use; a machine can have more."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -53,11 +53,11 @@ def multiplies_bfloat16(device: "torch.device | str") -> bool:
 
 
 def tune_memory() -> None:
-    """Make allocations and garbage collections cheaper, in a process that has loaded all it needs.
+    """Make garbage collections and allocations cheaper, in a process that has loaded all it needs.
 
-    Python's garbage collector no longer visits the objects that exist now, which cost a decoding
-    step 6 %. glibc keeps the memory that is freed: giving every large tensor back to the kernel
-    doubles the time of a training step. Without glibc that part does nothing.
+    Python's garbage collector no longer visits the objects that exist now (6 % of a decoding step).
+    glibc keeps freed memory; giving large tensors back to the kernel doubles the time of a training
+    step.
     """
     gc.collect()
     gc.freeze()
@@ -75,8 +75,7 @@ def handle_stop_signals(
 ) -> None:
     """Set the handler of SIGINT, SIGTERM and SIGHUP.
 
-    SIGINT is handled even if it was ignored from the start, as a shell ignores it for what it
-    starts in the background. A SIGHUP that was ignored (nohup) stays so.
+    An ignored SIGHUP (nohup) stays ignored; an ignored SIGINT (a shell's background) does not.
     """
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -87,8 +86,8 @@ def on_stop_signals(stop: Callable[[], None]) -> None:
     """From now on SIGINT, SIGTERM and SIGHUP call `stop`, in the main thread.
 
     One that comes SECONDS_TO_REPEAT or more after the first of its kind ends the process at once,
-    with exit status 128 + its number. Sooner ones are the same request: signals come in bursts,
-    such as Ctrl-C from the terminal and from torchrun.
+    with exit status 128 + its number. Sooner ones belong to the first: Ctrl-C, for example, comes
+    from the terminal and from torchrun.
     """
     first_times: dict[int, float] = {}
 
@@ -102,10 +101,9 @@ def on_stop_signals(stop: Callable[[], None]) -> None:
 
 
 def end_with_parent() -> None:
-    """Send this process SIGTERM when the one that started it ends, even if that was killed.
+    """Have Linux send this process SIGTERM when its parent ends, even if that is killed.
 
-    It may come several times: Linux sends it when a thread of the parent ends, and leaves the child
-    to another thread, until none is left. Elsewhere than on Linux this does nothing.
+    It may come several times: when each of the parent's threads ends.
     """
     try:
         prctl = ctypes.CDLL("libc.so.6").prctl

@@ -1,8 +1,8 @@
 """Settings: dataclass fields declared with default, help and allowed values, and their checking.
 
-Config keys, a request's sampling settings, the server's limits and the sizes of a model are
-declared with `setting`. `declared(cls)` lists them. `Setting.check` checks one value, `check_all`
-an instance, `build` a table from a file; `table` and `update_tables` document them in a README.
+`setting` declares a field, `declared` lists those of a class. `Setting.check` checks one value,
+`check_all` an instance, `build` a table from a file; `table` and `update_tables` document them in a
+README.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from gptchat.console import UserError
 
 T = TypeVar("T")
 
-KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {  # type -> (its name, what may stand for it)
+KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {  # type: (its name, types of its items)
     bool: ("true or false", (bool,)),
     int: ("an integer", (int,)),
     float: ("a number", (int, float)),
@@ -29,20 +29,20 @@ KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {  # type -> (its name, what ma
     tuple[str, ...]: ("a string or a list of strings", (str,)),
     tuple[float, ...]: ("a number or a list of numbers", (int, float)),
 }
-RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {  # name -> (test, its name)
+RULES: dict[str, tuple[Callable[[Any, Any], bool], str]] = {  # name: (test, its name)
     "min": (operator.ge, "at least"),
     "max": (operator.le, "at most"),
     "above": (operator.gt, "above"),
     "below": (operator.lt, "below"),
 }
-# "data\train.txt" has a tab in TOML, and is an error if the letter has no such meaning.
+# In TOML "data\train.txt" holds a tab, and "data\lm.txt" is an error.
 BACKSLASH_HINT = "wanted / in paths, or '' around them, where \\ is a backslash"
 
 
 def setting(default: Any, help: str, may_change: bool = False, **rules: Any) -> Any:
-    """A field of a dataclass: default, meaning in one line, and `choices` or bounds from RULES.
+    """A field of a dataclass: default, meaning, and `choices` or bounds from RULES.
 
-    `may_change` says of a config key that a resumed run may have another value.
+    A resumed run may have another value of a config key that `may_change`.
     """
     assert rules.keys() <= {"choices", *RULES}
     metadata = {"help": help, "rules": rules, "may_change": may_change}
@@ -51,7 +51,7 @@ def setting(default: Any, help: str, may_change: bool = False, **rules: Any) -> 
 
 @dataclass(frozen=True)
 class Setting:
-    """One declared setting. Its type is a key of KINDS; if `optional`, None is allowed, too."""
+    """A declared setting. Its type is a key of KINDS; if `optional`, None is allowed, too."""
 
     name: str
     type: Any
@@ -98,23 +98,22 @@ class Setting:
 
 @functools.cache
 def declared(cls: Any) -> dict[str, Setting]:
-    """The settings of a dataclass by name. Fields that `setting` did not declare are left out."""
+    """The settings of a dataclass by name; other fields are left out."""
     hints = typing.get_type_hints(cls)
     settings = {}
     for field in dataclasses.fields(cls):
-        if "rules" not in field.metadata:
-            continue
-        hint, optional = hints[field.name], False
-        if isinstance(hint, types.UnionType):  # int | None
-            (hint,) = set(typing.get_args(hint)) - {types.NoneType}
-            optional = True
-        rules, help = field.metadata["rules"], field.metadata["help"]
-        settings[field.name] = Setting(field.name, hint, optional, field.default, help, rules)
+        if "rules" in field.metadata:
+            hint = hints[field.name]
+            optional = isinstance(hint, types.UnionType)  # int | None
+            if optional:
+                hint = typing.get_args(hint)[0]
+            rules, help = field.metadata["rules"], field.metadata["help"]
+            settings[field.name] = Setting(field.name, hint, optional, field.default, help, rules)
     return settings
 
 
 def check_all(instance: Any) -> None:
-    """Check every setting of a dataclass's instance, as in its `__post_init__`.
+    """Check every setting of a dataclass's instance.
 
     Raises ValueError: "name: found ...; wanted ...".
     """
@@ -129,8 +128,8 @@ def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") 
     """An instance of the dataclass `cls` from a parsed table.
 
     A field that is itself a dataclass is a table in the table. Raises UserError for an unknown key
-    or a value that is not allowed. Its line begins with `source`, the file and overrides that the
-    table comes from, and `section`, the table's name.
+    or a value that is not allowed, with `source`, where the table comes from, and `section`, its
+    name.
     """
     settings = declared(cls)  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -152,20 +151,16 @@ def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") 
 
 
 def table(cls: type, leave_out: Collection[str] = ()) -> str:
-    """The settings of a dataclass as a Markdown table, a row each but for those left out."""
+    """The settings of a dataclass as a Markdown table."""
     rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, one in declared(cls).items():
-        if name in leave_out:
-            continue
-        rows.append(f"| `{name}` | {one.wanted} | `{json.dumps(one.default)}` | {one.help} |")
+        if name not in leave_out:
+            rows.append(f"| `{name}` | {one.wanted} | `{json.dumps(one.default)}` | {one.help} |")
     return "\n".join(rows)
 
 
 def update_tables(path: Path, tables: Mapping[str, str]) -> None:
-    """Put each table between its two markers in a Markdown file.
-
-    `<!-- table: NAME -->` stands before it and `<!-- end -->` behind it.
-    """
+    """Replace each table between `<!-- table: NAME -->` and `<!-- end -->` in a Markdown file."""
     text = path.read_text(encoding="utf-8")
     for name, content in tables.items():
         start = f"<!-- table: {name} -->\n"

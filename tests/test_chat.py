@@ -156,11 +156,9 @@ def test_a_conversation_in_a_terminal(bot):
     terminal.expect(PROMPT)
     terminal.interrupt(pexpect.EOF)
     assert terminal.leave() == 0
-    assert "go on" in (Path(bot).parent / "chat_history").read_text()
 
 
 def test_a_narrow_window(bot, monkeypatch, capsys):
-    (Path(bot).parent / "chat_history").write_text("from another day\n")
     terminal = Terminal("--model", bot, "--seed", "1", "--max-new-tokens", "60", columns=20)
     terminal.expect(PROMPT)
     line = "a message that takes more than one line of this window"
@@ -168,12 +166,8 @@ def test_a_narrow_window(bot, monkeypatch, capsys):
     options = ("--model", bot, "--seed", 1, "--max-new-tokens", 60)
     assert len(answer) > 50
     assert answer == run(monkeypatch, capsys, *options, "--prompt", line).strip()
-    terminal.child.send("\x1b[A\x1b[A\r")  # up, up: a line of an earlier session
-    terminal.expect(LABEL)
-    terminal.expect(PROMPT)
     terminal.child.sendeof()
     assert terminal.leave() == 0
-    assert (Path(bot).parent / "chat_history").read_text().splitlines()[-1] == "from another day"
 
 
 def run(monkeypatch: Any, capsys: Any, *arguments: object) -> str:
@@ -387,28 +381,6 @@ def test_every_sampling_setting_is_an_option_and_a_name_of_set(bot, capsys, name
     assert f"\n{name} {getattr(chosen, name)}\n" in "\n" + capsys.readouterr().out
 
 
-def test_biases_are_options_and_a_name_of_set(bot, monkeypatch, capsys):
-    generator = load_generator(bot, 1, "float32")
-    a, b = generator.tokenizer.encode("ab")
-    say_a = ("--model", bot, "--prompt", "hi", "--max-new-tokens", 3, "--logit-bias", f"{a}=100")
-    assert run(monkeypatch, capsys, *say_a) == "aaa\n"
-    options = ["--model", bot, "--logit-bias", f"{a}=100", "--logit-bias", f"{b}=-2.5"]
-    conversation = chat.Conversation(generator, chat.parse_arguments(options))
-
-    def biases():
-        return chat.make_sampling(generator, conversation.args).logit_bias
-
-    assert biases() == {a: 100, b: -2.5}
-    conversation.obey(f"/set logit-bias {b}=1")  # replaces both
-    assert biases() == {b: 1}
-    for wrong in ("x", f"{a}=101", "99999=1", f"{a}"):
-        with pytest.raises(UserError, match="logit_bias"):
-            conversation.obey(f"/set logit_bias {wrong}")
-        assert biases() == {b: 1}
-    conversation.obey("/set logit_bias")
-    assert biases() == {}
-
-
 def test_a_wrong_setting_changes_nothing_and_an_empty_list_clears_it(bot):
     settings = chat.parse_arguments(["--model", bot, "--stop", "a", "--stop", "b"])
     conversation = chat.Conversation(load_generator(bot, 1, "float32"), settings)
@@ -450,7 +422,6 @@ def test_lines_of_a_pipe_are_a_conversation(bot):
         (["--model", "BOT", "--temperature", "hot"], "invalid float value"),
         (["--model", "BOT", "--dtype", "int3"], "invalid choice"),
         (["--model", "BOT", "--temperature", "-1"], "temperature: found -1.0; wanted"),
-        (["--model", "BOT", "--logit-bias", "7:3"], "logit_bias 7:3: wanted ID=BIAS"),
         (["--model", "BOT", "--prompt", "x" * 2000], "the last turn takes"),
         (["--model", "BOT", "--input", "prompts.tsv"], "--input and --output together"),
         (

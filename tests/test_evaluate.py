@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel
 
 from gptchat import evaluate
-from gptchat.config import Config, DataConfig, TokenizerConfig
+from gptchat.config import Config, DataConfig, TokenizerConfig, load_config
 from gptchat.console import cli
 from gptchat.data import shards, tokenizer
 from gptchat.data.batches import Batches
@@ -44,11 +43,11 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def run(monkeypatch: Any, capsys: Any, *arguments: object) -> Any:
-    """The figures that the command prints as JSON."""
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), "--json"])
-    evaluate.main()
-    return json.loads(capsys.readouterr().out)["files"]
+def run(*arguments: object) -> Any:
+    """The figures that the command prints."""
+    args = evaluate.parse_arguments(list(map(str, arguments)))
+    config = load_config(args.config, args.overrides) if args.config else Config()
+    return evaluate.evaluate(args, config)
 
 
 def plain_loop(model: GPT2LMHeadModel, stream: list[int], n_ctx: int) -> tuple[float, int]:
@@ -69,13 +68,10 @@ def plain_loop(model: GPT2LMHeadModel, stream: list[int], n_ctx: int) -> tuple[f
 @pytest.mark.parametrize(
     "special", [("<|endoftext|>",), ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")]
 )
-def test_perplexity_of_anyones_gpt2_equals_a_plain_loop(
-    tmp_path, monkeypatch, capsys, text, special
-):
+def test_perplexity_of_anyones_gpt2_equals_a_plain_loop(tmp_path, text, special):
     model, vocabulary = random_gpt2(1, torch.float32), byte_tokenizer(special)
-    found = run(
-        monkeypatch, capsys, "--model", write(model, tmp_path / "model", vocabulary), "--text", text
-    )[str(text)]
+    directory = write(model, tmp_path / "model", vocabulary)
+    found = run("--model", directory, "--text", text)[str(text)]
     stream = [vocabulary.eos_id]
     for document in DOCUMENTS:
         stream += [*vocabulary.encode(document), vocabulary.eos_id]
@@ -86,7 +82,7 @@ def test_perplexity_of_anyones_gpt2_equals_a_plain_loop(
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / found["n_bytes"], rel=1e-5)
 
 
-def test_a_chat_models_loss_equals_a_plain_loop_over_its_dialogues(tmp_path, monkeypatch, capsys):
+def test_a_chat_models_loss_equals_a_plain_loop_over_its_dialogues(tmp_path):
     model, vocabulary = random_gpt2(2, torch.float32, n_positions=80), byte_tokenizer()
     directory = write(model, tmp_path / "model", vocabulary)
     ours = json.loads((directory / "config.json").read_text()) | {
@@ -95,7 +91,7 @@ def test_a_chat_models_loss_equals_a_plain_loop_over_its_dialogues(tmp_path, mon
     (directory / "config.json").write_text(json.dumps(ours))
     path = tmp_path / "chat.tsv"
     path.write_text("".join("\t".join(turns) + "\n" for turns in DIALOGUES))
-    found = run(monkeypatch, capsys, "--model", directory, "--text", path)[str(path)]
+    found = run("--model", directory, "--text", path)[str(path)]
     total, n = 0.0, 0
     for turns in DIALOGUES:
         ids, types = [], []
@@ -112,9 +108,7 @@ def test_a_chat_models_loss_equals_a_plain_loop_over_its_dialogues(tmp_path, mon
     assert found["n_targets"] == n and found["n_answers"] == len(DIALOGUES)
     assert found["perplexity"] == pytest.approx(math.exp(total / n), rel=1e-4)
     assert 0 <= found["distinct_1"] <= 1 and found["words_per_answer"] >= 0
-    assert (
-        found == run(monkeypatch, capsys, "--model", directory, "--text", path)[str(path)]
-    )  # answers too
+    assert found == run("--model", directory, "--text", path)[str(path)]  # answers too
 
 
 def uniform_over_bytes(directory: Path, vocabulary: tokenizer.Tokenizer) -> float:
@@ -137,13 +131,13 @@ def uniform_over_bytes(directory: Path, vocabulary: tokenizer.Tokenizer) -> floa
     return math.log2(float((256.0**-lengths).sum()))
 
 
-def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path, monkeypatch, capsys, text):
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path, text):
     longer = tokenizer.train_tokenizer(TokenizerConfig(vocab_size=300, files=(str(text),)))
     assert len(longer.encode(DOCUMENTS[0])) < 0.8 * len(byte_tokenizer().encode(DOCUMENTS[0]))
     found = {}
     for name, vocabulary in (("bytes", byte_tokenizer()), ("longer", longer)):
         lost = uniform_over_bytes(tmp_path / name, vocabulary)
-        figures = run(monkeypatch, capsys, "--model", tmp_path / name, "--text", text)[str(text)]
+        figures = run("--model", tmp_path / name, "--text", text)[str(text)]
         wanted = (
             8 * (figures["n_bytes"] + len(DOCUMENTS)) + lost * figures["n_targets"]
         )  # 8 bits a byte and an [EOS]
@@ -197,18 +191,16 @@ def test_config_names_files_split_and_model(tmp_path, monkeypatch, capsys, text)
         "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nn_ctx = 48\n[train]\nnum_steps = 1\n"
     )
     (tmp_path / "more.txt").write_text("Another file.\n")
-    found = run(monkeypatch, capsys, "--config", config, "--split", "valid")
+    found = run("--config", config, "--split", "valid")
     assert set(found) == {str(text), str(tmp_path / "more.txt")}
-    shorter = run(monkeypatch, capsys, "--config", config, "--split", "valid", "model.n_ctx=16")
+    shorter = run("--config", config, "--split", "valid", "model.n_ctx=16")
     assert shorter[str(text)]["loss"] != found[str(text)]["loss"]
     monkeypatch.setattr(sys, "argv", ["evaluate", "--config", str(config), "--split", "valid"])
     evaluate.main()
     assert "more.txt: loss " in capsys.readouterr().out
 
 
-def test_figures_of_a_run_are_recorded_until_model_or_text_change(
-    tmp_path, monkeypatch, capsys, text
-):
+def test_figures_of_a_run_are_recorded_until_model_or_text_change(tmp_path, monkeypatch, text):
     model = tmp_path / "run" / "model"
     write(random_gpt2(1, torch.float32), model)
     config = tmp_path / "lm.toml"
@@ -221,30 +213,19 @@ def test_figures_of_a_run_are_recorded_until_model_or_text_change(
     monkeypatch.setattr(
         evaluate, "measure", lambda *arguments: counted.append(1) or measure(*arguments)
     )
-    first = run(monkeypatch, capsys, "--config", config)
-    assert run(monkeypatch, capsys, "--config", config) == first and len(counted) == 1
+    first = run("--config", config)
+    assert run("--config", config) == first and len(counted) == 1
     assert (tmp_path / "run/test.txt").read_text().startswith(f"{text}: loss ")
     card = ModelCard.load(model / "README.md")
     assert card.data.library_name == "transformers" and "lm" in card.data.tags
     assert f"    {text}: loss " in card.text and "model.n_ctx = 48" in card.text
-    run(monkeypatch, capsys, "--config", config, "model.n_ctx=16")  # leaves the record
-    assert run(monkeypatch, capsys, "--config", config) == first and len(counted) == 2
+    run("--config", config, "model.n_ctx=16")  # leaves the record
+    assert run("--config", config) == first and len(counted) == 2
     text.write_text("Another text.\n")
-    second = run(monkeypatch, capsys, "--config", config)
+    second = run("--config", config)
     write(random_gpt2(2, torch.float32), model)
-    third = run(monkeypatch, capsys, "--config", config)
+    third = run("--config", config)
     assert len(counted) == 4 and first != second != third
-
-
-def test_module_runs_by_itself_and_its_help_has_an_example():
-    done = subprocess.run(
-        [sys.executable, "-m", "gptchat.evaluate", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and done.stdout.startswith("usage: gptchat evaluate ")
-    assert "Measure loss" in done.stdout and "example:\n  gptchat evaluate --config" in done.stdout
 
 
 def test_printed_figures_have_four_decimals_unless_they_are_whole():

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as theirs
 
 from gptchat.inference.blocks import ONE, best, block_sums, draw_place
 from gptchat.inference.draw import Draw, Row, distribution, heavier, score, uniform, weigh
-from gptchat.inference.sampling import Sampling, parse_biases
+from gptchat.inference.sampling import Sampling
 from gptchat.settings import declared
 from tests.hf_models import BadWords
 
@@ -376,13 +376,6 @@ def test_in_a_block_of_rare_ids_one_without_weight_is_not_drawn():
 def test_a_bias_that_is_none_is_refused(bias, reason):
     with pytest.raises(ValueError, match=reason):
         Sampling(logit_bias=bias)
-
-
-def test_biases_are_read_from_text():
-    assert parse_biases(["5=-2.5", "", "0=100"], 10) == {5: -2.5, 0: 100}
-    for text in ("5", "5=", "=3", "x=3", "-1=3", "10=3", "5=a", "5:3"):
-        with pytest.raises(ValueError, match=f"logit_bias {text}: wanted ID=BIAS"):
-            parse_biases([text], 10)
 
 
 @pytest.mark.parametrize("name", declared(Sampling))

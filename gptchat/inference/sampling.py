@@ -5,7 +5,7 @@ terminal, the server and the page take names, defaults, ranges and help from `SE
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from gptchat.inference.text import WordFilter
@@ -82,17 +82,3 @@ SETTINGS = {
 }
 ID = Setting("id", int, False, 0, "a token's id", {"min": 0})
 BIAS = Setting("bias", float, False, 0, "", {"min": -LARGEST_BIAS, "max": LARGEST_BIAS})
-
-
-def parse_biases(texts: Sequence[str], vocab_size: int) -> dict[int, float]:
-    """A `logit_bias` from texts ID=BIAS; empty texts are skipped. Raises ValueError for others."""
-    biases = {}
-    for text in filter(None, texts):
-        id, _, bias = text.partition("=")
-        if not id.isdecimal() or int(id) >= vocab_size:
-            raise ValueError(f"logit_bias {text}: wanted ID=BIAS with an id below {vocab_size}")
-        try:
-            biases[int(id)] = float(bias)
-        except ValueError:
-            raise ValueError(f"logit_bias {text}: wanted ID=BIAS, such as 17=-2.5") from None
-    return biases

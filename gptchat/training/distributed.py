@@ -1,8 +1,8 @@
 """The processes that train together: their ranks, this one's device, and sums over all of them.
 
 torchrun sets rank and number of processes in the environment; without it there is one process, rank
-0. Under torchrun there is a process group even for one process, so one GPU is enough to try DDP
-over NCCL. Sums are taken on the host in float64, so they never wait for the device.
+0. Under torchrun even a single process has a process group and uses DDP. Sums are taken on the host
+in float64.
 """
 
 import os
@@ -54,10 +54,9 @@ class World:
         return sums.tolist()
 
     def require_same_step(self, step: int, run: str) -> None:
-        """Compare where each process found the run, by the checkpoint in its folder.
+        """Raise UserError in all processes unless each found the run at the same step.
 
-        Raises UserError, in all processes, where a machine has a folder `run` of its own: they
-        would make different steps of one run.
+        They differ if the machines do not share the folder `run`.
         """
         steps = self.sum(*(float(step) * (rank == self.rank) for rank in range(self.size)))
         for rank, its_step in enumerate(steps):
@@ -75,7 +74,7 @@ class World:
 
 @contextmanager
 def lost_processes_in_one_line(world: World) -> Iterator[None]:
-    """Raise RunFailed where another process of the run has ended, and this one waited for it."""
+    """Raise RunFailed if another process of the run ends while this one waits for it."""
     try:
         yield
     except RuntimeError as error:
@@ -89,10 +88,10 @@ def lost_processes_in_one_line(world: World) -> Iterator[None]:
 
 
 def usable_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one.
+    """The device of that name; "auto" is CUDA if there is a GPU, else the CPU.
 
-    With `local_rank`, a process takes the GPU of that number. It becomes the current device, so
-    that no process holds memory of GPU 0, too. Raises UserError if the device does not work here.
+    With `local_rank`, a process takes the GPU of that number. It becomes the current device, or
+    every process would hold memory of GPU 0, too. Raises UserError for a device that does not work.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,11 +113,10 @@ def usable_device(name: str, local_rank: int | None = None) -> torch.device:
 def wrap_model(
     model: GPT2, config: TrainConfig, world: World, varying: Sequence[str] = ()
 ) -> torch.nn.Module:
-    """The model as training calls it, with the same parameters.
+    """The model as training calls it: compiled if the config says so, in DDP under torchrun.
 
-    Compiled if the config says so; under torchrun DDP, which averages gradients. `varying` are the
-    dimensions of the model's arguments that differ from batch to batch, in the notation of
-    `torch.compiler.config.dynamic_sources`: without them it would be compiled again for each size.
+    `varying` are the dimensions of its arguments that differ from batch to batch, as
+    `torch.compiler.config.dynamic_sources` names them. Others are compiled for each size anew.
     """
     wrapped: torch.nn.Module = model
     if config.compile and has_compiler(world.device):
@@ -131,17 +129,12 @@ def wrap_model(
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile finds the compiler that it needs; prints one line if not.
-
-    That is a C++ compiler for the CPU, and a C compiler for a GPU, for which Triton writes C.
-    """
-    language, variable, names = "C++", "CXX", ("g++", "clang++")
-    if device.type == "cuda":
-        language, variable, names = "C", "CC", ("gcc", "clang")
-    if any(map(shutil.which, (os.environ.get(variable, names[0]), *names))):
+    """Whether torch.compile finds the compiler that it needs; prints one line if not."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if device.type == "cuda":  # Triton writes C
+        names = [os.environ.get("CC", ""), "gcc", "clang"]
+    if any(map(shutil.which, names)):
         return True
-    print(
-        f"train.compile: no {language} compiler found ({' or '.join(names)}); training eagerly",
-        file=sys.stderr,
-    )
+    wanted = " or ".join(names[1:])
+    print(f"train.compile: found no compiler ({wanted}); training eagerly", file=sys.stderr)
     return False

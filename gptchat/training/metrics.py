@@ -1,8 +1,8 @@
 """The figures of a model on text: token-weighted loss, perplexity and bits per byte.
 
 `sum_losses` adds up the cross-entropies of batches; `metrics` turns such a sum into figures. Sums
-and numbers of targets may be added up over batches and processes before that, so every target token
-counts alike. `PRECISIONS` and `autocast` say in which dtype a forward pass multiplies.
+and numbers of targets may be added over processes in between, so every target token counts alike.
+`PRECISIONS` and `autocast` say in which dtype a forward pass multiplies.
 """
 
 import math
@@ -27,7 +27,7 @@ class Metrics:
     perplexity: float  # e^loss
     bits_per_byte: float | None  # the loss of all targets in bits / n_bytes
     n_targets: int
-    n_bytes: int | None  # UTF-8 bytes of the text that the targets stand for
+    n_bytes: int | None  # UTF-8 bytes of the targets' text
 
 
 def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metrics:
@@ -35,9 +35,7 @@ def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metr
 
     The loss is NaN if there are no targets, bits per byte None if the bytes are not known.
     """
-    loss = math.nan
-    if n_targets:
-        loss = loss_sum / n_targets
+    loss = loss_sum / n_targets if n_targets else math.nan
     perplexity = math.inf if loss > 700 else math.exp(loss)  # a float ends at e^709
     bits_per_byte = None
     if n_bytes:
@@ -46,7 +44,7 @@ def metrics(loss_sum: float, n_targets: int, n_bytes: int | None = None) -> Metr
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> str:
-    """One of `PRECISIONS`; "auto" is bf16 where the device multiplies that, else fp32."""
+    """One of `PRECISIONS`; "auto" is bf16 if the device multiplies that, else fp32."""
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bfloat16(device) else "fp32"
@@ -68,7 +66,7 @@ def sum_losses(
 ) -> tuple[float, int]:
     """The sum of the cross-entropies (nats) of all targets of `batches`, and their number.
 
-    The model runs without dropout, and afterwards is in training mode again if it was before.
+    The model runs without dropout; its mode is restored.
     """
     was_training = model.training
     model.eval()

@@ -6,12 +6,9 @@ For a matrix W with gradient G, momentum m and learning rate lr:
     U  = orthogonalized(m M + (1 - m) G)      Nesterov's look ahead
     W <- (1 - lr * weight_decay) W - lr * sqrt(max(1, rows / columns)) U
 
-A parameter that stacks several matrices, such as the attention's queries, keys and values, is
-orthogonalised matrix by matrix (`parts`). torch.optim.Muon, which gives the same steps for a single
-matrix, takes such a parameter as one.
-
-Matrices of one shape are orthogonalised in one batch. bfloat16 is exact enough for that, and faster
-on a device that multiplies it; on others float32 is.
+Unlike in torch.optim.Muon, a parameter that stacks several matrices, such as the attention's
+queries, keys and values, is orthogonalised matrix by matrix (`parts`). Matrices of one shape are
+orthogonalised in one batch.
 """
 
 from collections import defaultdict
@@ -27,10 +24,9 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """U V^T, about, of the singular value decomposition U S V^T of each matrix (N, rows, columns).
+    """About U V^T of the singular value decomposition U S V^T of each matrix (N, rows, columns).
 
-    A Newton-Schulz iteration moves all singular values towards 1, into 0.7 to 1.2. It computes in
-    `dtype`, whatever that of the matrices.
+    A Newton-Schulz iteration in `dtype` moves all singular values into 0.7 to 1.2.
     """
     x = matrices.to(dtype)
     is_tall = x.shape[1] > x.shape[2]
@@ -45,10 +41,10 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
 
 
 class Muon(Optimizer):
-    """The optimizer of the module's docstring, for parameters of two dimensions.
+    """Muon for parameters of two dimensions.
 
-    A group's `parts` is the number of matrices that are stacked in each of its parameters, along
-    the first dimension. They are orthogonalised in `dtype`.
+    A group's `parts` is the number of matrices that each of its parameters stacks along the first
+    dimension. They are orthogonalised in `dtype`.
     """
 
     def __init__(

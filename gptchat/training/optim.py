@@ -1,12 +1,12 @@
 """Optimizers, the learning-rate schedule, and optimizer state under the names of its parameters.
 
 AdamW (Loshchilov & Hutter 2019, fused) updates every parameter, with weight decay on matrices only.
-With `optimizer = "muon"` the matrices of the transformer blocks go to Muon instead (muon.py). The
-learning rate is a pure function of the step number.
+With `optimizer = "muon"` the matrices of the transformer blocks go to Muon instead. The learning
+rate is a function of the step number.
 
-Muon orthogonalises in bfloat16 where the device multiplies that, which makes rounding differences
-larger: two processes sum gradients in another order than one, and after six steps their weights
-differ by 2e-3 with Muon in bfloat16, by 7e-6 with Muon in float32 and by 6e-6 with AdamW.
+Muon orthogonalises in bfloat16 if the device multiplies that. Rounding differences then grow: after
+six steps the weights of two processes, which sum gradients in another order, differ from those of
+one by 2e-3, with Muon in float32 or AdamW by 7e-6.
 """
 
 import math
@@ -31,10 +31,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 class Optimizers(Optimizer):
-    """Several optimizers as one: their groups are its groups, and a step is a step of all.
+    """Several optimizers as one: fp16's loss scaler skips the step of all or of none.
 
-    So fp16's loss scaler skips the step of all if a gradient of one is not finite. Each group keeps
-    its peak rate as `peak_lr`; `set_learning_rate` scales it.
+    Each group keeps its peak rate as `peak_lr`; `set_learning_rate` scales it.
     """
 
     def __init__(self, optimizers: list[Optimizer]):
@@ -89,8 +88,7 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> Optimizers:
 def lr_scale(step: int, total_steps: int, config: TrainConfig) -> float:
     """The share of the peak learning rate in `step`, counted from 0.
 
-    It grows linearly over the first `warmup_ratio` of all steps, then follows the schedule to
-    `min_lr_ratio`.
+    It grows linearly in the first `warmup_ratio` of all steps, then falls to `min_lr_ratio`.
     """
     warmup_steps = math.ceil(total_steps * config.warmup_ratio)
     if step < warmup_steps:
@@ -115,8 +113,7 @@ def clip_gradients(model: torch.nn.Module, max_grad_norm: float) -> Tensor:
 
 
 def optimizer_state(model: GPT2, optimizer: Optimizers) -> dict[str, Tensor]:
-    """Every state tensor, named `optimizer.<kind>.<parameter name>.<state key>`, for example
-    `optimizer.adamw.h.0.ln_1.weight.exp_avg`. Before its first step an optimizer has none."""
+    """Every state tensor by name, such as `optimizer.adamw.h.0.ln_1.weight.exp_avg`."""
     tensors: dict[str, Tensor] = {}
     for prefix, parameter, state in _named_states(model, optimizer):
         for key, value in state.get(parameter, {}).items():
@@ -125,7 +122,7 @@ def optimizer_state(model: GPT2, optimizer: Optimizers) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(model: GPT2, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_state`; passes over names that do not begin with `optimizer.`."""
+    """The inverse of `optimizer_state`; other tensors are ignored."""
     by_prefix: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         prefix, dot, key = name.rpartition(".")
@@ -136,8 +133,7 @@ def load_optimizer_state(model: GPT2, optimizer: Optimizers, tensors: dict[str, 
 
 
 def _named_states(model: GPT2, optimizer: Optimizers) -> Iterator[tuple[str, Tensor, dict]]:
-    """For each parameter of each optimizer: the prefix of its tensors' names, the parameter, and
-    the optimizer's state, a dictionary by parameter."""
+    """Prefix of its tensors' names, parameter and optimizer's state, for every parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for one in optimizer.optimizers:
         kind = type(one).__name__.lower()
