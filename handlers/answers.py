@@ -1,18 +1,17 @@
 """From the engine's outputs to what a client reads: one JSON object at the end, or events.
 
 An `Answer` is one HTTP request from its arrival to its last chunk. It has a `page` (the ready
-answer to a GET), or a `generation`, or an `error`, which may also end a generation. `drain` returns
-what is to be sent now; its first call settles status and content type, which go out with the first
-chunk. Each API has a subclass of `Generation`: its request, its answer and its events.
+answer to a GET), a `generation` or an `error`, which may also end a generation. Each API is a
+subclass of `Generation`: its request, its answer and its events.
 
-Invariants: a text is sent once, piece after piece, and the pieces joined are the whole text. The
-last event of each choice carries its finish reason. A streamed error comes as an event, any other
-error as the body, in OpenAI's shape.
+Invariants: the pieces of a stream, joined, are the whole text. The last event of each choice
+carries its finish reason. A streamed error is an event, any other error the body, in OpenAI's
+shape.
 """
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Struct, to_builtins
@@ -25,7 +24,7 @@ from gptchat.inference.text import StreamDecoder
 from handlers.body import Refusal
 from handlers.loop import Ticket
 from handlers.served_model import ServedModel
-from handlers.settings import Plan
+from handlers.settings import Plan, words
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -58,11 +57,7 @@ class Choice(CandidateText):
     """A candidate's text and log-probabilities, and how much of both has been sent."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Sequence[str],
-        beginning: Sequence[int],
-        echo: str,
+        self, tokenizer: Tokenizer, stop: Sequence[str], beginning: Sequence[int], echo: str
     ):
         super().__init__(tokenizer, stop, beginning, echo)
         self.index = 0  # in the answer
@@ -101,12 +96,11 @@ class Choice(CandidateText):
 class Generation:
     """What is generated for one request: n choices for each prompt, out of `plan.best_of`.
 
-    Where a choice is to be made, all candidates of a prompt are completed before `rank`, on the
-    decode thread, says which are the best; a stream then sends each at once.
+    If a choice is to be made, all candidates of a prompt are completed before `rank` runs on the
+    decode thread; a stream then sends each chosen text at once.
 
-    A subclass is an API. It says what can be asked for (`declare`), reads that into `requests` for
-    the engine, and shapes answers. `undeclared` are the fields of the body that `declare` lacks.
-    Its constructor raises Refusal, so that whatever becomes a generation can be served.
+    A subclass is an API. `declare` is its request's declaration; its constructor turns a checked
+    body (`asked`) into requests for the engine, and raises Refusal.
     """
 
     kind: ClassVar[str]  # of the metrics
@@ -122,31 +116,31 @@ class Generation:
         asked: Any,
         plan: Plan,
         requests: Sequence[Request],
-        stop: Sequence[str],
-        *,
         beginning: Sequence[int] = (),
         echo: bool = False,
-        ignored: Collection[str] = (),
     ):
         self.model = model
         self.id = id
         self.asked = asked
         self.requests = requests
-        self.ignored = ignored  # fields, as `unread.py` counts them
         self.stream: bool = asked.stream
         self.n: int = asked.n  # choices for each prompt
         self.pick = plan.pick
+        self.logprobs = plan.logprobs  # that the client asked for
+        self.echoes = echo  # the prompt's text comes before the answer
         self.began = time.monotonic()
         self.created = int(time.time())
         self.first_token = 0.0  # time.monotonic(), as `began`; 0: none yet
         self.n_cached = 0  # prompt tokens that the engine had in its cache
-        self.logprobs: int | None = None  # that the client asked for
+        self.frame_bytes = 500  # at most what the answer's JSON has besides its tokens
         self.tokenizer = model.generator.tokenizer
-        self.echoes = echo  # the prompt's text comes before the answer
         self.candidates: list[list[Choice]] = []  # of each prompt
         for request in requests:
             text = self.tokenizer.decode(list(request.input_ids)) if echo else ""
-            drawn = [Choice(self.tokenizer, stop, beginning, text) for _ in range(plan.best_of)]
+            drawn = [
+                Choice(self.tokenizer, words(asked.stop), beginning, text)
+                for _ in range(plan.best_of)
+            ]
             self.candidates.append(drawn)
         self.given: list[list[Choice]] = [[] for _ in requests]  # choices of each prompt
         self.best: list[Choice] = [drawn[0] for drawn in self.candidates]
@@ -157,7 +151,7 @@ class Generation:
 
     @classmethod
     def declare(cls, model: ServedModel) -> type[Struct]:
-        """The declaration of a request's body, with this model's limits."""
+        """The declaration of a request's body, with this model's limits and defaults."""
         raise NotImplementedError
 
     @property
@@ -174,11 +168,6 @@ class Generation:
         return sum(len(request.input_ids) for request in self.requests)
 
     @property
-    def frame_bytes(self) -> int:
-        """At most what the answer's JSON has besides its tokens."""
-        return 500
-
-    @property
     def n_new_tokens(self) -> int:
         return sum(choice.n_tokens for choice in self.choices)
 
@@ -188,10 +177,8 @@ class Generation:
         return sum(choice.n_tokens for drawn in self.candidates for choice in drawn)
 
     def take(self, prompt: int, output: Output) -> bool:
-        """Add an output of the request for prompt number `prompt`.
-
-        True if a stop string has just ended the candidate, which the engine cannot know.
-        """
+        """Add an output for prompt number `prompt`. True if a stop string has just ended the
+        candidate, which the engine then has to be told."""
         self.n_cached += output.n_cached
         if output.prompt_logprobs:
             self._take_prompt_scores(prompt, output.prompt_logprobs)
@@ -220,7 +207,7 @@ class Generation:
         return generator.rank(self.pick, self.requests[prompt], self.candidates[prompt])
 
     def choose(self, prompt: int, ranking: list[int]) -> None:
-        """Give the first n of a ranking; all of them in the order in which they were drawn."""
+        """Give the first n of a ranking. If all are given, they keep the order of drawing."""
         if self.given[prompt]:
             return
         drawn = self.candidates[prompt]
@@ -262,7 +249,8 @@ class Page(NamedTuple):
 
 
 class Answer:
-    """One HTTP request. Page, generation or error is set before the first `drain`."""
+    """One HTTP request. Page, generation or error is set before the first `drain`, which settles
+    status and content type: they go out with the first chunk."""
 
     def __init__(self, id: str):
         self.id = id
@@ -271,10 +259,8 @@ class Answer:
         self.generation: Generation | None = None
         self.error: Refusal | None = None
         self.tickets: list[Ticket] = []  # the requests to the engine for it
-        self.started = False  # whether the first chunk is out; it settles the next three
-        self.status = 200
+        self.status = 0  # not settled yet
         self.content_type = JSON
-        self.streams = False
 
     @property
     def done(self) -> bool:
@@ -282,26 +268,22 @@ class Answer:
 
     def drain(self) -> str:
         """What is to be sent now, "" for nothing."""
-        if not self.started:
-            self._start()
+        if not self.status:
+            self._settle()
         if self.page:
             return self.page.text
         bodies = [to_json(body) for body in self._bodies()]
-        if not self.streams:
+        if self.content_type != EVENTS:
             return "".join(bodies)
         events = "".join(f"data: {body}\n\n" for body in bodies)
         return events + LAST_EVENT if self.done else events
 
-    def _start(self) -> None:
-        """Settle what goes out with the first chunk."""
-        self.started = True
-        if self.error:
-            self.status = self.error.status
-        elif self.generation and self.generation.stream:
-            self.streams = True
-            self.content_type = EVENTS
-        elif self.page:
+    def _settle(self) -> None:
+        self.status = self.error.status if self.error else 200
+        if self.page:
             self.content_type = self.page.content_type
+        elif self.generation and self.generation.stream and not self.error:
+            self.content_type = EVENTS
 
     def _bodies(self) -> list[Struct]:
         """A stream's new events; otherwise the one body, once it is whole."""
@@ -309,13 +291,13 @@ class Answer:
             return [error_body(self.error)]
         if self.generation is None:
             return []
-        if self.streams:
+        if self.content_type == EVENTS:
             return self.generation.events()
         return [self.generation.whole()] if self.generation.done else []
 
 
 def to_json(body: Any) -> str:
-    """JSON in ASCII, which survives any client's and proxy's idea of the encoding."""
+    """JSON in ASCII, so that no client or proxy can decode it wrongly."""
     return json.dumps(to_builtins(body))
 
 

@@ -1,8 +1,7 @@
 """A request's JSON body, checked by its declaration.
 
-A declaration is a msgspec Struct: its types, ranges and defaults are what `check` goes by, and what
-the OpenAPI description shows (`routes.py`). A key with the value null counts as not given. Whatever
-is wrong with a request raises a `Refusal`.
+A declaration is a msgspec Struct, of which `routes.py` also makes the OpenAPI description. A key
+with the value null counts as not given. Whatever is wrong with a request raises a `Refusal`.
 """
 
 import json
@@ -11,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-# The names of one setting. On OpenAI's paths the first one that is given counts; the original's API
-# takes one at most.
+# The names of one setting. On OpenAI's paths the first one given counts; the original's API takes
+# only one.
 SYNONYMS = {
     "max_new_tokens": ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict"),
     "n": ("n", "num_return_sequences"),
@@ -50,14 +49,15 @@ def parse(body: Any) -> dict[str, Any]:
 def check(declared: type[msgspec.Struct], body: dict[str, Any]) -> Any:
     """The body as its declaration has it; a synonym's value is under the setting's own name.
 
-    Raises Refusal with the field, what was found and what is wanted. Unknown fields are refused if
-    the declaration forbids them, and are left out otherwise.
+    Raises Refusal with the field, what was found and what is wanted. Unknown fields are left out,
+    or refused if the declaration forbids them.
     """
     is_strict = declared.__struct_config__.forbid_unknown_fields
     given = [name for name in declared.__struct_fields__ if name in body]
-    for name in body.keys() - set(given) if is_strict else ():
-        message = f"{name!r:.60} is unknown here, or more than this model can do"
-        raise Refusal(message, param=f"{name:.60}")
+    unknown = [name for name in body if name not in declared.__struct_fields__]
+    if unknown and is_strict:
+        message = f"{unknown[0]!r:.60} is unknown here, or more than this model can do"
+        raise Refusal(message, param=f"{unknown[0]:.60}")
     for name in given:
         _check_characters(name, body[name])
     try:
@@ -85,8 +85,7 @@ def _check_characters(name: str, value: Any) -> None:
 
 
 def _refusal(problem: str, body: Any) -> Refusal:
-    """What msgspec says, such as "Expected `int` <= 16 - at `$.n`", with the value that it found
-    there."""
+    """What msgspec says, such as "Expected `int` <= 16 - at `$.n`", with the value found there."""
     problem, _, place = problem.replace("Expected", "wanted").partition(" - at ")
     steps = re.findall(r"\.(\w+)|\[(\d+)\]", place)
     if not steps:

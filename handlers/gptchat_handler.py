@@ -2,8 +2,7 @@
 
 With continuous batching TorchServe calls `handle` again and again with every live request. A
 request's body comes only with its first call. A client that has left is missing from the next one.
-Status and content type go out with the first chunk. `handle` must never raise: that would end
-every live request.
+Status and content type go out with the first chunk.
 """
 
 import logging
@@ -67,7 +66,7 @@ class GptchatHandler:
 
 
 def stopping_criterion(chunk: Chunk) -> Any:
-    """TorchServe calls it after a chunk: True ends the stream, False goes on, None: no stream."""
+    """What TorchServe calls after a chunk: True ends the stream, None says that it is none."""
     if not chunk.is_last:
         return more_to_come
     return whole_answer if chunk.is_first else end_of_stream
@@ -86,8 +85,7 @@ def whole_answer(text: str) -> None:
 
 
 def quiet_logging() -> None:
-    """Log a line per request, not per round, which would cost a third of a round; and none for a
-    mere mistake of a client's."""
+    """Have TorchServe log no line per round, which takes a third of it, nor for wrong JSON."""
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger().addFilter(
         lambda record: not record.getMessage().startswith(("Failed json", "Failed utf-8"))

@@ -4,11 +4,11 @@ The handler's thread puts requests, cancellations and the beginning of a round i
 the decode thread reads between two steps. At the end of a round all outputs since the last one go
 into the outbox, as one batch. Only the decode thread writes `failure` and `load`.
 
-A round costs TorchServe, the clients and us a millisecond or more, in which a small model makes
-several steps. So a round lasts ROUND_SECONDS. It ends early for the first token of a stream, for
-the end of an answer, and if the next step would take longer than what is left of the round.
+Handing over a batch costs a millisecond or more, in which a small model makes several steps, so a
+round lasts ROUND_SECONDS. It ends early for the first token of a stream, for the end of an answer,
+and if the next step would overrun it.
 
-TorchServe notices only in a round that a client has left, and begins none while nobody asks. So the
+TorchServe reports that a client has left only in a round, and begins none while nobody asks. So the
 decode thread makes at most MAX_STEPS_AHEAD steps between two rounds.
 """
 
@@ -25,7 +25,6 @@ from gptchat.inference.engine import Engine, Output, Request
 
 ROUND_SECONDS = 0.02  # 50 pieces of a stream's text a second
 MAX_STEPS_AHEAD = 4
-HURRY_SECONDS = 0.001  # time enough for a decode thread that has nothing to do
 
 
 @dataclass(eq=False)
@@ -34,6 +33,8 @@ class Ticket:
 
     request: Request
     stream: bool  # its first token ends a round
+    owner: Any = None  # whose it is, and
+    prompt: int = 0  # the number of the prompt there; both are not used here
     engine_id: int = 0
     has_token: bool = False
 
@@ -45,8 +46,8 @@ Result = tuple[Ticket, Any]
 class DecodeLoop(threading.Thread):
     """Runs `engine.step()` while there is work. A step that raises ends the thread.
 
-    `failure` is the exception that ended it. `load` is the number of slots in use and of requests
-    that wait for one, at the end of the last round.
+    `failure` is the exception that ended it. `load` is the number of slots in use and of waiting
+    requests, at the end of the last round.
     """
 
     def __init__(self, engine: Engine):
@@ -56,7 +57,6 @@ class DecodeLoop(threading.Thread):
         self.outbox: SimpleQueue[list[Result]] = SimpleQueue()
         self.failure: BaseException | None = None
         self.load = (0, 0)
-        self.asked = False  # the handler's thread's: its round has brought no batch yet
         # The decode thread's own:
         self.tickets: dict[int, Ticket] = {}  # by the engine's id
         self.batch: list[Result] = []
@@ -71,7 +71,7 @@ class DecodeLoop(threading.Thread):
     def cancel(self, ticket: Ticket, candidate: int | None = None) -> None:
         """Have the engine forget one candidate, or the whole request, whether it has ended or not.
 
-        The outbox may still hold outputs of it.
+        Outputs of it may still come.
         """
         self.inbox.put(partial(self._cancel, ticket, candidate))
 
@@ -80,22 +80,14 @@ class DecodeLoop(threading.Thread):
         self.inbox.put(partial(self._call, ticket, function))
 
     def collect(self, hurry: bool) -> list[Result]:
-        """Begin a round and wait for its batch.
+        """Make a round and return its batch. In a hurry it ends with the step under way.
 
-        In a hurry, return nothing if a step is under way; the next call gets the batch. Otherwise
-        wait: if a step never ends, TorchServe kills the worker after its `responseTimeout`.
+        If a step never ends, TorchServe kills the worker after its `responseTimeout`.
         """
         if self.failure:
             return []
-        if not self.asked:
-            self.inbox.put(partial(self._begin_round, time.monotonic() + ROUND_SECONDS))
-            self.asked = True
-        try:
-            batch = self.outbox.get(timeout=HURRY_SECONDS if hurry else None)
-        except Empty:
-            return []
-        self.asked = False
-        return batch
+        self.inbox.put(partial(self._begin_round, hurry))
+        return self.outbox.get()
 
     def run(self) -> None:
         try:
@@ -128,8 +120,7 @@ class DecodeLoop(threading.Thread):
             ticket.engine_id = self.engine.submit(ticket.request)
             self.tickets[ticket.engine_id] = ticket
         except Exception as error:
-            self.batch.append((ticket, error))
-            self.due = True
+            self._hand_over(ticket, error)
 
     def _cancel(self, ticket: Ticket, candidate: int | None) -> None:
         self.engine.cancel(ticket.engine_id, candidate)
@@ -138,17 +129,20 @@ class DecodeLoop(threading.Thread):
 
     def _call(self, ticket: Ticket, function: Callable[[], Any]) -> None:
         try:
-            result = function()
+            self._hand_over(ticket, function())
         except Exception as error:
-            result = error
+            self._hand_over(ticket, error)
+
+    def _hand_over(self, ticket: Ticket, result: Any) -> None:
         self.batch.append((ticket, result))
         self.due = True
 
-    def _begin_round(self, deadline: float) -> None:
-        self.deadline = deadline
+    def _begin_round(self, hurry: bool) -> None:
+        self.deadline = time.monotonic() + ROUND_SECONDS
+        self.due = self.due or hurry
 
     def _end_step(self, outputs: list[Output], seconds: float) -> None:
-        """Note the outputs of a step that took so many seconds."""
+        """Take in the outputs of a step that took so many seconds."""
         self.steps_ahead += 1
         for output in outputs:
             ticket = self.tickets[output.request_id]

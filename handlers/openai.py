@@ -1,7 +1,7 @@
 """OpenAI's completions and chat completions.
 
-Clients that were written for larger models are served as well as can be: a field that is not read
-is ignored if it may be (`unread.py`), and a length is cut down to what fits.
+They accept what clients of larger models send: an unknown field is ignored if it may be
+(`unread.py`), and a length is cut to what fits.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,13 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from gptchat.data.dialogue import SPEAKERS, TextTurn
 from gptchat.data.tokenizer import Tokenizer
-from gptchat.inference.engine import Request
 from gptchat.inference.pick import CANDIDATES
 from handlers.answers import Choice, Generation, ScoredToken
 from handlers.body import SYNONYMS, Refusal
 from handlers.original import MOST_TURNS
 from handlers.served_model import ServedModel
-from handlers.settings import MOST_ANSWERS, MOST_LOGPROBS, Plan, with_settings, words
-from handlers.unread import check_unread, counted_name
+from handlers.settings import MOST_ANSWERS, MOST_LOGPROBS, Plan, with_settings
+from handlers.unread import check_unread
 
 COMPLETION_TOKENS = 16  # OpenAI's default length of a completion
 
@@ -190,26 +189,6 @@ class OpenAIGeneration(Generation):
 
     id_prefix: ClassVar[str]
 
-    def __init__(
-        self,
-        model: ServedModel,
-        id: str,
-        asked: Any,
-        body: dict[str, Any],
-        plan: Plan,
-        requests: list[Request],
-        logprobs: int | None,
-        echo: bool = False,
-    ):
-        unread = {name: body[name] for name in body if name not in asked.__struct_fields__}
-        ignored = check_unread(unread)
-        options = body.get("stream_options", {}).keys() - {"include_usage"}
-        ignored |= set(map(counted_name, options))
-        super().__init__(
-            model, id, asked, plan, requests, words(asked.stop), echo=echo, ignored=ignored
-        )
-        self.logprobs = logprobs
-
     def event(self, choice: Choice) -> Struct:
         usage = None if self.asked.stream_options.include_usage else UNSET
         return self._frame(self.chunk, [self.piece(choice)], usage)
@@ -259,12 +238,11 @@ class Completions(OpenAIGeneration):
 
     def __init__(self, model: ServedModel, id: str, asked: Any, body: dict[str, Any]):
         if "messages" in body:
-            raise Refusal(
-                "completions take no messages: v1/chat/completions takes them", 400, "messages"
-            )
+            message = "completions take no messages: v1/chat/completions takes them"
+            raise Refusal(message, param="messages")
         keep_greedy_plain(asked, body)
-        logprobs = None if asked.logprobs is UNSET else asked.logprobs
         prompts = prompts_of(asked.prompt, model)
+        logprobs = None if asked.logprobs is UNSET else asked.logprobs
         plan = Plan(model, asked, logprobs=logprobs)
         if plan.pick == "mmi":
             message = "pick is 'mmi': a completion answers no context; wanted median or first"
@@ -279,7 +257,8 @@ class Completions(OpenAIGeneration):
             sampling = plan.sampling(model.n_ctx - len(ids), number)
             score = asked.echo and logprobs is not None
             requests.append(model.continuation(ids, sampling, plan.best_of, score))
-        super().__init__(model, id, asked, body, plan, requests, logprobs, asked.echo)
+        check_unread(body)
+        super().__init__(model, id, asked, plan, requests, echo=asked.echo)
 
     def piece(self, choice: Choice) -> Struct:
         return self._choice(choice, choice.unsent_text, choice.unsent_tokens)
@@ -308,15 +287,17 @@ class Chat(OpenAIGeneration):
     def __init__(self, model: ServedModel, id: str, asked: Any, body: dict[str, Any]):
         keep_greedy_plain(asked, body)
         logprobs = asked.top_logprobs if asked.logprobs else None
-        generator = model.generator
-        candidates = generator.candidates if generator.candidates > 1 else CANDIDATES
-        plan = Plan(model, asked, generator.default_pick, candidates, logprobs)
+        candidates = model.generator.candidates
+        if candidates == 1:
+            candidates = CANDIDATES
+        plan = Plan(model, asked, model.generator.default_pick, candidates, logprobs)
         turns = [turn for i, message in enumerate(asked.messages) for turn in said(message, i)]
         beginning: list[int] = []
         if turns and turns[-1][0] == SPEAKERS["assistant"]:
             beginning = model.encode(turns.pop()[1])
         request = model.reply(turns, beginning, plan.sampling(model.n_ctx), plan.best_of)
-        super().__init__(model, id, asked, body, plan, [request], logprobs)
+        check_unread(body)
+        super().__init__(model, id, asked, plan, [request])
 
     def piece(self, choice: Choice) -> Struct:
         delta = Delta(choice.unsent_text, "assistant" if choice.sent_nothing else UNSET)
@@ -332,8 +313,7 @@ class Chat(OpenAIGeneration):
 
 
 def keep_greedy_plain(asked: Any, body: dict[str, Any]) -> None:
-    """A client that asks for temperature 0, as lm-eval does, wants the likeliest tokens: the
-    model's own repetition penalty does not hold then."""
+    """Drop the model's own repetition penalty at temperature 0, which lm-eval sends."""
     penalty = SYNONYMS["repetition_penalty"]
     if body.get("temperature") == 0 and not any(name in body for name in penalty):
         asked.repetition_penalty = 1.0
@@ -347,9 +327,8 @@ def prompts_of(prompt: str | list[Any], model: ServedModel) -> Sequence[str | li
     for number, given in enumerate(prompts):
         place = "prompt" if prompts[0] is prompt else f"prompt[{number}]"
         if isinstance(given, int):
-            raise Refusal(
-                f"{place} is {given}, among texts; wanted a text or a list", 400, "prompt"
-            )
+            message = f"{place} is {given}, among texts; wanted a text or a list"
+            raise Refusal(message, param="prompt")
         for id in given if isinstance(given, list) else ():
             if not 0 <= id < n_vocab:
                 message = f"{place} has the id {id}; wanted ids from 0, below {n_vocab}"
@@ -374,13 +353,12 @@ def reason(choice: Choice) -> Any:
 
 
 def text_logprobs(tokenizer: Tokenizer, tokens: list[ScoredToken]) -> TextLogprobs:
-    """The drawn token is among the best ones, too."""
+    """The log-probabilities of tokens; the drawn one is listed among the best, too."""
     best_of_each: list[dict[str, float | None] | None] = []
     for _, scored in tokens:
-        best: dict[str, float | None] = {
-            token_name(tokenizer, id): logprob for id, logprob in scored.top
-        }
-        best[token_name(tokenizer, scored.token)] = scored.logprob
+        best: dict[str, float | None] = {}
+        for id, logprob in [*scored.top, (scored.token, scored.logprob)]:
+            best[token_name(tokenizer, id)] = logprob
         best_of_each.append(None if scored.logprob is None else best)
     return TextLogprobs(
         tokens=[token_name(tokenizer, scored.token) for _, scored in tokens],
@@ -391,21 +369,20 @@ def text_logprobs(tokenizer: Tokenizer, tokens: list[ScoredToken]) -> TextLogpro
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[ScoredToken]) -> ChatLogprobs:
-    def name_and_score(id: int, logprob: float | None) -> tuple[str, float | None, list[int]]:
-        return token_name(tokenizer, id), logprob, list(tokenizer.token_bytes[id])
-
+    """The log-probabilities of tokens, each with the best ones."""
     content = []
-    for _, scored in tokens:
-        best = [BestToken(*name_and_score(*pair)) for pair in scored.top]
-        content.append(ChatToken(*name_and_score(scored.token, scored.logprob), best))
+    for _, (drawn, logprob, top) in tokens:
+        best = [
+            BestToken(token_name(tokenizer, id), score, list(tokenizer.token_bytes[id]))
+            for id, score in top
+        ]
+        raw = list(tokenizer.token_bytes[drawn])
+        content.append(ChatToken(token_name(tokenizer, drawn), logprob, raw, best))
     return ChatLogprobs(content)
 
 
 def token_name(tokenizer: Tokenizer, id: int) -> str:
-    """A name that no other token has.
-
-    It is the token's text, `bytes:\\xe3` for a part of a character, `[SEP]` for a special token.
-    """
+    """The token's text, `bytes:\\xe3` for a part of a character, `[SEP]` for a special token."""
     raw = tokenizer.token_bytes[id]
     try:
         return raw.decode() or str(tokenizer.backend.id_to_token(id))

@@ -14,9 +14,10 @@ from gptchat.inference.pick import CANDIDATES
 from handlers.answers import Choice, Generation
 from handlers.body import SYNONYMS, Refusal
 from handlers.served_model import ServedModel
-from handlers.settings import Plan, with_settings, words
+from handlers.settings import Plan, with_settings
 
 MOST_TURNS = 1000
+NEW_TOKENS = 64  # default length of an answer
 
 
 class TextRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -72,23 +73,16 @@ class Original(Generation):
     @classmethod
     def declare(cls, model: ServedModel) -> type[Struct]:
         request = TurnsRequest if model.chats else TextRequest
-        return with_settings(
-            request,
-            cls.kind,
-            model,
-            model.original_new_tokens,
-            candidates=CANDIDATES,
-            longest=model.most_new_tokens,
-        )
+        new_tokens = min(NEW_TOKENS, model.chat_new_tokens if model.chats else model.n_ctx)
+        longest = model.most_new_tokens
+        return with_settings(request, cls.kind, model, new_tokens, CANDIDATES, longest)
 
     def __init__(self, model: ServedModel, id: str, asked: Any, body: dict[str, Any]):
         if asked.stream and not given(body, "n"):
             asked.n = 1
         if asked.stream and asked.n > 1:
             raise Refusal(f"n is {asked.n}, wanted 1 with stream", param="n")
-        self.request: dict[str, Any] = {
-            key: body[key] for key in ("context", "response") if key in body
-        }
+        self.request = {key: value for key, value in body.items() if key in ("context", "response")}
         plan = Plan(model, asked)
         beginning: list[int] = []
         if model.chats:
@@ -104,11 +98,8 @@ class Original(Generation):
                 found = f"it has {len(ids)} tokens, with {asked.max_new_tokens} to be generated"
                 raise model.too_long(found)
             request = model.continuation(ids, plan.sampling(room), plan.best_of, score=False)
-        super().__init__(model, id, asked, plan, [request], words(asked.stop), beginning=beginning)
-
-    @property
-    def frame_bytes(self) -> int:
-        return super().frame_bytes + len(json.dumps(self.request))
+        super().__init__(model, id, asked, plan, [request], beginning)
+        self.frame_bytes += len(json.dumps(self.request))
 
     def event(self, choice: Choice) -> OriginalEvent:
         return OriginalEvent(choice.unsent_text)

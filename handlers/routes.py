@@ -1,8 +1,7 @@
-"""The server's routes, and their OpenAPI description.
+"""The server's routes, the bound on the size of answers, and the OpenAPI description.
 
-POST goes to one of APIS; each declares its request, and the types of its answer and events. GET
-gets a `Page` that is ready when the server starts. The schemas are what msgspec makes of the
-declarations (JSON Schema, OpenAPI 3.1), so ranges and defaults are those of the running server.
+POST goes to one of APIS. GET gets a `Page` that is ready when the server starts. msgspec makes the
+description's schemas from the declarations, so ranges and defaults are the running server's.
 """
 
 import os
@@ -23,12 +22,12 @@ from handlers.unread import UNAVAILABLE
 APIS: tuple[type[Original | Completions | Chat], ...] = (Original, Completions, Chat)
 HTML = "text/html; charset=utf-8"
 
-# How large answers may become, in bytes of JSON. Java holds the answer of a client that does not
-# read in direct memory until the connection ends; without memory it drops its worker.
+# Bytes of JSON. Java holds an answer that a client does not read until the connection ends. Without
+# memory it drops its worker.
 LARGEST_ANSWER = 8 * 2**20
-LIVE_ANSWERS = 128 * 2**20  # all together that are being generated
-JAVA_MEMORY = 2**30  # resident, with what nobody reads; jvm.options allows as much direct memory
-SMALL_ANSWER = 2**16  # is always let in, so that small answers go on while others wait
+LIVE_ANSWERS = 128 * 2**20  # of all requests that are being answered
+JAVA_MEMORY = 2**30  # resident; jvm.options allows as much direct memory
+SMALL_ANSWER = 2**16  # is never refused
 
 NOTES = (
     "A key with the value null counts as not given. The original's API refuses any other unknown "
@@ -48,7 +47,7 @@ class Model(Struct):
 
 
 class ModelList(Struct):
-    """This one model."""
+    """The one model that is served here."""
 
     data: list[Model]
     object: Literal["list"] = "list"
@@ -67,7 +66,7 @@ class Routes:
 
     def __init__(self, model: ServedModel, page: str):
         self.model = model
-        self.requests = {api.path: api.declare(model) for api in APIS}
+        self.apis = {api.path: (api, api.declare(model)) for api in APIS}
         itself = Model(model.name)
         self.pages = {
             "v1/models": Page(JSON, to_json(ModelList([itself]))),
@@ -81,7 +80,7 @@ class Routes:
         """The answer to a request without a body. Raises Refusal."""
         if path in self.pages:
             return self.pages[path]
-        if path in self.requests:
+        if path in self.apis:
             raise Refusal("the body is empty; wanted a JSON object, by POST")
         if path.startswith("v1/models/"):
             message = f"no such model: this is {self.model.name}"
@@ -91,23 +90,22 @@ class Routes:
     def post(self, path: str, body: Any, id: str, live: Iterable[Generation]) -> Generation:
         """What is to be generated for a request beside the `live` ones. Raises Refusal."""
         values = parse(body)
-        if path not in self.requests:
+        if path not in self.apis:
             raise self._no_path(path)
-        (api,) = [api for api in APIS if api.path == path]
+        api, request = self.apis[path]
         name = values.get("model", self.model.name)
-        if issubclass(self.requests[path], OpenAIRequest) and name != self.model.name:
+        if issubclass(request, OpenAIRequest) and name != self.model.name:
             message = f"no model {name!r:.60}: this is {self.model.name}"
             raise Refusal(message, 404, "model", "model_not_found")
         if api is Chat and not self.model.chats:
             message = f"{self.model.name} continues texts and does not chat: use v1/completions"
             raise Refusal(message)
-        asked = check(self.requests[path], values)
-        generation = api(self.model, id, asked, values)
+        generation = api(self.model, id, check(request, values), values)
         check_size(generation, live)
         return generation
 
     def _no_path(self, path: str) -> Refusal:
-        paths = [path for path in [*self.requests, *self.pages] if path]
+        paths = [path for path in [*self.apis, *self.pages] if path]
         return Refusal(f"no such path: {path[:60]!r}; wanted one of {', '.join(paths)}", 404)
 
 
@@ -115,7 +113,7 @@ class Routes:
 
 
 def check_size(generation: Generation, live: Iterable[Generation]) -> None:
-    """Raise Refusal for an answer that is too large, by itself or beside what Java may hold."""
+    """Raise Refusal for an answer that could become too large, alone or with what Java holds."""
     own = answer_bytes(generation)
     if own > LARGEST_ANSWER:
         message = f"the answer could have {own / 2**20:.1f} MB, wanted at most"
@@ -129,21 +127,21 @@ def check_size(generation: Generation, live: Iterable[Generation]) -> None:
 
 
 def answer_bytes(generation: Generation) -> int:
-    """How large an answer's JSON can become, but for unusually long tokens."""
+    """The largest size of an answer's JSON, unless tokens are unusually long."""
     text, event, logprob = 16, 320, 100  # bytes: of a token, what is around it, its logprob
     per_token = text
     if generation.logprobs is not None:
         per_token += (1 + generation.logprobs) * logprob
     n_new = sum(request.sampling.max_new_tokens for request in generation.requests)
     n_echoed = generation.n_prompt_tokens if generation.echoes else 0
-    total = generation.n * (n_new + n_echoed) * per_token
+    per_candidate = (n_new + n_echoed) * per_token
     if generation.stream:
-        total += generation.n * n_new * event
-    return generation.frame_bytes + total
+        per_candidate += n_new * event
+    return generation.frame_bytes + generation.n * per_candidate
 
 
 def java_bytes() -> int:
-    """Resident memory of Java, which is this process's parent; 0 where /proc has no such file."""
+    """Resident memory of Java, this process's parent; 0 if /proc does not have it."""
     try:
         pages = Path(f"/proc/{os.getppid()}/statm").read_text().split()[1]
     except OSError:
@@ -156,7 +154,6 @@ def java_bytes() -> int:
 
 def describe(model: ServedModel) -> dict[str, Any]:
     """The OpenAPI description of one model's API, as JSON values."""
-    root = f"/predictions/{model.name}"
     apis = [api for api in APIS if model.chats or api is not Chat]
     requests = {api: api.declare(model) for api in apis}
     types = [*requests.values(), *(api.whole_answer for api in apis), *(api.chunk for api in apis)]
@@ -169,25 +166,34 @@ def describe(model: ServedModel) -> dict[str, Any]:
         if issubclass(request, OpenAIRequest):
             properties = schemas[request.__name__]["properties"]
             properties["model"] = {"const": model.name}
-            properties |= {
-                name: {"enum": [*unavailable.neutral, None]}
-                for name, unavailable in UNAVAILABLE.items()
-            }
-    errors = _errors(reference)
+            for name, unavailable in UNAVAILABLE.items():
+                properties[name] = {"enum": [*unavailable.neutral, None]}
+
+    any_error = {"anyOf": [reference[Error], reference[TorchServeError]]}
+    errors = {
+        "4XX": _response("what is wrong with the request", {JSON: any_error}),
+        "413": {"description": "the body is larger than max_request_size; it has no body"},
+        "500": _response(
+            "TorchServe's own answer to a form that it cannot decode", {JSON: any_error}
+        ),
+        "503": _response(
+            "the server is full, stopping or restarting: try later", {JSON: any_error}
+        ),
+    }
+    root = f"/predictions/{model.name}"
     paths: dict[str, Any] = {}
     for api, request in requests.items():
-        content = {
-            JSON: {"schema": reference[api.whole_answer]},
-            EVENTS: {"schema": {"type": "string"}, "x-event": reference[api.chunk]},
-        }
-        paths[_full(root, api.path)] = {
+        answer = _response("the answer", {JSON: reference[api.whole_answer]})
+        events = {"schema": {"type": "string"}, "x-event": reference[api.chunk]}
+        answer["content"][EVENTS] = events
+        paths[f"{root}/1.0/{api.path}" if api.path else root] = {
             "post": {
                 "summary": (api.__doc__ or "").partition("\n")[0],
                 "requestBody": {
                     "required": True,
                     "content": {JSON: {"schema": reference[request]}},
                 },
-                "responses": errors | {"200": {"description": "the answer", "content": content}},
+                "responses": errors | {"200": answer},
             }
         }
     pages = {
@@ -196,13 +202,11 @@ def describe(model: ServedModel) -> dict[str, Any]:
         "v1/openapi.json": {"type": "object"},
     }
     for path, schema in pages.items():
-        content = {JSON: {"schema": schema}}
-        ok = {"200": {"description": path, "content": content}}
-        paths[_full(root, path)] = {"get": {"responses": errors | ok}}
+        responses = errors | {"200": _response(path, {JSON: schema})}
+        paths[f"{root}/1.0/{path}"] = {"get": {"responses": responses}}
     if model.chats:
-        content = {"text/html": {"schema": {"type": "string"}}}
-        ok = {"200": {"description": "the chat page", "content": content}}
-        paths[root]["get"] = {"responses": ok}
+        page = _response("the chat page", {"text/html": {"type": "string"}})
+        paths[root]["get"] = {"responses": {"200": page}}
     return {
         "openapi": "3.1.0",
         "info": {"title": f"gptchat: {model.name}", "version": "1.0.0", "description": NOTES},
@@ -211,18 +215,7 @@ def describe(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _full(root: str, path: str) -> str:
-    return f"{root}/1.0/{path}" if path else root
-
-
-def _errors(reference: dict[Any, Any]) -> dict[str, Any]:
-    any_error = {"anyOf": [reference[Error], reference[TorchServeError]]}
-    texts = {
-        "4XX": "what is wrong with the request",
-        "500": "TorchServe's own answer to a form that it cannot decode",
-        "503": "the queue is full, or the server is stopping or restarting: try later",
-    }
-    content = {JSON: {"schema": any_error}}
-    errors = {status: {"description": text, "content": content} for status, text in texts.items()}
-    errors["413"] = {"description": "the body is larger than max_request_size; it has no body"}
-    return errors
+def _response(description: str, schemas: dict[str, Any]) -> dict[str, Any]:
+    """A response of the description, by content type."""
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
+    return {"description": description, "content": content}

@@ -1,8 +1,4 @@
-"""The model that one worker serves, with its engine and the server's settings, and its prompts.
-
-The engine gets as many slots as `settings.slots` asks for and `settings.cache_mb` has memory for.
-`generator.engine.slots` is their number; the settings never change.
-"""
+"""The model that one worker serves, with its engine and the server's settings, and its prompts."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +19,11 @@ from gptchat.model.gpt2 import GPT2Config
 from gptchat.runtime import default_device, tune_memory
 from handlers.body import Refusal
 
-ORIGINAL_NEW_TOKENS = 64
-
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model under the name that clients use for it. Prompts that cannot be raise Refusal."""
+    """A model under the name that clients use for it. Its methods raise Refusal for a prompt that
+    cannot be answered."""
 
     name: str
     generator: TextGenerator
@@ -47,24 +42,18 @@ class ServedModel:
         return min(self.settings.max_new_tokens, self.n_ctx)
 
     @property
-    def original_new_tokens(self) -> int:
-        """The original API's default length of an answer."""
-        return min(ORIGINAL_NEW_TOKENS, self.chat_new_tokens if self.chats else self.n_ctx)
-
-    @property
     def chat_new_tokens(self) -> int:
-        """A message's default length: the terminal's, with half the context for the dialogue."""
+        """The default length of a message, at most half of the context."""
         return min(self.generator.sampling.max_new_tokens, self.n_ctx // 2)
 
     @cached_property
     def longest_text(self) -> int:
         """Characters that a full context can hold; longer texts are refused unencoded."""
-        longest_token = max(map(len, self.generator.tokenizer.token_bytes))
-        return self.n_ctx * longest_token
+        return self.n_ctx * max(map(len, self.generator.tokenizer.token_bytes))
 
     def too_long(self, found: str) -> Refusal:
-        """Clients know this mistake by its code, or by these words: litellm by the first ones, as
-        OpenAI's, langchain by "prompt is too long"."""
+        """Clients know this mistake by its code or its words: litellm by the first ones, langchain
+        by "prompt is too long"."""
         length = f"This model's maximum context length is {self.n_ctx} tokens"
         message = f"{length} and the prompt is too long: {found}"
         return Refusal(message, code="context_length_exceeded")
@@ -75,7 +64,7 @@ class ServedModel:
         return self.generator.tokenizer.encode(text)
 
     def prompt(self, given: str | list[int]) -> list[int]:
-        """The ids of a text, or ids, to be continued; an empty one starts from [EOS]."""
+        """The ids of a text to be continued; an empty one starts from [EOS]."""
         ids = self.encode(given) if isinstance(given, str) else given
         eos_id = self.generator.tokenizer.eos_id
         if not ids and not 0 <= eos_id < self.generator.n_vocab:
@@ -85,7 +74,7 @@ class ServedModel:
         return ids or [eos_id]
 
     def continuation(self, ids: list[int], sampling: Sampling, n: int, score: bool) -> Request:
-        """A ChatLM takes the prompt for the responder's words."""
+        """A ChatLM continues the prompt as the responder's words."""
         types = [1] * len(ids) if self.chats else None
         return Request(ids, types, sampling, n, self.generator.stop_ids, score)
 
@@ -94,8 +83,7 @@ class ServedModel:
     ) -> Request:
         """The dialogue's next turn, which starts with `beginning`.
 
-        The oldest turns are dropped until the answer has room; turns that cannot fit are not even
-        encoded.
+        The oldest turns are dropped until the answer has room; what cannot fit is not encoded.
         """
         if not beginning and not any(text for _, text in turns):
             raise Refusal("the conversation has no text; wanted some to answer")
@@ -116,17 +104,15 @@ class ServedModel:
 
 def slots_that_fit(config: GPT2Config, settings: ServerSettings) -> int:
     """How many sequences the KV cache holds: limited by `slots` and `cache_mb`, at least one."""
-    bytes_per_float = 4
-    keys_and_values = 2 * config.n_layer * config.n_embd * config.n_positions
-    slots_in_memory = settings.cache_mb * 2**20 // (keys_and_values * bytes_per_float)
-    return max(1, min(settings.slots, slots_in_memory))
+    bytes_per_slot = 2 * 4 * config.n_layer * config.n_embd * config.n_positions  # float32
+    return max(1, min(settings.slots, settings.cache_mb * 2**20 // bytes_per_slot))
 
 
 def load_served_model(directory: Path, name: str, settings: ServerSettings) -> ServedModel:
     """Read a model directory and start an engine, which then has run once. Raises UserError.
 
-    It runs in a thread that ends with it: each thread that computes keeps OpenMP threads of its
-    own, and with more of them than cores a step of a small model takes two to three times as long.
+    This happens in a thread of its own, which ends: each thread that computes keeps OpenMP threads,
+    and with more of them than cores a step takes two to three times as long.
     """
     with ThreadPoolExecutor(1, "load") as thread:
         return thread.submit(_load, directory, name, settings).result()

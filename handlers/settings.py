@@ -1,8 +1,7 @@
-"""The settings that a request of every API may choose, and the plan that they make.
+"""The settings that every API has, and the plan that a request's settings make.
 
-Numbers, ranges and help are those of `sampling.SETTINGS`. The limits here are constants: they bound
-what one request can cost, and are far above what people ask for. `python -m handlers.settings`
-writes the tables in handlers/README.md.
+Numbers, ranges and help are those of `sampling.SETTINGS`. The constants here bound what one request
+can cost. `python -m handlers.settings` writes the tables in handlers/README.md.
 """
 
 from typing import Annotated, Any, Literal
@@ -34,14 +33,8 @@ BadWords = Word | Annotated[list[Word], Meta(max_length=MOST_BAD_WORDS)]
 TokenId = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,8})$")]  # JSON's keys are strings
 Bias = Annotated[float, Meta(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
 Biases = Annotated[dict[TokenId, Bias], Meta(max_length=MOST_BIASES)]
-Seed = Annotated[
-    int,
-    Meta(
-        ge=-(1 << 63),
-        le=(1 << 63) - 1,
-        description="the same seed gives the same answer; -1: another each time",
-    ),
-]
+SEED_HELP = "the same seed gives the same answer; -1: another each time"
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1, description=SEED_HELP)]
 
 
 def with_settings(
@@ -54,28 +47,34 @@ def with_settings(
 ) -> type[Struct]:
     """A request's declaration with the settings of all APIs beside its own fields.
 
-    The model's own settings are the defaults. `new_tokens` and `candidates` are those of the length
-    and of `n`; `longest` is the largest length that may be asked for.
+    The model's own settings are the defaults, but for the length (`new_tokens`, at most `longest`)
+    and for `n` (`candidates`).
     """
-    most = min(MOST_CANDIDATES, model.generator.engine.slots)
-    help = SETTINGS["max_new_tokens"].help
-    fields: dict[str, tuple[Any, Any]] = {
-        setting: (_number(setting), getattr(model.generator.sampling, setting))
-        for setting in SETTINGS
-    }
-    fields["max_new_tokens"] = Annotated[int, Meta(ge=0, le=longest, description=help)], new_tokens
-    n_help = "candidates; one if they are streamed in the original's API"
-    fields["n"] = Annotated[int, Meta(ge=1, le=most, description=n_help)], min(candidates, most)
-    best_help = "candidates drawn for each prompt, of which the n best are given"
     slots = model.generator.engine.slots
-    best_of = Annotated[int, Meta(ge=1, le=slots, description=best_help)]
-    fields["best_of"] = best_of | UnsetType, UNSET
-    fields["pick"] = Literal[PICKS] | UnsetType, UNSET
-    fields["logit_bias"] = Biases, {}
-    fields["seed"] = Seed | UnsetType, UNSET
-    fields["stop"] = Stops, []
-    fields["bad_words"] = BadWords, []
-    fields["stream"] = bool, False
+    most = min(MOST_CANDIDATES, slots)
+    n_help = "candidates; one if they are streamed in the original's API"
+    best_help = "candidates drawn for each prompt, of which the n best are given"
+    fields: dict[str, tuple[Any, Any]] = {
+        setting: (
+            _number(setting, declared.rules["min"], declared.rules.get("max", LARGEST_INTEGER)),
+            getattr(model.generator.sampling, setting),
+        )
+        for setting, declared in SETTINGS.items()
+    }
+    fields |= {
+        "max_new_tokens": (_number("max_new_tokens", 0, longest), new_tokens),
+        "n": (Annotated[int, Meta(ge=1, le=most, description=n_help)], min(candidates, most)),
+        "best_of": (
+            Annotated[int, Meta(ge=1, le=slots, description=best_help)] | UnsetType,
+            UNSET,
+        ),
+        "pick": (Literal[PICKS] | UnsetType, UNSET),
+        "logit_bias": (Biases, {}),
+        "seed": (Seed | UnsetType, UNSET),
+        "stop": (Stops, []),
+        "bad_words": (BadWords, []),
+        "stream": (bool, False),
+    }
     for setting, names in SYNONYMS.items():
         kind, default = fields[setting]
         mark = Meta(extra_json_schema={"x-setting": setting})
@@ -85,10 +84,9 @@ def with_settings(
     return defstruct(name, declared, bases=(request,), kw_only=True)
 
 
-def _number(name: str) -> Any:
-    """The type of a setting that `sampling.SETTINGS` declares."""
+def _number(name: str, low: float, high: float) -> Any:
+    """The type of a setting that `sampling.SETTINGS` declares, within a range."""
     declared = SETTINGS[name]
-    low, high = declared.rules["min"], declared.rules.get("max", LARGEST_INTEGER)
     return Annotated[declared.type, Meta(ge=low, le=high, description=declared.help)]
 
 
@@ -97,9 +95,10 @@ def words(given: str | list[str]) -> tuple[str, ...]:
 
 
 class Plan:
-    """How the candidates of a request are drawn, and by which rule `pick` the best are chosen.
+    """How a request's candidates are drawn: `best_of` for each prompt, the best chosen by `pick`.
 
-    `best_of` candidates are drawn for each prompt. Raises Refusal.
+    More than n are drawn if `best_of` asks for it, or by default for a single answer that is not
+    greedy. Raises Refusal.
     """
 
     def __init__(
@@ -110,7 +109,18 @@ class Plan:
         default_best_of: int = 1,
         logprobs: int | None = None,
     ):
-        self.pick, self.best_of = _choice(asked, default_pick, default_best_of)
+        self.logprobs = logprobs
+        self.pick = default_pick if asked.pick is UNSET else asked.pick
+        if asked.best_of is UNSET:
+            is_plain = self.pick == "first" or asked.n > 1 or asked.temperature == 0
+            self.best_of = asked.n if is_plain else default_best_of
+        else:
+            self.best_of = asked.best_of
+            if self.best_of < asked.n:
+                message = f"best_of is {self.best_of}; wanted at least n, {asked.n}"
+                raise Refusal(message, param="best_of")
+            if asked.pick is UNSET and self.pick == "first":
+                self.pick = "median"
         try:
             model.generator.check_pick(self.pick, model.generator.task)
         except ValueError as error:
@@ -121,7 +131,7 @@ class Plan:
                 message = f"logit_bias names token {id}; wanted ids below {tokenizer.vocab_size}"
                 raise Refusal(message, param="logit_bias")
         if self.best_of > 1 and self.pick == "mmi":
-            logprobs = logprobs or 0
+            logprobs = logprobs or 0  # which mmi needs
         asked.seed = chosen_seed(ANOTHER_SEED if asked.seed is UNSET else asked.seed)
         forbidden = words(asked.bad_words)
         self.most_new_tokens = min(asked.max_new_tokens, model.most_new_tokens)
@@ -133,27 +143,10 @@ class Plan:
         }
 
     def sampling(self, room: int, number: int = 0) -> Sampling:
-        """For prompt `number`, beside which `room` tokens are left of the context.
-
-        Each prompt draws its own noise: it is answered as alone with the seed + number.
-        """
+        """For prompt `number`, which leaves `room` tokens of the context. Its seed is the request's
+        plus the number."""
         values = self.values | {"max_new_tokens": min(self.most_new_tokens, room)}
         return Sampling(**values).for_item(number)
-
-
-def _choice(asked: Any, default_pick: str, default_best_of: int) -> tuple[str, int]:
-    """The rule, and among how many. More than are wanted are drawn if that is asked for, or by
-    default for a single answer that is not greedy."""
-    pick = default_pick if asked.pick is UNSET else asked.pick
-    if asked.best_of is UNSET:
-        is_plain = pick == "first" or asked.n > 1 or asked.temperature == 0
-        return pick, asked.n if is_plain else default_best_of
-    if asked.best_of < asked.n:
-        message = f"best_of is {asked.best_of}; wanted at least n, {asked.n}"
-        raise Refusal(message, param="best_of")
-    if pick == "first" and asked.pick is UNSET:
-        pick = "median"
-    return pick, asked.best_of
 
 
 def tables() -> dict[str, str]:

@@ -1,8 +1,7 @@
-"""The chat page: page.html with its style and scripts put in, and what it must know of the server.
+"""The chat page: page.html with its style, its scripts and facts about the server put in.
 
-It goes out as one file: TorchServe serves no files, and a page that needs no second request works
-behind any key or proxy. Its Content-Security-Policy admits these styles and scripts by their
-SHA-256, and no others.
+It is one file, since TorchServe serves none, and a page without a second request works behind any
+key or proxy. Its Content-Security-Policy admits only these styles and scripts, by their SHA-256.
 """
 
 import json
@@ -18,14 +17,14 @@ from handlers.original import MOST_TURNS
 FOLDER = Path(__file__).parent
 STYLE = re.compile(r'<link rel="stylesheet" href="([\w.]+)">')
 SCRIPT = re.compile(r'<script src="([\w.]+)"></script>')
-NOT_SETTINGS = {"context", "response", "stream"}  # keys of the original's API that the page fills
+NOT_SETTINGS = {"context", "response", "stream"}  # keys that the page itself fills
 
 
 def render_page(name: str, models: Sequence[str], description: Mapping[str, Any]) -> str:
     """The HTML of the page for the model `name`.
 
-    A person can choose between `models`, the names of all that have such a page. The settings that
-    the page shows come from this model's OpenAPI `description`.
+    `models` are the names of all models that have such a page. The settings that the page shows
+    come from this model's OpenAPI `description`.
     """
     html = (FOLDER / "page.html").read_text(encoding="utf-8")
     html, styles = _put_in(html, STYLE, "style")
@@ -57,7 +56,7 @@ def _put_in(html: str, reference: re.Pattern[str], tag: str) -> tuple[str, str]:
 def _settings(schemas: Mapping[str, Any]) -> dict[str, Any]:
     """The schemas of the settings that both APIs have, each under the first of its names.
 
-    The page asks OpenAI's, so the defaults are from there, but for the number of candidates.
+    The defaults are those of OpenAI's API, which the page uses, except for `n`.
     """
     original, chat = [schemas[name]["properties"] for name in ("original", "chat")]
     settings = {"n": original["n"]}
