@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import run
 
 from gptchat.data import corpora
 from gptchat.data.dialogue_files import read_prompts
@@ -245,7 +246,6 @@ def test_real_runs_from_own_files_and_what_happens_when_they_change(real: Projec
     assert (real.folder / "out/bard-tokenizer/tokenizer.json").read_bytes() == vocabulary
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -255,25 +255,18 @@ def test_real_runs_from_own_files_and_what_happens_when_they_change(real: Projec
     ],
 )
 def test_a_mistake_in_a_config_stops_before_training(
-    real: Project, change: tuple[str, str], message: str
+    real: Project, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], message: str
 ) -> None:
+    monkeypatch.chdir(real.folder)
     real.write("configs/bard/lm.toml", LM.replace(*change))
-    output = real.make("lm", BARD, status=2)
+    output = run("train", "--config", "configs/bard/lm.toml", status=2)
     assert message in output and "error: " in output
     assert not (real.folder / "out/bard").exists()
 
 
-@pytest.mark.slow
-def test_without_test_files_a_run_ends_well(real: Project) -> None:
+def test_without_test_files_a_run_ends_well(real: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(real.folder)
     real.write("configs/bard/lm.toml", LM.replace('test = ["held/test.txt"]', ""))
-    output = real.make("lm", BARD)
+    run("train", "--config", "configs/bard/lm.toml")
+    output = run("evaluate", "--config", "configs/bard/lm.toml")
     assert "configs/bard/lm.toml: names no test files, so there are no figures" in output
-
-
-@pytest.mark.slow
-def test_several_processes_make_vocabulary_and_shards_first(real: Project) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    words = ["2", "-m", "gptchat.train", "--config", "configs/bard/lm.toml"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*torchrun, *words], cwd=real.folder, env=environment, check=True, timeout=300)
-    assert (real.folder / "out/bard/model/model.safetensors").is_file()

@@ -80,8 +80,10 @@ def test_workers_end_with_a_torchrun_that_is_killed(small: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line(small: Path, tmp_path: Path) -> None:
-    process = start(small, "lm", tmp_path, *TWO, processes=2)
-    wait_until(lambda: n_reports(tmp_path) > 0, process, 300)
+    """That of a run on fresh text, which makes its vocabulary and shards first."""
+    fresh = (f"tokenizer.dir={tmp_path}/tokenizer", f"data.shards={tmp_path}/shards")
+    process = start(small, "lm", tmp_path / "run", *fresh, *TWO, processes=2)
+    wait_until(lambda: n_reports(tmp_path / "run") > 0, process, 300)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     output = finish(process, 1)
     lines = [line for line in output.splitlines() if "error: process " in line]
