@@ -1,9 +1,14 @@
 """Requests that try to do harm, against a real server: what it answers, and what its log says."""
 
 import contextlib
+import http.client
 import json
 import re
 import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,13 +21,18 @@ torch.set_num_threads(1)
 CANARY = "Zanzibar"
 FORM = {"content-type": "application/x-www-form-urlencoded"}
 MULTIPART = {"content-type": "multipart/form-data; boundary=x"}
+ATTACKERS = 20
+HONEST = 5
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
-    model = tiny_model(folder / "chatlm", "chatlm")
-    server = Server(folder / "run", {"chatlm": model}).wait_until_ready()
+    models = {
+        "chatlm": tiny_model(folder / "chatlm", "chatlm"),
+        "lm": tiny_model(folder / "lm", "lm", n_positions=256),
+    }
+    server = Server(folder / "run", models).wait_until_ready()
     yield server
     server.stop()
 
@@ -196,12 +206,83 @@ def test_client_that_closes_its_sending_half_is_cut_off_and_disturbs_nobody(serv
 
 
 def test_ping_is_healthy_without_a_worker_and_the_probe_of_the_readme_is_not(server):
-    (worker,) = server.workers()
-    worker.suspend()
+    workers = server.workers()
+    for worker in workers:
+        worker.suspend()
     try:
         assert b"Healthy" in exchange(server.port, request("/ping"))
         probe = request("/predictions/chatlm/1.0/v1/models")
         assert exchange(server.port, probe, seconds=3) == b""
     finally:
-        worker.resume()
+        for worker in workers:
+            worker.resume()
     assert exchange(server.port, probe, seconds=30).startswith(b"HTTP/1.1 200")
+
+
+def test_drawn_requests_are_answered_as_described(server, tmp_path):
+    root = f"http://127.0.0.1:{server.port}"
+    checks = ("not_a_server_error", "status_code_conformance", "content_type_conformance")
+    command = [sys.executable, "-m", "schemathesis.cli", "run", "--url", root]
+    command += ["--checks", ",".join([*checks, "response_schema_conformance"])]
+    command += ["--phases", "fuzzing", "--mode", "all", "--max-examples", "20", "--seed", "1"]
+    command += ["--suppress-health-check", "all", "--no-color", "--generation-database", "none"]
+    command += [f"{root}/predictions/chatlm/1.0/v1/openapi.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+# Clients that ask for much and read nothing.
+
+
+def send_unread(server, body):
+    """A connection with a small receive buffer that has sent a request and reads no answer."""
+    raw = json.dumps(body).encode()
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", server.port))
+    head = f"POST /predictions/lm/1.0/v1/completions HTTP/1.1\r\nHost: localhost:{server.port}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    connection.sendall(head.encode() + raw)
+    return connection
+
+
+def status_of(connection):
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response.status
+
+
+def ask_until(server, attacked):
+    """The statuses that an honest client got, from before the attack to after it."""
+    statuses = []
+    while not attacked.is_set() or len(statuses) < 5:
+        body = {"prompt": "good morning", "max_tokens": 20, "logprobs": 2}
+        statuses.append(server.post("lm/1.0/v1/completions", body, timeout=60)[0])
+    return statuses
+
+
+def attack(server, body):
+    """Statuses that attackers and honest clients got, and the workers before and after."""
+    attacked = threading.Event()
+    before = {worker.pid for worker in server.workers()}
+    with ThreadPoolExecutor(HONEST) as pool:
+        honest = [pool.submit(ask_until, server, attacked) for _ in range(HONEST)]
+        connections = [send_unread(server, body) for _ in range(ATTACKERS)]
+        try:
+            refused = [status_of(connection) for connection in connections]
+        finally:
+            attacked.set()
+            statuses = [status for client in honest for status in client.result(120)]
+            for connection in connections:
+                connection.close()
+    return refused, statuses, before, {worker.pid for worker in server.workers()}
+
+
+@pytest.mark.slow
+def test_many_large_answers_are_refused_together_while_honest_clients_go_on(server):
+    body = {"prompt": [[7] * 250] * 15, "echo": True, "logprobs": 20, "max_tokens": 1}
+    refused, statuses, before, after = attack(server, body)
+    assert set(refused) <= {200, 503} and 503 in refused
+    assert set(statuses) == {200}
+    assert before == after and len(before) == 2
