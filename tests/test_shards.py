@@ -514,15 +514,3 @@ def test_memory_is_flat_in_the_size_of_the_input(lm, chat, tmp_path, monkeypatch
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + 100_000
-
-
-def test_default_tokenizers_fall_back_where_words_would_differ(folder):
-    tokenizer = Tokenizer.load(folder / "bpe")
-    settings = json.loads(tokenizer.backend.to_str())
-    settings["pre_tokenizer"] = settings["pre_tokenizer"]["pretokenizers"][1]  # no pattern
-    changed = Tokenizer(type(tokenizer.backend).from_str(json.dumps(settings)))
-    encoder = Encoder(changed)
-    assert not encoder.pattern
-    assert np.frombuffer(encoder.encode([PROSE])[0], encoder.dtype).tolist() == changed.encode(
-        PROSE
-    )

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -335,24 +334,6 @@ def test_missing_and_broken_files_are_told_in_one_line(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_english_has_the_same_vocabulary_by_either_pattern(tmp_path: Path) -> None:
-    path = tmp_path / "speech.txt"
-    path.write_text(corpora.speeches()[-1].encode("ascii", "ignore").decode())
-    models_trained = []
-    for pattern in ("gpt2", "script"):
-        config = TokenizerConfig(pattern=pattern, vocab_size=600, files=(str(path),))
-        tokenizer = train_tokenizer(config)
-        assert tokenizer.pattern == pattern
-        models_trained.append(json.loads(tokenizer.backend.to_str())["model"])
-    assert models_trained[0] == models_trained[1]
-
-
-def test_no_token_spans_two_scripts(bpe: Tokenizer) -> None:
-    ids = bpe.encode("\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3001caf\u00e9")
-    ends = list(accumulate(len(bpe.token_bytes[id]) for id in ids))
-    assert {12, 18, 21} <= set(ends)  # after the kana, the kanji and the comma
-
-
 def test_of_much_text_a_part_of_each_file_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,20 +362,6 @@ def test_dialogues_train_a_vocabulary_by_their_turns_alone(tmp_path: Path) -> No
         settings = TokenizerConfig(vocab_size=280, files=(str(tmp_path / name),))
         found.add(train_tokenizer(settings).hash)
     assert len(found) == 1
-
-
-def test_line_ends_and_byte_order_marks_train_the_same_tokenizer(tmp_path: Path) -> None:
-    text = (
-        "first line\nsecond line\n\n\nthird\n" * 20 + "end"
-    )  # two of three line feeds are an entry
-    (tmp_path / "lf.txt").write_text(text)
-    expected = train_tokenizer(
-        TokenizerConfig(vocab_size=300, files=(str(tmp_path / "lf.txt"),))
-    ).hash
-    for name, end in (("crlf", "\r\n"), ("cr", "\r")):
-        path = tmp_path / f"{name}.txt"
-        path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
-        assert train_tokenizer(TokenizerConfig(vocab_size=300, files=(str(path),))).hash == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b" \r\n \n"])

@@ -83,9 +83,9 @@ class Batch:
 
 
 class Batches:
-    """Micro-batches of `batch_size` rows of `n_ctx` positions each, from one source or several.
+    """Micro-batches of `batch_size` rows of `n_ctx` positions each.
 
-    `sources` are shards of one task. If there are several, `weights` are their shares of the rows.
+    `sources` are shards of one task; `weights` are the shares of several.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Batches:
         return ("L['targets']:0", "L['target_positions']:0")
 
     def steps_per_epoch(self, per_step: int) -> int:
-        """Steps of `per_step` micro-batches in an epoch; the last may begin the next epoch."""
+        """Steps of `per_step` micro-batches in an epoch, rounded up."""
         return ceil_div(self.rows_per_epoch, self.batch_size * per_step)
 
     def micro_batch(self, number: int) -> Batch:

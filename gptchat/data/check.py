@@ -1,13 +1,11 @@
 """Look through the data of a config before training: `gptchat check --config FILE`.
 
 It reads documents and dialogues as training does. It prints how much there is, what occurs twice or
-in two splits, which rows are too long, what training would refuse, and a verdict. Exit status 2
+in two splits, how many rows are too long, what training would refuse, and a verdict. Exit status 2
 means that training would refuse something.
 
-- A line that is no dialogue does not end the search; a file that cannot be read is given up there.
-- Documents are duplicates if their texts are equal; dialogues, if the texts of all turns are.
-- Nothing is encoded: tokens are estimated from the bytes of text and the size of the vocabulary.
-- Memory is flat but for 8 bytes a document.
+Documents are duplicates if their texts are equal. Nothing is encoded: tokens are estimated from
+bytes. Memory grows by 8 bytes a document.
 """
 
 import json
@@ -56,8 +54,6 @@ HEADER = re.compile(
 
 @dataclass
 class Report:
-    """What `check` found."""
-
     task: str
     n_ctx: int  # 0: that of a model that is not there yet
     bytes_per_token: float
@@ -76,7 +72,6 @@ class Report:
 
     @property
     def documents(self) -> dict[str, int]:
-        """The number of documents, or dialogues, of each split."""
         return {split: len(hashes) for split, hashes in self.hashes.items()}
 
     @property
@@ -92,13 +87,12 @@ class Report:
         ]
 
     def refuse(self, message: str, place: str = "") -> None:
-        """Note what training would refuse; messages of a kind differ in `place` and in values."""
+        """Note what training would refuse; messages of one kind differ in `place` and values."""
         kind = re.sub(r"'[^']*'|\d+", "", message.removeprefix(place))
         first, count = self.refused.get(kind, (message, 0))
         self.refused[kind] = (first, count + 1)
 
     def add(self, split: str, text_hash: int, n_bytes: int) -> None:
-        """Count a document; `split` is one of `split_patterns`."""
         self.entries[split] += 1
         self.hashes[split.partition("-")[0]].append(text_hash)
         self.text_bytes += n_bytes
@@ -120,7 +114,6 @@ def bytes_per_token(vocab_size: int) -> float:
 
 
 def check(config: Config) -> Report:
-    """Look through all files that the config names for its splits."""
     ratio = bytes_per_token(config.tokenizer.vocab_size)
     report = Report(config.task, _context(config), ratio)
     files = _find_files(config, report)
@@ -142,7 +135,7 @@ def check(config: Config) -> Report:
 
 
 def _find_files(config: Config, report: Report) -> list[tuple[str, Path]]:
-    """Each file behind the one of `split_patterns` that names it."""
+    """(the one of `split_patterns` that names it, file) of each file."""
     files: list[tuple[str, Path]] = []
     for split, patterns in split_patterns(config.data).items():
         if config.data.held_out and split in ("valid", "test"):
@@ -208,7 +201,7 @@ def _read_dialogues(path: Path, split: str, config: Config, report: Report) -> N
 
 
 def spreadsheet_signs(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """What shows that rows are a spreadsheet's: a header, numbered rows, quoted fields."""
+    """What shows that rows are a spreadsheet's."""
     if all(map(HEADER.fullmatch, rows[0])):
         yield f"the first row looks like a header ({', '.join(rows[0])})"
     # Rows count from 0 or 1, the header left out.
@@ -221,7 +214,7 @@ def spreadsheet_signs(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _compare(report: Report) -> None:
-    """Count what occurs twice, and add what follows from the figures to the warnings."""
+    """Count what occurs twice, and warn of it and of cut rows."""
     hashes = {split: np.array(found, np.uint64) for split, found in report.hashes.items()}
     in_train = np.sort(hashes["train"])
     report.duplicates = int((in_train[1:] == in_train[:-1]).sum())
@@ -246,7 +239,6 @@ def verdict(report: Report) -> str:
 
 
 def lines_of(report: Report, config_file: str) -> Iterator[str]:
-    """What the command prints."""
     n_documents = sum(report.documents.values())
     counts = ", ".join(f"{split} {count:,}" for split, count in report.documents.items())
     n_tokens = report.text_bytes / report.bytes_per_token

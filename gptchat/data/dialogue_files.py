@@ -18,8 +18,6 @@ array's dialogues are written as lines.
 
 A file is JSON if it begins so (json_files.py), or if its name ends in `.jsonl` or `.json`, with or
 without `.gz`. Else it is TSV. Empty lines are skipped; a NUL is an error.
-
-A format is an entry of FORMATS. Whatever reads or writes dialogues finds it by `format_of`.
 """
 
 import json
@@ -66,7 +64,7 @@ class Format:
 
 
 class Prompt(NamedTuple):
-    """A dialogue of a file that is to be answered."""
+    """A dialogue that is to be answered."""
 
     place: str  # FILE:LINE
     turns: list[TextTurn]
@@ -87,7 +85,7 @@ def format_named(path: str | Path) -> Format | None:
 def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
     """The turns of every dialogue of a file, the response last.
 
-    Raises UserError that names the line, in JSON also the field, of what is no such dialogue.
+    Raises UserError that names the line, in JSON also the field, of what is no dialogue.
     """
     format = format_of(path)
     for number, entry in format.entries(path):
@@ -97,10 +95,7 @@ def read_dialogues(path: str | Path) -> Iterator[list[TextTurn]]:
 
 
 def read_prompts(path: str | Path) -> Iterator[Prompt]:
-    """The dialogues of a file that are to be answered, whoever speaks last.
-
-    Raises UserError as `read_dialogues` does.
-    """
+    """The dialogues of a file that are to be answered, whoever speaks last."""
     format = format_of(path)
     for number, entry in format.entries(path):
         place = f"{path}:{number}"
@@ -108,7 +103,7 @@ def read_prompts(path: str | Path) -> Iterator[Prompt]:
 
 
 def texts_of(path: str | Path) -> Iterator[str]:
-    """The text that a vocabulary is trained on: of dialogues the turns, else pieces of a file.
+    """The text that a vocabulary is trained on: the turns of dialogues, else pieces of a file.
 
     A file is one of dialogues if its ending names their format, or if it is JSON without texts.
     """
@@ -125,17 +120,15 @@ def texts_of(path: str | Path) -> Iterator[str]:
 
 
 def escape(text: str) -> str:
-    """A turn as it is written in a TSV column."""
     return re.sub(r"[\t\n\r\\]", lambda match: _ESCAPES[match[0]], text)
 
 
 def unescape(column: str) -> str:
-    """The turn that a TSV column stands for; the inverse of `escape`."""
+    """The inverse of `escape`."""
     return re.sub(r"\\[tnr\\]", lambda match: _CHARACTERS[match[0]], column)
 
 
 def format_row(turns: Sequence[str]) -> str:
-    """The TSV line of a dialogue, line feed and all."""
     return "\t".join(map(escape, turns)) + "\n"
 
 
@@ -162,13 +155,13 @@ def _answered_row(line: str, answer: str) -> str:
 
 
 class _Form(NamedTuple):
-    """How an object names its list of messages, and a message its role and its text."""
+    """The keys of a row's messages and of a message's role and text, and the roles."""
 
     messages: str
     role: str
     text: str
-    responder: str  # a role
-    speakers: dict[str, int]  # of all roles
+    responder: str
+    speakers: dict[str, int]
 
 
 _FORMS = (
@@ -243,7 +236,6 @@ def _unread_keys(line: str) -> list[str]:
 
 
 def _answered_messages(line: str, answer: str) -> str:
-    """The line with one message more; it keeps its form, its roles and its other keys."""
     values = json.loads(line)
     form = _form_of(values, "")
     values[form.messages].append({form.role: form.responder, form.text: answer})

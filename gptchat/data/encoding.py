@@ -1,17 +1,15 @@
-"""Text files to token ids, block by block: documents are read, and encoded on all cores in order.
+"""Text files to token ids on all cores, in flat memory.
 
 `read_blocks` reads the documents (lm) or dialogues (chatlm) of files in blocks of about BLOCK
-characters. `ParallelEncoder` encodes blocks in worker processes, or in a thread if there is little
-text, and returns the results in the order of the blocks. shards.py writes them to disk.
+characters. `ParallelEncoder` encodes them in worker processes and keeps their order.
 
-- A document (lm) is a block between blank lines, a line or a file, as `[data] document` says. [EOS]
-  follows it. What separates documents is neither encoded nor counted; a document of white space
-  is left out.
-- Of a dialogue (chatlm) only the turns are encoded: special tokens are added to a batch.
-- The ids are those of each whole document or turn, whatever the block size. The exception is a
-  document longer than a block. If it has a word or a run of white space longer than a block, or if
-  the tokenizer's pattern is none of scripts.py, the ids around a cut may differ.
-- Memory is flat: a few blocks exist at once.
+A document is a block between blank lines, a line or a file, as `[data] document` says. [EOS]
+follows it. What separates documents is neither encoded nor counted, nor is a document of white
+space. Of a dialogue only the turns are encoded.
+
+The ids are those of each whole document or turn, with one exception: if a document longer than a
+block has a word or a run of white space longer than a block, or if the tokenizer's pattern is none
+of scripts.py, ids around a cut may differ.
 """
 
 import multiprocessing
@@ -48,7 +46,7 @@ Result = TypeVar("Result")
 BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
 PARALLEL_BYTES = 4 * BLOCK  # less text is encoded in a thread, since processes take time to start
 MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then emptied
-UINT16_ENTRIES = 65535  # ids of a vocabulary of at most this size are stored in 16 bits
+UINT16_ENTRIES = 65535  # the largest vocabulary whose ids are stored in 16 bits
 SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
 BLANK_START = re.compile(r"\A\s*\n")  # blank lines before a document
 UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")  # ends where the last white space begins
@@ -70,9 +68,8 @@ def in_order(
 def read_documents(path: str | Path, document: str, size: int) -> Iterator[DocumentPiece]:
     """The documents of a file, read `size` bytes at a time, as (text, whether it ends there).
 
-    A document longer than `size` comes in several pieces, cut before white space, which no token of
-    our patterns spans, or anywhere if there is none. In a file of JSON each object is a document,
-    whatever `document` says. Raises UserError for text that cannot be read.
+    A longer document comes in several pieces, cut before white space, which no token of our
+    patterns spans, or anywhere if there is none. An object of a JSON file is a document.
     """
     if is_json(path):
         yield from ((text, True) for text in read_texts(path) if not text.isspace() and text)
@@ -88,7 +85,7 @@ def read_documents(path: str | Path, document: str, size: int) -> Iterator[Docum
 
 
 def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterator[DocumentPiece]:
-    """The joined texts, cut at separators, and once `size` characters of a document are waiting."""
+    """The joined texts, cut at separators, and once `size` characters are waiting."""
     rest = ""  # what follows the last separator
     for text in texts:
         if len(rest) >= size:
@@ -103,7 +100,7 @@ def _cut(texts: Iterable[str], separator: re.Pattern[str], size: int) -> Iterato
 
 
 def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Lists of items with BLOCK characters or a little more; `length` counts those of an item."""
+    """Lists of items with BLOCK characters or a little more, which `length` counts."""
     block: list[Item] = []
     n_characters = 0
     for item in items:
@@ -118,9 +115,9 @@ def in_blocks(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[
 
 
 def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[list[Any]]:
-    """Blocks of a split's documents, as pieces (lm), or of its dialogues, as turns (chatlm).
+    """Blocks of a split's documents, as pieces (lm), or of its dialogues (chatlm).
 
-    `split` may also be train-0 and so on, an entry of train.
+    `split` may also be an entry of train, such as train-0.
     """
     held_out = config.data.held_out
     split = split.partition("-")[0]
@@ -135,7 +132,6 @@ def read_blocks(paths: Sequence[Path], config: Config, split: str) -> Iterator[l
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The type of ids on disk, little-endian: 16 bits if the vocabulary allows it, else 32."""
     return np.dtype("<u2" if tokenizer.vocab_size <= UINT16_ENTRIES else "<u4")
 
 
@@ -152,8 +148,8 @@ class Encoded(NamedTuple):
 class Encoder:
     """Blocks to ids.
 
-    If the tokenizer's pattern is one of ours, each distinct word is encoded once and then looked
-    up. The ids equal those of the whole text, and it is several times as fast.
+    If the tokenizer's pattern is one of ours, each distinct word is encoded once, which gives the
+    ids of the whole text several times as fast.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -164,7 +160,7 @@ class Encoder:
         self.n_cached = 0  # characters in it
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Each text's ids, as bytes of `dtype`."""
+        """The ids of each text, as bytes of `dtype`."""
         if not self.pattern:
             return self._encode_each(texts)
         split = [self.pattern.findall(text) for text in texts]
@@ -181,7 +177,6 @@ class Encoder:
         return [np.array(ids, self.dtype).tobytes() for ids in self.tokenizer.encode_batch(texts)]
 
     def encode_documents(self, block: Sequence[DocumentPiece]) -> Encoded:
-        """The ids of documents, an [EOS] behind each."""
         texts = [text for text, _ in block]
         is_end = np.array([ends for _, ends in block])
         eos = np.array(self.tokenizer.eos_id, self.dtype).tobytes()
@@ -197,12 +192,9 @@ class Encoder:
         )
 
     def encode_dialogues(self, block: Sequence[list[TextTurn]]) -> Encoded:
-        """The ids of the turns of dialogues.
-
-        Rows with a longer and longer history repeat turns, so each distinct text is encoded once.
-        """
         turns = list(chain.from_iterable(block))
         texts = [text for _, text in turns]
+        # Rows with a longer and longer history repeat turns.
         distinct = list(dict.fromkeys(texts))
         ids_of = dict(zip(distinct, self.encode(distinct), strict=True))
         ids = [ids_of[text] for text in texts]
@@ -222,8 +214,7 @@ class Encoder:
 class ParallelEncoder:
     """Encodes blocks of `read_blocks`. Use it as a context manager.
 
-    It has one worker process per core, or a thread for less than PARALLEL_BYTES of text. Each
-    worker has an `Encoder` of its own.
+    It has one worker process per core, or one thread for less than PARALLEL_BYTES of text.
     """
 
     def __init__(self, tokenizer: Tokenizer, task: str, n_bytes: int):

@@ -20,12 +20,11 @@ _JSON_START = re.compile(r'(\[\s*)?\{\s*"')
 
 
 def is_json(path: str | Path) -> bool:
-    """Whether a file begins like JSON objects, or like an array of them."""
     return bool(_JSON_START.match(_beginning(path)))
 
 
 def has_texts(path: str | Path) -> bool:
-    """Whether the first object of a file has a text."""
+    """Whether the first object of a file has a `text`."""
     for number, entry in json_entries(path):
         return "text" in parse_object(entry, f"{path}:{number}", "text")
     return False
@@ -50,7 +49,6 @@ def json_entries(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def _beginning(path: str | Path) -> str:
-    """What a file begins with, white space apart."""
     text = ""
     for piece in read_text(path):
         text = (text + piece).lstrip()

@@ -8,17 +8,14 @@ written to files of the folder `data.shards`, all numbers little-endian:
     SPLIT-turns.bin       int64: 0, then the end of each turn, in tokens (chatlm)
     SPLIT-speakers.bin    uint8: the speaker of each turn (chatlm)
 
-`manifest.json` (artifacts.py) records what they were made from, and each file's size and digest,
-which `b2sum -l 128` prints, too.
+`manifest.json` (artifacts.py) records what they were made from, and the size and digest of each
+file (`b2sum -l 128`). An [EOS] follows each document of an lm. Of dialogues only the ids of the
+turns are stored: dialogue.py adds special tokens and types and truncates when a batch is made, so
+shards do not depend on the context length.
 
-- lm: an [EOS] follows each document. What separates documents is neither stored nor counted.
-- chatlm: only the ids of the turns are stored. dialogue.py adds special tokens and token types and
-  truncates when a batch is made, so shards do not depend on the context length.
-- Writing is all or nothing: files have temporary names until all are complete, and the manifest is
-  removed before they are renamed and written after that. One process at a time writes a folder.
-- Memory is flat: text is encoded in blocks, and files are opened memory-mapped.
-- Shards are opened only if this tokenizer made them from the source files as they are now, or from
-  files that are all gone, and if every file has its size and digest.
+Writing is all or nothing: the manifest is removed before the new files get their names, and written
+after that. Shards are opened only if this tokenizer made them from the source files as they are
+now, or from files that are all gone, and if every file has its size and digest.
 """
 
 import copy
@@ -57,7 +54,7 @@ REMEDY = "run `gptchat shards --config FILE` with this run's config"
 
 
 class Writer:
-    """Writes the files of one split under temporary names, and counts what it writes."""
+    """Writes the files of one split under temporary names."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype):
         self.folder = folder
@@ -94,7 +91,7 @@ class Writer:
         self.digests[name].update(data)
 
     def finish(self) -> dict[str, FileState]:
-        """Sync and close the files; returns size and digest of each by its file name."""
+        """Sync and close the files; returns the size and digest of each."""
         states: dict[str, FileState] = {}
         for name, file in self.files.items():
             file.flush()
@@ -106,7 +103,7 @@ class Writer:
 
 
 def settings_of(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What shards and the run that opens them must share."""
+    """What shards have in common with a run that opens them."""
     return {
         "format": SHARD_FORMAT,
         "task": config.task,
@@ -120,8 +117,8 @@ def settings_of(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 def write(config: Config, only: str = "") -> dict[str, Any]:
     """Encode all splits of the config, or only one, into its folder; returns the manifest.
 
-    Raises UserError for text that is missing, empty or cannot be read as the task's, for a folder
-    that cannot be written, and while another process writes there. The old shards then stay.
+    Raises UserError for text that is missing, empty or of another task, for a folder that cannot
+    be written, and while another process writes there. The old shards then stay.
     """
     tokenizer = tokenizer_for(config)
     folder = config.shards_dir
@@ -147,7 +144,7 @@ def write(config: Config, only: str = "") -> dict[str, Any]:
 def _encode(
     config: Config, tokenizer: Tokenizer, sources: dict[str, list[Path]]
 ) -> dict[str, dict[str, Any]]:
-    """Write the files of each split under temporary names; returns the manifest's `splits`."""
+    """Write the files under temporary names; returns the manifest's `splits`."""
     total = sum(text_size(path) for paths in sources.values() for path in paths)
     splits: dict[str, dict[str, Any]] = {}
     encoder = ParallelEncoder(tokenizer, config.task, total)
@@ -178,7 +175,7 @@ def _encode(
 
 
 def _publish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Replace the old files by the new ones: the manifest is removed first and comes back last."""
+    """Replace the old files by the new ones."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         for path in folder.glob(f"{split}-*.bin"):
@@ -197,8 +194,8 @@ class Shards:
     token `turns[j]` to `turns[j + 1]`, and `speakers[j]` is its speaker (both empty for lm).
     Shards of equal `digest` are equal.
 
-    Raises UserError that names a file which is missing or is not what was written. All files are
-    read for that, about 1 GB a second.
+    Raises UserError for a file that is missing or is not what was written. All are read for that,
+    about 1 GB a second.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], split: str):
@@ -223,7 +220,6 @@ class Shards:
             self.speakers = open_file("speakers", "u1")
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids start..stop-1 of the stream, (stop - start,)."""
         return self.ids[start:stop]
 
     def dialogue(self, number: int) -> list[Turn]:
@@ -244,7 +240,7 @@ class Shards:
         return [(0, self.ids[start : start + length].tolist())]
 
     def by_source(self) -> dict[str, "Shards"]:
-        """For valid and test, the documents of each source file as shards of their own.
+        """The documents of each file of valid and test as shards of their own.
 
         With `held_out`, and for train, all files together are one source, named by the first.
         """
@@ -274,7 +270,6 @@ class Shards:
 
 
 def _open_file(path: Path, state: FileState | None, dtype: str) -> np.ndarray:
-    """A file as an array. Raises UserError if it is missing or is not what was written."""
     expected = state["bytes"] if state else 0
     size = path.stat().st_size if path.exists() else 0
     if state is None or size != expected:
@@ -316,10 +311,7 @@ def open_shards(config: Config, split: str, tokenizer: Tokenizer) -> Shards:
 
 
 def open_sources(config: Config, split: str, tokenizer: Tokenizer) -> list[Shards]:
-    """The shards of a split; with `weights` those of each entry of `train`.
-
-    Raises UserError as `open_shards` does.
-    """
+    """The shards of a split; with `weights` those of each entry of `train`."""
     names = [split]
     if split == "train" and config.data.weights:
         names = [f"train-{i}" for i in range(len(config.data.train))]
@@ -329,7 +321,7 @@ def open_sources(config: Config, split: str, tokenizer: Tokenizer) -> list[Shard
 def prepare(config: Config) -> bool:
     """Write the shards if any split is missing or out of date. Returns whether they were written.
 
-    Default corpora and a vocabulary that they need are made first. Raises UserError as `write`.
+    Default corpora and a vocabulary that they need are made first.
     """
     write_missing(chain.from_iterable(split_patterns(config.data).values()))
     prepare_vocabulary(config)

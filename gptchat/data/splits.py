@@ -27,7 +27,7 @@ def patterns_of(data: DataConfig, split: str) -> tuple[str, ...]:
 
 
 def split_patterns(data: DataConfig) -> dict[str, tuple[str, ...]]:
-    """The files of each split that the config names: train, valid, test.
+    """The files of each split that there is.
 
     With `weights` each entry of `train` is a split of its own: train-0, train-1 and so on.
     """
@@ -42,7 +42,6 @@ def split_patterns(data: DataConfig) -> dict[str, tuple[str, ...]]:
 
 
 def describe_empty(patterns: Iterable[str], split: str, held_out: float) -> str:
-    """The error of a split without a document."""
     names = ", ".join(patterns)
     if held_out > 0:
         return (
@@ -67,7 +66,7 @@ def hash_of(text: str) -> int:
 
 
 def split_of(text: str, held_out: float) -> str:
-    """The split of a document or dialogue, given the part of its text that is hashed."""
+    """The split of a document, given the part of it that is hashed."""
     place = hash_of(text) / 2**64
     if place < held_out:
         return "valid"
@@ -77,14 +76,13 @@ def split_of(text: str, held_out: float) -> str:
 
 
 def split_of_dialogue(texts: Sequence[str], held_out: float) -> str:
-    """The split of a dialogue, given all its turns."""
     return split_of("\0".join(texts[:-1]), held_out)
 
 
 def dialogues_of(
     split: str, dialogues: Iterable[list[TextTurn]], held_out: float
 ) -> Iterator[list[TextTurn]]:
-    """The dialogues that are in the split; all of them if nothing is held out."""
+    """The dialogues that are in the split; all if nothing is held out."""
     for turns in dialogues:
         if held_out == 0 or split_of_dialogue([text for _, text in turns], held_out) == split:
             yield turns
@@ -93,7 +91,7 @@ def dialogues_of(
 def pieces_of(
     split: str, pieces: Iterable[DocumentPiece], held_out: float
 ) -> Iterator[DocumentPiece]:
-    """The pieces of the documents that are in the split; all of them if nothing is held out."""
+    """The pieces of the documents that are in the split; all if nothing is held out."""
     if held_out == 0:
         yield from pieces
         return

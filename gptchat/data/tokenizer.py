@@ -1,15 +1,15 @@
 """Train, load and save byte-level BPE tokenizers (Radford et al. 2019): `gptchat tokenizer`.
 
-A directory holds `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer
-loads, too. GPT-2's pair `vocab.json` and `merges.txt` is also read. A byte-level vocabulary made
-elsewhere loads as it is, and the special tokens that it lacks can be appended.
+A directory holds `tokenizer.json` and `tokenizer_config.json`, as for transformers' AutoTokenizer,
+or GPT-2's pair `vocab.json` and `merges.txt`. A byte-level vocabulary made elsewhere loads as it
+is; special tokens that it lacks can be appended.
 
 - Decoding returns every text, to the last byte. Loading checks that on one text, PROBE.
 - Text never becomes a special token: "[SEP]" typed by a user is encoded as letters. The library
-  does not save its setting for that, `encode_special_tokens`, so it is set at every load. (In
-  transformers such text does become the special token.)
-- A vocabulary is trained again only if its settings or text have changed since the same run trained
-  it, and that run has not begun.
+  does not save its setting for that, `encode_special_tokens`, so it is set at every load. In
+  transformers such text does become the special token.
+- A vocabulary is trained again only if its settings or text have changed, and if the run that it
+  was trained for has not begun.
 """
 
 import hashlib
@@ -47,17 +47,12 @@ from gptchat.files import atomic_write, expand, matching_files
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]")  # ids 0 to 5 if trained here
 END_OF_TEXT = "<|endoftext|>"  # serves as [EOS] in GPT-2's vocabulary
 SAMPLE_BYTES = 100_000_000  # of text that a vocabulary is trained on, at most
-# Characters of 1 to 4 bytes, a combining accent, control characters, runs of white space, and text
-# that looks like special tokens.
+# Characters of 1 to 4 bytes, control characters, white space, text like special tokens.
 PROBE = "Caf\u00e9's  42\r\n\t\u65e5\u672c \U0001f600e\u0301\x00\ufb01[SEP]<|endoftext|>\u2028 x "
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters of a byte-level vocabulary -> the bytes that they stand for.
-
-    Bytes that are printable in Latin-1 stand as that character, the others from U+0100 on, in
-    order (`bytes_to_unicode` of GPT-2's encoder.py).
-    """
+    """Characters of a byte-level vocabulary -> bytes (`bytes_to_unicode` of GPT-2's encoder.py)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted(set(range(256)) - set(printable))
     alphabet = {chr(byte): byte for byte in printable}
@@ -69,21 +64,20 @@ BYTE_OF = _byte_alphabet()
 
 
 class SortedTokens(NamedTuple):
-    """All tokens of a vocabulary, sorted by their bytes, for searches in them."""
+    """All tokens of a vocabulary, sorted by their bytes."""
 
-    pieces: list[bytes]  # the tokens' bytes, in order
-    ids: list[int]  # their ids, in the same order
+    pieces: list[bytes]
+    ids: list[int]  # in the same order
     joined: bytes  # the pieces, divided by the byte 0xff, which UTF-8 never has
-    ends: list[int]  # where each piece ends in `joined`, its divider included
+    ends: list[int]  # of each piece in `joined`, its divider included
 
 
 class Tokenizer:
     """A byte-level tokenizer and the ids of its special tokens, -1 for one that it lacks.
 
-    `token_bytes[id]` holds the bytes of a token, none for special tokens. The ids are
-    `special_ids["[PAD]"]` and so on; most also have a name, such as `pad_id`. `end_token` serves as
-    [EOS]; by default that is [EOS], else `<|endoftext|>`. `source` names it in messages. Raises
-    UserError for a tokenizer that does not give every text back.
+    `token_bytes[id]` holds the bytes of a token, none for special tokens. `end_token` serves as
+    [EOS]; without it that is [EOS], else `<|endoftext|>`. `source` names the tokenizer in messages.
+    Raises UserError for one that does not give every text back.
     """
 
     def __init__(
@@ -106,7 +100,6 @@ class Tokenizer:
             )
 
     def _read_vocabulary(self) -> None:
-        """Set everything that follows from the library's vocabulary."""
         special: dict[str, int] = {}
         for id, token in self.backend.get_added_tokens_decoder().items():
             if token.special:
@@ -152,7 +145,7 @@ class Tokenizer:
 
     @property
     def pattern(self) -> str:
-        """How it splits text into pieces: "gpt2", "script" (scripts.py), or "" for otherwise."""
+        """How it splits text: "gpt2", "script" (scripts.py), or "" for otherwise."""
         return pattern_of(json.loads(self.backend.to_str()))
 
     @property
@@ -167,7 +160,6 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> SortedTokens:
-        """All tokens, sorted by their bytes."""
         ids = sorted(range(self.vocab_size), key=self.token_bytes.__getitem__)
         pieces = [self.token_bytes[id] for id in ids]
         ends = list(accumulate(len(piece) + 1 for piece in pieces))
@@ -178,7 +170,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts, on all cores unless TOKENIZERS_PARALLELISM=false."""
+        """The ids of many texts, on all cores unless TOKENIZERS_PARALLELISM is "false"."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -190,7 +182,6 @@ class Tokenizer:
         return [name for name, id in self.special_ids.items() if id < 0]
 
     def require_specials(self) -> None:
-        """Raises UserError if a special token is missing, as in a vocabulary made elsewhere."""
         missing = self.missing_specials()
         if missing:
             raise UserError(
@@ -244,10 +235,7 @@ def vocabulary_file(directory: str | Path) -> Path | None:
 
 
 def _entry_bytes(entry: str) -> bytes:
-    """The bytes of a vocabulary entry.
-
-    An added token that is not written in the byte alphabet stands for its own text.
-    """
+    """The bytes of a vocabulary entry; an added token may be its own text."""
     if all(character in BYTE_OF for character in entry):
         return bytes(BYTE_OF[character] for character in entry)
     return entry.encode()
@@ -264,13 +252,12 @@ def _byte_level(model: models.Model, pattern: str) -> tokenizers.Tokenizer:
 def _read_gpt2_files(directory: Path) -> tokenizers.Tokenizer:
     """GPT-2's `vocab.json` and `merges.txt`, and the tokens that were added to them.
 
-    Its end of text, an ordinary entry in these files, is marked as special. Raises ValueError for
-    an added token that cannot have its id.
+    Raises ValueError for an added token that cannot have its id.
     """
     bpe = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     backend = _byte_level(bpe, "gpt2")
     if backend.token_to_id(END_OF_TEXT) is not None:
-        backend.add_special_tokens([END_OF_TEXT])
+        backend.add_special_tokens([END_OF_TEXT])  # an ordinary entry in these files
     special = set(_named_tokens(directory).values())
     added = {id: name for name, id in _json_table(directory / "added_tokens.json").items()}
     settings = _json_table(directory / "tokenizer_config.json")
@@ -309,7 +296,7 @@ def _find_end_token(directory: Path, backend: tokenizers.Tokenizer) -> str | Non
 
 
 def _named_tokens(directory: Path) -> dict[str, str]:
-    """The special tokens that a directory names, such as {"eos_token": "</s>"}."""
+    """The special tokens that a directory names: {"eos_token": "</s>"}."""
     tokens = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, token in _json_table(directory / file).items():
@@ -320,7 +307,7 @@ def _named_tokens(directory: Path) -> dict[str, str]:
 
 
 def _json_table(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file. Raises ValueError for anything else."""
+    """The object in a JSON file, {} if there is no file."""
     if not path.exists():
         return {}
     try:
@@ -332,8 +319,8 @@ def _json_table(path: Path) -> dict[str, Any]:
 def start_directory(config: Config) -> str:
     """The model directory that a run loads at its start; "" means new weights.
 
-    It is `init_from`. If that is gone, a run that has a checkpoint loads its own best model: it has
-    the same size and tokenizer, and the weights come from the checkpoint.
+    It is `init_from`. If that is gone, a run that has a checkpoint loads its own best model, which
+    has the same size and tokenizer; the weights come from the checkpoint.
     """
     own = Path(config.run, "model")
     can_load_own = has_begun(config.run) and Path(own, "model.safetensors").is_file()
@@ -348,10 +335,7 @@ def has_begun(run: str) -> bool:
 
 
 def tokenizer_for(config: Config) -> Tokenizer:
-    """The tokenizer of a run: that of the model it starts from, else the config's.
-
-    Special tokens that are missing are added.
-    """
+    """The tokenizer of a run, with all special tokens: that of `init_from`, else the config's."""
     tokenizer = Tokenizer.load(start_directory(config) or config.tokenizer.dir)
     tokenizer.add_missing_specials()
     return tokenizer
@@ -360,8 +344,8 @@ def tokenizer_for(config: Config) -> Tokenizer:
 def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
     """A tokenizer of `vocab_size` entries, or fewer if the text does not yield them.
 
-    Of more than SAMPLE_BYTES of text it takes a part, spread evenly over all files. The result is
-    the same every time. Raises UserError for files that cannot be read or hold no text.
+    Of more than SAMPLE_BYTES of text it takes a part, spread evenly over all files. Raises
+    UserError for files that cannot be read or hold no text.
     """
     paths = expand(settings.files, "[tokenizer] files")
 
@@ -395,8 +379,8 @@ def train_tokenizer(settings: TokenizerConfig) -> Tokenizer:
 def prepare_vocabulary(config: Config, asked: bool = False) -> None:
     """Train the vocabulary in `[tokenizer] dir` if it is missing or out of date.
 
-    One that another run trained, that a run has begun with, or that was not trained here is kept,
-    as one line says. If somebody `asked` for it and it is out of date, that line is a UserError.
+    One that another run trained, that a run has begun with, or that was not trained here is kept.
+    If somebody `asked` for it and it is out of date, that is a UserError.
     """
     folder = config.tokenizer.dir
     if config.init_from:
@@ -428,9 +412,9 @@ def prepare_vocabulary(config: Config, asked: bool = False) -> None:
 
 
 def _train_and_save(config: Config) -> None:
-    """Train a vocabulary, on the default corpora if it needs them, and write it with its record.
+    """Train a vocabulary, on the default corpora if it needs them, and write it behind its record.
 
-    A process that is killed leaves the old files, or no vocabulary, never one without its record.
+    A process that is killed leaves the old files or no vocabulary.
     """
     folder = Path(config.tokenizer.dir)
     files = config.tokenizer.files
@@ -460,10 +444,7 @@ def _training_settings(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Within it Ctrl-C ends the process at once.
-
-    The library may train for minutes before it returns to Python, which acts on Ctrl-C only then.
-    """
+    """Within it Ctrl-C ends the process; Python would act on it only after minutes of training."""
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
