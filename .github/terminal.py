@@ -4,7 +4,6 @@ Runs `gptchat chat --model out/chatlm/model --seed 1` in a terminal of its own, 
 and draws what came, line after line as in the session. Another model folder may be named.
 """
 
-import re
 import sys
 from html import escape
 from pathlib import Path
@@ -29,7 +28,6 @@ STYLE = """
   @media (prefers-reduced-motion: reduce) { .line { opacity: 1; animation: none } }
 """
 PROMPT = "you> "
-COLORS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 def talk(model: str) -> list[str]:
@@ -46,7 +44,7 @@ def talk(model: str) -> list[str]:
         screen += "you> " + terminal.before
     terminal.sendeof()
     terminal.expect(pexpect.EOF)
-    lines = (COLORS.sub("", line).rpartition("\r")[2] for line in screen.split("\r\n"))
+    lines = (line.rpartition("\r")[2] for line in screen.split("\r\n"))
     return [line.rstrip() for line in lines if line.strip()]
 
 
