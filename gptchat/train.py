@@ -17,7 +17,6 @@ that was stopped or killed. `task` only chooses the data: the loop is the same f
   a resumed run goes on from.
 """
 
-import contextlib
 import gc
 import itertools
 import json
@@ -26,6 +25,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 # How often OpenMP's threads look for work before they sleep; read when torch is imported. With the
 # default of 300,000, a step beside another program took five times as long.
@@ -106,7 +106,7 @@ def micro_batch_indices(run: Run) -> range:
     return range(world.rank, per_process * world.size, world.size)
 
 
-def prefetch_steps(run: Run) -> contextlib.AbstractContextManager[Iterator[list[Batch]]]:
+def prefetch_steps(run: Run) -> AbstractContextManager[Iterator[list[Batch]]]:
     """The micro-batches of this process, step by step, from where the run is."""
     per_step = run.config.train.gradient_accumulation_steps
     steps = (run.state.step, run.total_steps)
@@ -133,19 +133,13 @@ def train_step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
     indices = micro_batch_indices(run)
     for index, batch in zip(indices, micro_batches, strict=True):
         torch.manual_seed(draw_key(run.config.train.seed, state.step, index))  # for dropout
-        with sync_gradients(run, is_last=index == indices[-1]):
-            with autocast(world.device, run.config.train.precision):
-                loss_sum = run.training_model(**batch.inputs(world.device))  # nats
-            run.scaler.scale(loss_sum * loss_scale).backward()
+        if isinstance(run.training_model, DistributedDataParallel):  # averages once a step
+            run.training_model.require_backward_grad_sync = index == indices[-1]
+        with autocast(world.device, run.config.train.precision):
+            loss_sum = run.training_model(**batch.inputs(world.device))  # nats
+        run.scaler.scale(loss_sum * loss_scale).backward()
         total += loss_sum.detach()
     return total, update_weights(run)
-
-
-def sync_gradients(run: Run, is_last: bool) -> contextlib.AbstractContextManager:
-    """DDP averages gradients over processes once a step, in the last backward pass."""
-    if is_last or not isinstance(run.training_model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return run.training_model.no_sync()
 
 
 def update_weights(run: Run) -> Tensor:

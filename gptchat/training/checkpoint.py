@@ -94,7 +94,12 @@ def read(folder: Path) -> Checkpoint | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        _refuse_other_format(path, metadata.get("format"))
+        found = metadata.get("format", "unknown")
+        if found != CHECKPOINT_FORMAT:
+            raise UserError(
+                f"{path}: found checkpoint format {found}; wanted {CHECKPOINT_FORMAT}; finish the "
+                "run with the version of gptchat that began it, or remove the file to start anew"
+            )
         state = TrainState(**json.loads(metadata["state"]))
         return Checkpoint(path, state, json.loads(metadata["config"]))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -124,15 +129,6 @@ def restore(path: Path, model: GPT2, optimizer: Optimizers) -> None:
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).replace("\n", " ")
     return UserError(f"{path}: not a whole checkpoint ({reason}); remove it to start the run anew")
-
-
-def _refuse_other_format(path: Path, found: str | None) -> None:
-    if found != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"{path}: found checkpoint format {found or 'unknown'}; wanted {CHECKPOINT_FORMAT}; "
-            "finish the run with the version of gptchat that began it, "
-            "or remove the file to start anew"
-        )
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
