@@ -31,7 +31,6 @@ def usage() -> str:
 
 
 def dispatch() -> None:
-    """Run the command that the first word of the command line names."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
@@ -43,7 +42,6 @@ def dispatch() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script `gptchat`."""
     cli(dispatch)
 
 

@@ -45,14 +45,13 @@ def file_digest(path: str | Path) -> str:
 
 
 def json_digest(content: Any) -> str:
-    """The digest of a value that JSON can hold."""
     return new_digest(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def input_states(paths: Iterable[Path]) -> dict[str, FileState]:
-    """The state of each file. Raises UserError for one that cannot be read.
+    """The state of each file, to be taken before it is used: so an edit in between is noticed.
 
-    States are taken before the files are used, so that an edit in between is noticed later.
+    Raises UserError for a file that cannot be read.
     """
     states: dict[str, FileState] = {}
     for path in paths:
@@ -117,10 +116,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 
 def lock_folder(folder: Path, busy: str) -> IO[str]:
-    """Hold `folder` for this process until it ends, or until the returned file is closed.
+    """Hold `folder` for this process until the returned file is closed.
 
-    Raises UserError if another process holds it (`busy` says what that one does) or it cannot be
-    written. A file system without locks gets a warning and no lock.
+    Raises UserError if another process holds it, with `busy`, what that one does, or if it cannot
+    be written. A file system without locks gets a warning and no lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,21 +4,18 @@
     gptchat chat --model DIR --prompt TEXT
     gptchat chat --model DIR --input prompts.tsv --output answers.tsv
 
-Every setting is an option of the command line and a name of /set. The default is the model's own
+Every setting is an option and a name of /set. The default is the model's own
 (generation_config.json).
 
 In the terminal an answer streams, unless it is picked among several. A ChatLM keeps the turns of
 the conversation, and drops the oldest ones when the context is full. An LM continues each line by
 itself. Ctrl-C ends an answer; what was said by then is kept as the turn. If stdin is not a
-terminal, its lines are answered in the same way, without prompts.
+terminal, its lines are answered in the same way.
 
-Each dialogue of --input (a format of `data/dialogue_files.py`; for an LM, lines of text) is
-followed in --output by its answer, as in training data. The file is written whole or not at all,
-compressed if its name ends in `.gz`. If a last turn, or an LM's text, is too long by itself, its
-front is left out, and a warning counts these rows.
-
-An answer depends on its dialogue, the settings and the seed, not on the other dialogues of the
-file. In bfloat16 and int8 rounding is an exception (see `inference.engine`).
+--output holds each dialogue of --input (`data/dialogue_files.py`; for an LM, lines of text) with
+its answer, as in training data. If a last turn, or an LM's text, is too long by itself, its front
+is left out. An answer does not depend on the other dialogues, but for the rounding that
+`inference.engine` describes.
 """
 
 import argparse
@@ -48,7 +45,7 @@ from gptchat.runtime import tune_memory
 
 LISTS = ("forbid", "stop")  # settings whose option may be repeated
 NAMES = (*SETTINGS, "seed", "pick", *LISTS)
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line feed
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
 ESCAPED = {r"\n": "\n", r"\t": "\t", "\\\\": "\\"}  # in a --stop
 ESCAPE = re.compile(r"\\[nt\\]")
 HELP = """/set             the settings
@@ -97,7 +94,6 @@ def make_parser() -> CommandParser:
 
 
 def option(name: str) -> str:
-    """The option of the command line for a setting."""
     return "--" + name.replace("_", "-")
 
 
@@ -107,7 +103,6 @@ def unescaped(text: str) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Raises UserError for wrong use."""
     args = make_parser().parse_args(argv)
     if (args.model is None) == (args.config is None):
         raise UserError("wanted either --model DIR or --config FILE")
@@ -129,8 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_sampling(generator: TextGenerator, args: argparse.Namespace) -> Sampling:
     """The settings as the engine takes them, with a random seed for -1.
 
-    Settings that were not given become the model's, in place. Raises UserError for one that is out
-    of its range, or that needs a ChatLM.
+    Settings that were not given become the model's, in place. Raises UserError for a wrong one.
     """
     for name in SETTINGS:
         if getattr(args, name) is None:
@@ -154,7 +148,7 @@ def make_sampling(generator: TextGenerator, args: argparse.Namespace) -> Samplin
 
 
 def encode_turns(generator: TextGenerator, turns: Sequence[TextTurn]) -> list[Turn]:
-    """Token ids of turns. Lone surrogates, from bytes that were not UTF-8, become "?"."""
+    """Token ids of turns. Bytes that were not UTF-8 become "?"."""
     encoded: list[Turn] = []
     for speaker, text in turns:
         valid_text = text.encode(errors="replace").decode()
@@ -167,7 +161,7 @@ def make_request(
 ) -> Request:
     """The request for an answer to encoded turns. Item `number` of a list has the seed + number.
 
-    Raises UserError for a last turn that is too long, or a setting out of its range.
+    Raises UserError for a last turn that is too long, or a wrong setting.
     """
     sampling = make_sampling(generator, args).for_item(number)
     n = 1
@@ -179,7 +173,6 @@ def make_request(
 def stream(
     generator: TextGenerator, requests: Sequence[Request], args: argparse.Namespace
 ) -> Generator[Piece]:
-    """The answers, piece by piece."""
     stop = [text for text in args.stop if text]
     return generator.stream(requests, stop, args.pick)
 
@@ -219,7 +212,7 @@ class Conversation:
                 print("\n(Ctrl-C again, or Ctrl-D, leaves)")
 
     def obey(self, line: str) -> None:
-        """Carry out a command. Raises UserError for an unknown one, or a wrong setting."""
+        """Carry out a command. Raises UserError for a wrong one."""
         command, name, value = (*line.split(maxsplit=2), "", "")[:3]
         if command == "/reset":
             self.turns = []
@@ -234,12 +227,12 @@ class Conversation:
             raise UserError(f"{command}: no such command; /help lists them")
 
     def change_setting(self, name: str, value: str) -> None:
-        """Change one setting. Raises UserError, and changes nothing, for a wrong name or value."""
+        """Change a setting; a wrong name or value raises UserError and changes nothing."""
         if name not in NAMES:
             raise UserError(f"{name}: no such setting; /set lists them")
         changed = copy.copy(self.args)
         if name in LISTS:
-            setattr(changed, name, [])  # the value replaces the list; it would be appended
+            setattr(changed, name, [])  # to which the parser appends
         make_parser().parse_args([f"{option(name)}={value}"], changed)
         make_sampling(self.generator, changed)  # checks the ranges
         self.args = changed
@@ -260,7 +253,7 @@ class Conversation:
     def say_answer(self, request: Request) -> str:
         """Print an answer as it comes, until it ends or Ctrl-C is pressed; returns its text."""
         answer = ""
-        interrupts: list[int] = []  # Ctrl-C is only noted, so that no step of the engine is torn
+        interrupts: list[int] = []  # Ctrl-C is noted; it must not interrupt a step of the engine
         previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         try:
             with closing(stream(self.generator, [request], self.args)) as pieces:
@@ -275,14 +268,13 @@ class Conversation:
 
 
 def say(text: str) -> None:
-    """Print text at once. A terminal would obey control characters, so they are replaced there."""
+    """Print text at once, on a terminal without control characters."""
     if sys.stdout.isatty():
         text = CONTROL.sub("\ufffd", text)
     print(text, end="", flush=True)
 
 
 def answer_prompt(generator: TextGenerator, args: argparse.Namespace) -> None:
-    """Print the answer to one message, or the continuation of one text, as it comes."""
     turns = encode_turns(generator, [(0, args.prompt)])
     for piece in stream(generator, [make_request(generator, turns, args)], args):
         say(piece.text)
@@ -290,10 +282,7 @@ def answer_prompt(generator: TextGenerator, args: argparse.Namespace) -> None:
 
 
 def answer_file(generator: TextGenerator, args: argparse.Namespace) -> None:
-    """Write each dialogue of --input, followed by its answer, to --output.
-
-    Raises UserError, with file and line, before anything is written.
-    """
+    """Write each dialogue of --input, followed by its answer, to --output."""
     prompts = list(read_prompts(args.input))
     requests = []
     cut = []  # where the rows are that do not fit

@@ -98,8 +98,6 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`[train]`: the training run."""
-
     seed: int = setting(0, "seed of new weights, data order and dropout", min=0)
     num_epochs: float = setting(
         0.0, "passes over the data; set either this or `num_steps`", min=0, may_change=True
@@ -163,8 +161,6 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole config: the keys above the first table, and the tables."""
-
     task: str = setting(
         "lm", "`lm` continues text, `chatlm` answers dialogues", choices=("lm", "chatlm")
     )
@@ -292,7 +288,6 @@ def _read_toml(path: str) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set the key of a `section.key=value` in the parsed tables."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise UserError(

@@ -31,9 +31,8 @@ class RunFailed(Exception):
 def cli(main: Callable[[], None]) -> None:
     """Run a command's `main`.
 
-    An OSError that names a file is a user's mistake, too; a disk that is full or fails is not.
-    Ctrl-C gives exit status 130. A reader of the output that has left, as `head` does, gives no
-    line and exit status 141, the shell's for SIGPIPE. What stdout cannot encode, such as file names
+    An OSError that names a file is a user's mistake, too. Ctrl-C gives exit status 130; a reader of
+    the output that has left, as `head` does, 141. What stdout cannot encode, such as file names
     that are not UTF-8, is printed as escapes.
     """
     open_closed_streams()
@@ -112,10 +111,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class Progress:
-    """A line on stderr with progress, mean rate and time left; use it as a context manager.
+    """A line on stderr with progress, mean rate, time left and `figures`, a context manager.
 
-    A terminal's line is redrawn in place; a log file gets a line every ten seconds. `figures` are
-    shown behind the rate. If stderr is closed, nothing is printed and the work goes on.
+    A terminal's line is redrawn in place; a log file gets a line every ten seconds. If stderr is
+    closed, the work goes on.
     """
 
     def __init__(self, total: float | None, desc: str, unit: str, initial: float = 0):
@@ -153,7 +152,6 @@ class Progress:
             self._print(line)
 
     def write(self, line: str) -> None:
-        """Print a line above the progress."""
         self._print(f"\r\x1b[K{line}" if self.is_terminal else line)
 
     def _print(self, text: str, end: str = "\n") -> None:

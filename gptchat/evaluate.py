@@ -184,7 +184,6 @@ def indented(lines: Iterable[str]) -> str:
 
 
 def answer(model: Path, prompts: str, answers: Path) -> None:
-    """Write a model's answers to the dialogues of a file."""
     from gptchat import chat
 
     files = ["--input", prompts, "--output", str(answers)]
@@ -192,7 +191,6 @@ def answer(model: Path, prompts: str, answers: Path) -> None:
 
 
 def answer_lines(answers: Path) -> list[str]:
-    """The last two turns of each row."""
     lines = []
     for line in answers.read_text(encoding="utf-8").splitlines():
         message, reply = line.split("\t")[-2:]
@@ -201,12 +199,10 @@ def answer_lines(answers: Path) -> list[str]:
 
 
 def lines_of(figures_of: "dict[str, Figures]") -> list[str]:
-    """NAME: figures, for each text."""
     return [f"{name}: {format_figures(figures)}" for name, figures in figures_of.items()]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Raises UserError for options that do not go together."""
     parser = CommandParser(
         "evaluate",
         "Measure loss, perplexity and bits per byte of a model on each file of a run's split,\n"

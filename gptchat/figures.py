@@ -1,9 +1,9 @@
 """The figures of a model on text: loss, perplexity, bits per byte; of a ChatLM also its answers'.
 
-An LM's documents, each followed by [EOS], form one stream that begins after an [EOS] and is cut
-into consecutive windows of the context length. So every token is a target once, and the first
-tokens of a window have little context. A ChatLM's targets are its responses, each followed by
-[CLS], unless the config says otherwise. Every target token counts alike.
+An LM's documents, each followed by [EOS], form one stream that is cut into consecutive windows of
+the context length. So every token is a target once, and the first tokens of a window have little
+context. A ChatLM's targets are its responses, each followed by [CLS], unless the config says
+otherwise.
 
 Bits per byte is the loss of all targets, [EOS] included, divided by the UTF-8 bytes of their text.
 Unlike loss and perplexity it may be compared between models with different tokenizers.
@@ -53,18 +53,15 @@ def distinct(texts: Iterable[Sequence], n: int) -> float:
 
 
 def repeats_itself(text: Sequence) -> bool:
-    """Whether a run of REPEATED items occurs in a text twice."""
     found = ngrams(text, REPEATED)
     return len(set(found)) < len(found)
 
 
 def repeats_context(text: Sequence, context: Sequence) -> bool:
-    """Whether a run of REPEATED items of a text occurs in its context, too."""
     return not set(ngrams(context, REPEATED)).isdisjoint(ngrams(text, REPEATED))
 
 
 def of_text(model: GPT2, config: Config, text: Shards, tokenizer: Tokenizer, name: str) -> Figures:
-    """All figures of a text, which progress calls `name`."""
     figures = loss_figures(model, config, text, tokenizer, name)
     if config.task == "chatlm":
         figures |= answer_figures(model, text, tokenizer)
@@ -74,7 +71,6 @@ def of_text(model: GPT2, config: Config, text: Shards, tokenizer: Tokenizer, nam
 def loss_figures(
     model: GPT2, config: Config, split: Shards, tokenizer: Tokenizer, name: str
 ) -> Figures:
-    """Loss, perplexity and bits per byte of a split, which progress calls `name`."""
     n_ctx = model.config.n_positions
     if config.model.n_ctx:
         n_ctx = min(config.model.n_ctx, n_ctx)
@@ -85,7 +81,6 @@ def loss_figures(
 
 
 def with_progress(batches: Batches, name: str) -> Iterator[Batch]:
-    """The batches of an evaluation, with progress."""
     with Progress(batches.rows_per_epoch, name, "row") as bar:
         for batch in batches.evaluation():
             yield batch

@@ -27,9 +27,9 @@ def shipped(folder: str) -> Path:
 def expand(patterns: Iterable[str], named_by: str) -> list[Path]:
     """The files that the glob patterns match, pattern by pattern, sorted within each.
 
-    A further name of the same file is left out, and so is a file that gptchat wrote; a line on
-    stderr says so. Raises UserError for a pattern that matches no other file. `named_by` says in
-    these lines where the patterns come from.
+    Further names of a file and files that gptchat wrote are left out, as a line on stderr says.
+    Raises UserError for a pattern that matches no other file. `named_by` is where the patterns come
+    from.
     """
     paths: list[Path] = []
     for pattern in patterns:
@@ -93,7 +93,6 @@ def _holds_record(folder: Path) -> bool:
 
 
 def _why_no_file(pattern: str, written: list[Path]) -> str:
-    """Why a pattern names no file."""
     if written:
         return "matches only files that gptchat wrote, which are left out"
     if os.path.isdir(pattern):
@@ -125,10 +124,9 @@ def file_id(path: Path) -> tuple[int, int]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the file written there replaces `path` in the end.
 
-    File and folder are synced, so a reader, or the next start after a crash, finds the old file or
-    the new one. A process that is killed leaves a temporary file, which `remove_temporary_files`
-    removes. Raises UserError if the disk is full or the folder read-only. After any exception the
-    old file is still there.
+    File and folder are synced, so after a crash there is the old file or the new one, and perhaps a
+    temporary file for `remove_temporary_files`. Raises UserError if the file cannot be written.
+    After any exception the old file is still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -151,7 +151,6 @@ def build(cls: type[T], values: dict[str, Any], source: str, section: str = "") 
 
 
 def table(cls: type, leave_out: Collection[str] = ()) -> str:
-    """The settings of a dataclass as a Markdown table."""
     rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, one in declared(cls).items():
         if name not in leave_out:

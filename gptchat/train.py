@@ -4,17 +4,16 @@
     torchrun --nproc-per-node N -m gptchat.train --config FILE [section.key=value ...]
 
 Vocabulary and shards that are missing or out of date are made first. The same command resumes a run
-that was stopped or killed. `task` only chooses the data: the loop is the same for both.
+that was stopped or killed. `task` only chooses the data.
 
 - A step depends on the weights, the optimizer state, fp16's loss scale, the config and the step
   number only: its batches come from the step number, and dropout is seeded from (seed, step,
   micro-batch). So resuming is exact.
 - The loss of a step is the sum over its target tokens divided by their number, over all
   micro-batches of all processes: every target weighs the same.
-- Processes divide a step's micro-batches among themselves, so a run may go on with another number
-  of processes and see the same batches.
-- `<run>/model/` is the best model so far, by held-out loss. `<run>/checkpoint.safetensors` is what
-  a resumed run goes on from.
+- Processes share a step's micro-batches, so a run may go on with another number of processes.
+- `<run>/model/` is the best model so far, by held-out loss; a resumed run goes on from
+  `<run>/checkpoint.safetensors`.
 """
 
 import gc
@@ -52,7 +51,7 @@ from gptchat.training.start import Run, start
 
 
 def train(run: Run) -> None:
-    """Train from where the run is until it is done, or until a signal stops it."""
+    """Train until the run is done, or a signal stops it."""
     config, state = run.config.train, run.state
     write_static_files(run)
     with Monitor(run) as monitor, prefetch_steps(run) as steps:
@@ -97,9 +96,9 @@ def write_static_files(run: Run) -> None:
 
 
 def micro_batch_indices(run: Run) -> range:
-    """Which of a step's micro-batches this process takes: every `world.size`-th from its rank.
+    """The micro-batches of a step that this process takes, as many as the others, as DDP requires.
 
-    Every process takes the same number, as DDP requires. Those past the last micro-batch are empty.
+    Those past the last micro-batch are empty.
     """
     world = run.world
     per_process = math.ceil(run.config.train.gradient_accumulation_steps / world.size)
@@ -107,7 +106,7 @@ def micro_batch_indices(run: Run) -> range:
 
 
 def prefetch_steps(run: Run) -> AbstractContextManager[Iterator[list[Batch]]]:
-    """The micro-batches of this process, step by step, from where the run is."""
+    """The micro-batches of this process, step by step."""
     per_step = run.config.train.gradient_accumulation_steps
     steps = (run.state.step, run.total_steps)
     return prefetch(run.train_batches, *steps, per_step, micro_batch_indices(run))
@@ -127,7 +126,7 @@ def train_step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
     )
     run.stopped = n_signalled > 0
     state.n_tokens += int(n_tokens)
-    # DDP averages gradients over the processes; their number makes a sum of the average.
+    # DDP averages gradients over the processes; a sum is wanted.
     loss_scale = world.size / max(1, n_targets)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     indices = micro_batch_indices(run)
@@ -153,7 +152,7 @@ def update_weights(run: Run) -> Tensor:
 
 
 def evaluate(run: Run, monitor: Monitor) -> None:
-    """Measure the held-out loss, all processes together; keep the model if it is the best."""
+    """Measure the held-out loss; keep the model if it is the best."""
     world, state = run.world, run.state
     gc.collect()
     batches = itertools.islice(run.valid_batches.evaluation(), world.rank, None, world.size)
@@ -215,7 +214,7 @@ def train_config(config: Config) -> Run:
         run = start(config, world)
         on_stop_signals(run.stop)
         tune_memory()
-        gc.disable()  # its pauses cost more than the garbage of a step; `evaluate` collects it
+        gc.disable()  # its pauses cost more than a step's garbage; `evaluate` collects it
         if not run.done:
             train(run)
     if run.done and world.rank == 0:
@@ -237,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     run = train_config(load_run_config(arguments.config, arguments.overrides))
     if run.stopped and not run.done:
-        handle_stop_signals(signal.SIG_IGN)  # what is left of a burst leaves the exit status alone
+        handle_stop_signals(signal.SIG_IGN)  # the rest of a burst must not change the exit status
         sys.exit(130)
 
 

@@ -9,8 +9,7 @@
 
 It holds no data position and no random state: batches and dropout are functions of (seed, step,
 micro-batch). On the same machine, with the same number of processes, precision and compilation, a
-resumed run computes to the bit what an uninterrupted one does. A file of another format, a damaged
-one, or one whose config differs in more than FREE_KEYS is refused.
+resumed run computes to the bit what an uninterrupted one does.
 """
 
 import hashlib
@@ -39,8 +38,6 @@ DATA_KEYS = {"text.tokenizer", "text.train", "text.valid"}
 
 @dataclass
 class TrainState:
-    """How far a run has come."""
-
     step: int = 0  # optimizer steps done
     best_loss: float = float("inf")  # of all evaluations, nats per target
     stale_evaluations: int = 0  # evaluations since the best one
@@ -84,7 +81,7 @@ def save(
 
 
 def read(folder: Path) -> Checkpoint | None:
-    """The metadata of the checkpoint in a run's folder; None without a checkpoint.
+    """The metadata of a run's checkpoint, None without one.
 
     Raises UserError for a file that is no checkpoint or of another format.
     """
@@ -159,8 +156,8 @@ def resolve_config(config: Config, digests: dict[str, Any]) -> dict[str, Any]:
 def compare_configs(saved: Checkpoint, config: dict[str, Any]) -> list[str]:
     """What changed between a checkpoint's config and that of this start, in words.
 
-    A key that the checkpoint lacks had its default. Raises UserError if other keys than FREE_KEYS
-    differ.
+    A key that the checkpoint lacks had its default. Raises UserError for a change of another key
+    than FREE_KEYS.
     """
     now = flatten(config)
     before = flatten(resolve_config(Config(), {})) | flatten(saved.config)

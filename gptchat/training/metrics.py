@@ -21,8 +21,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures over all target tokens."""
-
     loss: float  # mean cross-entropy in nats
     perplexity: float  # e^loss
     bits_per_byte: float | None  # the loss of all targets in bits / n_bytes

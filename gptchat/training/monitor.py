@@ -31,8 +31,7 @@ from gptchat.training.start import Run
 def step_flops(config: GPT2Config, n_tokens: int, n_targets: int, row_length: int) -> float:
     """Floating-point operations of forward and backward (Chowdhery et al. 2022, appendix B).
 
-    6 for each weight and token, of the head for each weight and target, and attention over rows of
-    `row_length` positions.
+    The output head counts for targets only; attention is over rows of `row_length` positions.
     """
     inner = config.n_inner or 4 * config.n_embd
     block = 4 * config.n_embd**2 + 2 * config.n_embd * inner
@@ -87,9 +86,9 @@ def require_finite(world: World, folder: Path, step: int, figures: dict[str, flo
 
 
 class Monitor:
-    """The reports of one run. Use as a context manager.
+    """The reports of one run, a context manager.
 
-    Losses, norms and speed are those since the last line of the log; `restart` begins to count.
+    Losses, norms and speed are those since the last report; `restart` begins to count.
     """
 
     def __init__(self, run: Run):
@@ -178,7 +177,7 @@ class Monitor:
             self.progress.update()
 
     def report_training(self, grad_norm: Tensor) -> None:
-        """Report the mean loss since the last report, and the speed. Begins to count anew.
+        """Report the mean loss since the last report, and the speed.
 
         Raises RunFailed if the loss or a gradient norm since then is not finite.
         """
@@ -215,7 +214,6 @@ class Monitor:
         self.restart()
 
     def report_evaluation(self, metrics: Metrics, is_best: bool) -> None:
-        """Report the figures of the held-out split."""
         figures = {"loss": metrics.loss, "perplexity": metrics.perplexity}
         if metrics.bits_per_byte is not None:
             figures["bits_per_byte"] = metrics.bits_per_byte
@@ -227,7 +225,6 @@ class Monitor:
         self.restart()
 
     def print_line(self, line: str) -> None:
-        """Print a line above the progress bar."""
         if self.progress:
             self.progress.write(printable(line))
 

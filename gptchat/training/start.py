@@ -1,8 +1,8 @@
 """The start of a training run: `start` gives a `Run`, new or resumed.
 
-Everything random here is drawn from the config's seed, so the same config starts from the same
-weights. Whether a run is done is read from its checkpoint's metadata; a finished run is left
-without an optimizer, which takes longer to make than all the rest.
+The same config starts from the same weights: all that is random is drawn from its seed. Whether a
+run is done is known from its checkpoint's metadata; a finished run gets no optimizer, which takes
+longer to make than all the rest.
 """
 
 import math
@@ -149,8 +149,8 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
     """A new model of the config's size, or the one that `init_from` names, and its tokenizer.
 
     A model of `init_from` gets the special tokens and token types that it lacks. A ChatLM draws the
-    type rows of an LM anew, N(0, initializer_range): LM training has seen them only as outputs that
-    are never right. Raises UserError if the model is not of the size that the config wants.
+    type rows of an LM anew, N(0, initializer_range): to the LM they were outputs that are never
+    right. Raises UserError for a model of another size than the config's.
     """
     torch.manual_seed(config.train.seed)
     if not config.init_from:
@@ -170,7 +170,7 @@ def start_model(config: Config) -> tuple[GPT2, Tokenizer]:
 
 
 def fingerprint(config: Config, model: GPT2, saved: Checkpoint | None) -> list[float]:
-    """Four weights, which any training changes, of the model in `init_from`; [] without one.
+    """Four weights that identify the model in `init_from`; [] without one.
 
     If that model is gone, they are the checkpoint's.
     """
@@ -182,10 +182,7 @@ def fingerprint(config: Config, model: GPT2, saved: Checkpoint | None) -> list[f
 
 
 def check_size(config: Config, found: GPT2Config) -> None:
-    """Raise UserError if `[model]` wants another size than the loaded model's; 0 fits any.
-
-    The context may be shorter than the model's.
-    """
+    """Raise UserError if `[model]` does not fit the loaded model; 0 and a shorter context do."""
     wanted = config.model
     sizes = {
         "n_layer": (wanted.n_layer or found.n_layer, found.n_layer),
@@ -214,7 +211,6 @@ def open_batches(config: Config, split: str, model: GPT2, tokenizer: Tokenizer) 
 
 
 def count_steps(config: Config, batches: Batches) -> int:
-    """The optimizer steps of the whole run."""
     if config.train.num_steps > 0:
         return config.train.num_steps
     per_epoch = batches.steps_per_epoch(config.train.gradient_accumulation_steps)
@@ -222,6 +218,6 @@ def count_steps(config: Config, batches: Batches) -> int:
 
 
 def best_is_missing(state: TrainState, folder: Path, world: World) -> bool:
-    """Whether there was a best model that is no longer in the run's folder; all processes agree."""
+    """Whether the run's best model is no longer in its folder; all processes agree."""
     is_missing = state.best_loss < math.inf and not (folder / "model/model.safetensors").exists()
     return world.sum(float(is_missing))[0] > 0
