@@ -45,7 +45,7 @@ from gptchat.runtime import handle_stop_signals, on_stop_signals, tune_memory
 from gptchat.training import checkpoint
 from gptchat.training.distributed import World, lost_processes_in_one_line
 from gptchat.training.metrics import autocast, metrics, sum_losses
-from gptchat.training.monitor import Monitor, printable, require_finite
+from gptchat.training.monitor import Monitor, require_finite
 from gptchat.training.optim import clip_gradients, lr_scale, set_learning_rate
 from gptchat.training.start import Run, start
 
@@ -218,7 +218,7 @@ def train_config(config: Config) -> Run:
         if not run.done:
             train(run)
     if run.done and world.rank == 0:
-        print(printable(describe_end(run)))
+        print(describe_end(run))
     world.close()
     return run
 

@@ -106,8 +106,10 @@ class Monitor:
             self.progress = Progress(self.run.total_steps, task, "step", initial=step)
             self._open_board()
             config = flatten(self.run.saved_config)
-            lines = [f"    {key} = {value}" for key, value in config.items()]
-            self._write_summary(text("config", printable("\n".join(lines))))
+            lines = "\n".join(f"    {key} = {value}" for key, value in config.items())
+            # Names of files that are not UTF-8 become escapes.
+            lines = lines.encode("utf-8", "backslashreplace").decode()
+            self._write_summary(text("config", lines))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -226,9 +228,4 @@ class Monitor:
 
     def print_line(self, line: str) -> None:
         if self.progress:
-            self.progress.write(printable(line))
-
-
-def printable(line: str) -> str:
-    """The text with escapes for what is not UTF-8, as in some names of files."""
-    return line.encode("utf-8", "backslashreplace").decode()
+            self.progress.write(line)

@@ -65,8 +65,6 @@ class Muon(Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
                 update = self._momentum_update(parameter, parameter.grad, group["momentum"])
                 parts = group["parts"]
                 for matrix, part in zip(parameter.chunk(parts), update.chunk(parts), strict=True):
