@@ -232,13 +232,6 @@ class Shards:
             turns.append((speaker, self.ids[start:stop].tolist()))
         return turns
 
-    def prompt(self, number: int, length: int) -> list[Turn]:
-        """A dialogue without its response, or the first `length` tokens from a document's start."""
-        if self.task == "chatlm":
-            return self.dialogue(number)[:-1]
-        start = int(self.starts[number])
-        return [(0, self.ids[start : start + length].tolist())]
-
     def by_source(self) -> dict[str, "Shards"]:
         """The documents of each file of valid and test as shards of their own.
 
