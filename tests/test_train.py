@@ -251,6 +251,9 @@ def test_a_finished_run_says_so_and_another_config_is_refused_by_its_keys(
     trained(small, "lm", tmp_path, *SHORT)
     output = run("train", "--config", small / "lm.toml", f"run={tmp_path}", *SHORT)
     assert "finished at step 20 of 20, best" in output and "raising train.num_steps" in output
+    finished = make_run(small, "lm", tmp_path, *SHORT)
+    assert finished.done and not hasattr(finished, "optimizer") and finished.lock
+    finished.lock.close()
     with pytest.raises(UserError, match="found a checkpoint of step 20; the config wants only 12"):
         make_run(small, "lm", tmp_path, "train.num_steps=12")
     told = "model.n_embd was 32, is 64; train.weight_decay was 0.1, is 0.2;.*"
