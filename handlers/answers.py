@@ -123,7 +123,6 @@ class Generation:
         self.id = id
         self.asked = asked
         self.requests = requests
-        self.stream: bool = asked.stream
         self.n: int = asked.n  # choices for each prompt
         self.pick = plan.pick
         self.logprobs = plan.logprobs  # that the client asked for
@@ -282,7 +281,7 @@ class Answer:
         self.status = self.error.status if self.error else 200
         if self.page:
             self.content_type = self.page.content_type
-        elif self.generation and self.generation.stream and not self.error:
+        elif self.generation and self.generation.asked.stream and not self.error:
             self.content_type = EVENTS
 
     def _bodies(self) -> list[Struct]:

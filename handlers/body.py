@@ -6,6 +6,7 @@ with the value null counts as not given. Whatever is wrong with a request raises
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,17 +22,14 @@ SYNONYMS = {
 }
 
 
+@dataclass(eq=False)
 class Refusal(Exception):
     """The answer to a request that cannot be served: a status, a line of text, OpenAI's fields."""
 
-    def __init__(
-        self, message: str, status: int = 400, param: str | None = None, code: str | None = None
-    ):
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.param = param
-        self.code = code
+    message: str
+    status: int = 400
+    param: str | None = None
+    code: str | None = None
 
 
 def parse(body: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Status and content type go out with the first chunk.
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +66,10 @@ class GptchatHandler:
         self.metrics.get_metric(name, MetricTypes(kind)).add_or_update(value, labels)
 
 
-def stopping_criterion(chunk: Chunk) -> Any:
-    """What TorchServe calls after a chunk: True ends the stream, None says that it is none."""
-    if not chunk.is_last:
-        return more_to_come
-    return whole_answer if chunk.is_first else end_of_stream
-
-
-def more_to_come(text: str) -> bool:
-    return False
-
-
-def end_of_stream(text: str) -> bool:
-    return True
-
-
-def whole_answer(text: str) -> None:
-    return None
+def stopping_criterion(chunk: Chunk) -> Callable[[str], bool | None]:
+    """What TorchServe calls after a chunk: True ends the stream, None says that there is none."""
+    ends = None if chunk.is_first and chunk.is_last else chunk.is_last
+    return lambda text: ends
 
 
 def quiet_logging() -> None:

@@ -189,9 +189,14 @@ class OpenAIGeneration(Generation):
 
     id_prefix: ClassVar[str]
 
+    def shape(self, choice: Choice, text: str, tokens: list[ScoredToken], is_whole: bool) -> Struct:
+        """A choice in an answer, or a piece of it in an event."""
+        raise NotImplementedError
+
     def event(self, choice: Choice) -> Struct:
+        piece = self.shape(choice, choice.unsent_text, choice.unsent_tokens, is_whole=False)
         usage = None if self.asked.stream_options.include_usage else UNSET
-        return self._frame(self.chunk, [self.piece(choice)], usage)
+        return self._frame(self.chunk, [piece], usage)
 
     def last_events(self) -> list[Struct]:
         if not self.asked.stream_options.include_usage:
@@ -199,16 +204,8 @@ class OpenAIGeneration(Generation):
         return [self._frame(self.chunk, [], self._usage())]
 
     def whole(self) -> Struct:
-        choices = [self.candidate(choice) for choice in self.choices]
+        choices = [self.shape(each, each.text, each.tokens, is_whole=True) for each in self.choices]
         return self._frame(self.whole_answer, choices, self._usage())
-
-    def piece(self, choice: Choice) -> Struct:
-        """What a choice has not sent yet."""
-        raise NotImplementedError
-
-    def candidate(self, choice: Choice) -> Struct:
-        """All of a choice."""
-        raise NotImplementedError
 
     def _frame(self, frame: type[Any], choices: list[Any], usage: Any) -> Struct:
         return frame(
@@ -260,13 +257,7 @@ class Completions(OpenAIGeneration):
         check_unread(body)
         super().__init__(model, id, asked, plan, requests, echo=asked.echo)
 
-    def piece(self, choice: Choice) -> Struct:
-        return self._choice(choice, choice.unsent_text, choice.unsent_tokens)
-
-    def candidate(self, choice: Choice) -> Struct:
-        return self._choice(choice, choice.text, choice.tokens)
-
-    def _choice(self, choice: Choice, text: str, tokens: list[ScoredToken]) -> TextChoice:
+    def shape(self, choice: Choice, text: str, tokens: list[ScoredToken], is_whole: bool) -> Struct:
         logprobs = None if self.logprobs is None else text_logprobs(self.tokenizer, tokens)
         return TextChoice(choice.index, text, reason(choice), logprobs)
 
@@ -299,17 +290,12 @@ class Chat(OpenAIGeneration):
         check_unread(body)
         super().__init__(model, id, asked, plan, [request])
 
-    def piece(self, choice: Choice) -> Struct:
-        delta = Delta(choice.unsent_text, "assistant" if choice.sent_nothing else UNSET)
-        logprobs = self._logprobs(choice.unsent_tokens)
+    def shape(self, choice: Choice, text: str, tokens: list[ScoredToken], is_whole: bool) -> Struct:
+        logprobs = None if self.logprobs is None else chat_logprobs(self.tokenizer, tokens)
+        if is_whole:
+            return ChatChoice(choice.index, AnswerMessage(text), reason(choice), logprobs)
+        delta = Delta(text, "assistant" if choice.sent_nothing else UNSET)
         return ChatChunkChoice(choice.index, delta, reason(choice), logprobs)
-
-    def candidate(self, choice: Choice) -> Struct:
-        message = AnswerMessage(choice.text)
-        return ChatChoice(choice.index, message, reason(choice), self._logprobs(choice.tokens))
-
-    def _logprobs(self, tokens: list[ScoredToken]) -> ChatLogprobs | None:
-        return None if self.logprobs is None else chat_logprobs(self.tokenizer, tokens)
 
 
 def keep_greedy_plain(asked: Any, body: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def answer_bytes(generation: Generation) -> int:
     n_new = sum(request.sampling.max_new_tokens for request in generation.requests)
     n_echoed = generation.n_prompt_tokens if generation.echoes else 0
     per_candidate = (n_new + n_echoed) * per_token
-    if generation.stream:
+    if generation.asked.stream:
         per_candidate += n_new * event
     return generation.frame_bytes + generation.n * per_candidate
 

@@ -160,7 +160,7 @@ class Service:
         if answer.generation is None or answer.error:
             return
         for prompt, request in enumerate(answer.generation.requests):
-            ticket = Ticket(request, answer.generation.stream, answer, prompt)
+            ticket = Ticket(request, answer.generation.asked.stream, answer, prompt)
             answer.tickets.append(ticket)
             self.loop.submit(ticket)
 

@@ -14,12 +14,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from conftest import wait_until
 from serving import ROOT, Server, configs, free_ports, tiny_model
 
 from gptchat.artifacts import lock_folder
 from gptchat.console import UserError
 from gptchat.serve import torchserve
-from gptchat.serve.options import Options, parse_models
+from gptchat.serve.archive import check_settings
+from gptchat.serve.options import Options, check_ports, parse_models
 from gptchat.serve.torchserve import TorchServe
 
 torch.set_num_threads(1)
@@ -54,12 +56,15 @@ def refused(*arguments: object) -> str:
 
 @pytest.mark.server
 def test_server_in_odd_folders_behind_a_proxy_logs_no_text_and_stops_on_sighup(short_folder):
-    """TMPDIR has a short name, since TorchServe's sockets below it find room in 107 bytes."""
+    """TMPDIR has a short name, since TorchServe's sockets below it find room in 107 bytes.
+
+    A sole client that has left costs no more steps and delays no stop.
+    """
     home = short_folder / "ü 漢 #%41"
     (home / "tmp").mkdir(parents=True)
     server = Server(
         home / "run",
-        {"chatlm": tiny_model(home / "model", "chatlm")},
+        {"chatlm": tiny_model(home / "model", "chatlm", n_embd=256, n_layer=6, n_positions=1024)},
         f"--configs={configs(home / 'configs')}",
         environment={
             "TMPDIR": str(home / "tmp"),
@@ -73,12 +78,32 @@ def test_server_in_odd_folders_behind_a_proxy_logs_no_text_and_stops_on_sighup(s
     assert server.post("chatlm", {"context": "Zanzibar", "n": 1, "max_tokens": 3})[0] == 200
     assert server.post("chatlm", b'{"context": "Zanzibar')[0] == 400
     server.wait_for_log("chatlm original 200")
+    leave_at_once(server)
     server.stop(signal.SIGHUP)
     assert server.process.returncode == 0
     assert psutil.wait_procs(family, 0)[1] == []
     log = server.log.read_text()
     assert "Zanzibar" not in log
+    left = re.search(r"chatlm original left: \d+ \+ (\d+) tokens", log)  # logged before the stop
+    assert left and int(left[1]) < 500, log
     assert "MODEL_LOG" not in log and "log4j" not in log  # TorchServe's own configuration of logs
+
+
+def leave_at_once(server):
+    """Ask for a long stream, leave, and wait until the worker is at rest; nobody asks meanwhile."""
+    settings = {"stream": True, "max_new_tokens": 1000, "temperature": 0, "repetition_penalty": 1}
+    connection, response = server.open("chatlm", {"context": "good morning"} | settings)
+    response.read1(10)
+    response.close()
+    connection.close()
+    used = []
+
+    def at_rest():
+        used.append(sum(sum(worker.cpu_times()[:2]) for worker in server.workers()))
+        time.sleep(0.2)
+        return len(used) > 3 and used[-1] - used[-3] < 0.05
+
+    wait_until(at_rest)
 
 
 @pytest.mark.server
@@ -111,6 +136,8 @@ def test_a_model_that_cannot_start_is_named(model, tmp_path):
     last = server.log.read_text().splitlines()[-1]
     assert last.startswith("error: TorchServe cannot serve second: ")
     assert "not a whole file of weights" in last
+    commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(server.run) in command]
 
 
 def started(run: Path, monkeypatch, lines=(), status=None) -> TorchServe:
@@ -182,6 +209,30 @@ def test_wrong_models_folders_and_ports_are_refused_in_one_line(model, tmp_path)
     assert f"{tmp_path / 'run'}: another `gptchat serve` works here" in told
     with pytest.raises(UserError, match="lm is given twice"):
         parse_models(["lm=a", "chatlm=b", "lm=c"])
+
+
+def test_taken_port_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}: .*wanted another --port"):
+            check_ports("127.0.0.1", port - 1)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("gptchat: {max_request: 3}", "[gptchat] max_request: unknown key; wanted one of dtype,"),
+        ("gptchat: [", "not valid YAML"),
+        ("a: 1", "no section gptchat"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_starts(tmp_path, text, reason):
+    path = tmp_path / "model-config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        check_settings(path)
+    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_signal_while_java_starts_ends_all_processes(tmp_path, monkeypatch):

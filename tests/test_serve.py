@@ -2,11 +2,8 @@
 
 import functools
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +13,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from serving import ROOT, Server, configs, tiny_model
+from serving import Server, configs, tiny_model
 
 from gptchat.config import ServerSettings
 from gptchat.inference.engine import generate
@@ -481,70 +478,3 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(models, tmp_path, short
     assert not (server.run / "key_file.json").exists()
     assert list(short_folder.glob("gptchat-*")) == []
     print(f"gone after {seconds:.1f} s")
-
-
-def test_sole_client_that_left_costs_no_more_steps_and_delays_no_stop(tmp_path):
-    model = tiny_model(tmp_path / "lm", "lm", n_embd=256, n_layer=6, n_positions=1024)
-    server = Server(tmp_path / "run", {"lm": model}).wait_until_ready()
-    settings = {"stream": True, "max_new_tokens": 1000, "temperature": 0, "repetition_penalty": 1}
-    connection, response = server.open("lm", {"context": "good morning"} | settings)
-    response.read1(10)
-    response.close()
-    connection.close()
-    used = []
-
-    def at_rest():  # nobody asks anything meanwhile
-        used.append(sum(sum(worker.cpu_times()[:2]) for worker in server.workers()))
-        time.sleep(0.2)
-        return len(used) > 3 and used[-1] - used[-3] < 0.05
-
-    eventually(at_rest, 60)
-    server.stop(signal.SIGTERM, 15)
-    found = re.search(
-        r"lm original left: \d+ \+ (\d+) tokens", server.log.read_text()
-    )  # it was logged before the stop
-    assert found and int(found[1]) < 500, server.log.read_text()
-
-
-def test_taken_port_is_one_line(server, models, tmp_path):
-    command = [sys.executable, "-m", "gptchat", "serve", "--model", f"lm={models['lm']}"]
-    command += ["--port", str(server.port - 1)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: port {server.port}: ") and "--port" in done.stderr
-
-
-def test_launcher_ends_with_the_reason_when_a_model_cannot_start(models, tmp_path):
-    (tmp_path / "bad").mkdir()
-    for file in models["lm"].iterdir():
-        (tmp_path / "bad" / file.name).write_bytes(
-            file.read_bytes()[:-100] if file.suffix == ".safetensors" else file.read_bytes()
-        )
-    server = Server(tmp_path / "run", {"lm": tmp_path / "bad"})
-    assert server.process.wait(300) == 2
-    last = server.log.read_text().splitlines()[-1]
-    assert last.startswith("error:") and "not a whole file of weights" in last
-    server = Server(tmp_path / "run", {"lm": tmp_path / "nothing"})
-    assert server.process.wait(120) == 2 and "no such file" in server.log.read_text()
-    assert not [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if str(tmp_path) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
-    ]
-
-
-def test_wrong_setting_refuses_to_start_with_one_line(models, tmp_path):
-    folder = configs(tmp_path / "configs", max_request=3)
-    server = Server(tmp_path / "run", {"lm": models["lm"]}, "--configs", str(folder))
-    assert server.process.wait(30) == 2
-    assert server.log.read_text() == (
-        f"error: {folder}/model-config.yaml: [gptchat] max_request: unknown key; "
-        f"wanted one of {', '.join(vars(ServerSettings()))}\n"
-    )
-    for text, reason in (("gptchat: [", "not valid YAML"), ("a: 1", "no section gptchat")):
-        (folder / "model-config.yaml").write_text(text)
-        server = Server(tmp_path / "run", {"lm": models["lm"]}, "--configs", str(folder))
-        assert server.process.wait(30) == 2
-        log = server.log.read_text()
-        assert log.startswith(f"error: {folder}/model-config.yaml: ") and log.count("\n") == 1
-        assert reason in log
