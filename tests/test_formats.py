@@ -199,22 +199,14 @@ def test_what_shows_a_spreadsheet_is_told(tmp_path: Path) -> None:
     assert report(tmp_path, "chatlm").warnings == []
 
 
-def test_names_that_are_not_utf8_are_printed_and_cannot_be_written(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_printed(tmp_path: Path) -> None:
     name = os.fsdecode(b"train-\xe9.tsv")
     (tmp_path / name).write_text("alone\n" * 50)
     (tmp_path / "valid.tsv").write_text("a\tb\n")
     (tmp_path / "own.toml").write_text(CONFIG.format(task="chatlm", folder=tmp_path))
-
-    def gptchat(*arguments: str) -> tuple[int, str]:
-        command = [str(Path(sys.executable).absolute()), "-m", "gptchat", *arguments]
-        done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120)
-        return done.returncode, (done.stdout + done.stderr).decode()
-
-    status, output = gptchat("check", "--config", "own.toml")
-    assert status == 2 and r"train-\udce9.tsv:1: found one column" in output
-    status, output = gptchat("new", "bard", "--chat", name)
-    assert status == 2 and "Traceback" not in output
-    assert r"found 'train-\udce9.tsv', which is not UTF-8; wanted a glob pattern" in output
+    command = [sys.executable, "-m", "gptchat", "check", "--config", str(tmp_path / "own.toml")]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    assert done.returncode == 2 and rb"train-\udce9.tsv:1: found one column" in done.stdout
 
 
 def test_arrays_take_flat_memory_and_an_endless_item_is_refused(tmp_path: Path) -> None:
