@@ -1,9 +1,8 @@
 """THE chat format: turns to token ids, token types and targets; truncation; speakers.
 
-Every other module that touches a dialogue calls this one. A dialogue is a list of turns, oldest
-first; a turn is (speaker, token ids), or (speaker, text) before it is encoded. Speaker 1 is the
-responder, speaker 0 everybody else. In training the last turn is the response, the one before it
-the context, and any turns before those are history:
+A dialogue is a list of turns, oldest first. A turn is (speaker, token ids), or (speaker, text)
+before it is encoded. Speaker 1 is the responder, speaker 0 everybody else. In training the last
+turn is the response, the one before it the context, and any turns before those are history:
 
     history [SEP] context [SEP] response [CLS]
 
@@ -96,7 +95,7 @@ def fit(lengths: Sequence[int], n_ctx: int) -> Truncation:
 
 
 def _concatenate(turns: Sequence[Turn], sep_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and token types of all turns, each behind a `[SEP]`: two int64 arrays (T,)."""
+    """Ids and token types of all turns, a `[SEP]` before each: two int64 arrays (T,)."""
     ids: list[int] = []
     types: list[int] = []
     for speaker, turn in turns:
@@ -111,8 +110,7 @@ def excerpts(
 ) -> list[tuple[int, int]]:
     """The turns, first..last-1, of each training example of a dialogue longer than `n_ctx`.
 
-    Turn i has `lengths[i]` tokens. There is one example of all turns, but with targets =
-    "responder" or "turns" as many as the module's docstring says. `fit` then truncates each.
+    Turn i has `lengths[i]` tokens. `fit` then truncates each example.
     """
     if targets not in ("responder", "turns"):
         return [(0, len(lengths))]
@@ -187,6 +185,6 @@ def encode_prompt(
 
 
 def alternate(texts: Sequence[str], last_speaker: int = 1) -> list[TextTurn]:
-    """(speaker, text) of each turn: the speakers alternate backwards from the last one."""
+    """(speaker, text) of each turn, with speakers that alternate back from the last one."""
     first_speaker = (last_speaker + len(texts) - 1) % 2
     return list(zip(cycle((first_speaker, 1 - first_speaker)), texts, strict=False))

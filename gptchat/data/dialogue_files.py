@@ -49,11 +49,11 @@ _CHARACTERS = {escaped: character for character, escaped in _ESCAPES.items()}
 class Format:
     """How files of dialogues are read, and written with answers.
 
-    `entries(path)` yields each dialogue as the file has it, such as a line, after its line number.
-    `turns(entry, place, is_prompt)` are its turns; the last one is the response, or with
-    `is_prompt` what is to be answered. There are none if nothing of it is to be learned. It raises
-    UserError, which begins with `place`, for what is no dialogue. `answered(entry, answer)` is the
-    text of the entry with an answer behind it. `unread_keys(entry)` names what `turns` ignores.
+    `entries(path)` yields (line number, dialogue as the file has it). `turns(entry, place,
+    is_prompt)` are its turns; the last one is the response, or with `is_prompt` what is to be
+    answered. There are none if nothing is to be learned. It raises UserError, which begins with
+    `place`, for what is no dialogue. `answered(entry, answer)` is the entry with an answer.
+    `unread_keys(entry)` names what `turns` ignores.
     """
 
     endings: tuple[str, ...]  # of file names, `.gz` apart

@@ -44,7 +44,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BLOCK = 1 << 20  # characters encoded at once, and bytes read at once
-PARALLEL_BYTES = 4 * BLOCK  # less text is encoded in a thread, since processes take time to start
+PARALLEL_BYTES = 4 * BLOCK  # less text is encoded in a thread, which starts at once
 MAX_CACHED = 2_000_000  # characters of words in a worker's cache, which is then emptied
 UINT16_ENTRIES = 65535  # the largest vocabulary whose ids are stored in 16 bits
 SEPARATORS = {"block": r"\n(?:[^\S\n]*\n)+", "line": "\n", "file": "(?!)"}  # (?!) never matches
@@ -55,7 +55,7 @@ UP_TO_LAST_WORD = re.compile(r"(?s:.*)\S(?=\s)")  # ends where the last white sp
 def in_order(
     executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """`map` in an executor, with at most `ahead` items under way; results in the items' order."""
+    """`map` in an executor, in order, with at most `ahead` items under way."""
     pending: deque[Future[Result]] = deque()
     for item in items:
         pending.append(executor.submit(function, item))

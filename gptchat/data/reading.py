@@ -70,7 +70,7 @@ def text_size(path: Path) -> int:
 
 @lru_cache(maxsize=4096)
 def _uncompressed_size(path: Path, size: int, mtime_ns: int) -> int:
-    """Bytes of a compressed file's text. The cache holds it for a file of this size and time."""
+    # Size and time of the file are arguments for the cache.
     with open_bytes(path) as file:
         return sum(map(len, iter(lambda: file.read(1 << 20), b"")))
 

@@ -1,7 +1,7 @@
 """The order of rows: a row's number in an endless sequence -> what the row holds, without state.
 
-The same seed and number give the same row in any process. An epoch holds every row of a source,
-the shards of one split, once. Permutations are computed from a key, so memory is nearly flat.
+An epoch holds every row of a source, the shards of one split, once. Permutations are computed from
+a key, so memory is nearly flat.
 
 - WindowOrder (lm): each epoch cuts the stream of tokens, as a circle, into windows of `n_ctx`
   tokens, from an offset of its own, and shuffles them. The last one repeats up to n_ctx - 1 tokens.
@@ -84,7 +84,7 @@ class WindowOrder:
 
 
 class DialogueOrder:
-    """The rows of a split of dialogues (chatlm). Each row holds one excerpt or several."""
+    """The rows of a split of dialogues (chatlm), of one excerpt or several each."""
 
     def __init__(self, shards: Shards, n_ctx: int, seed: int, targets: str):
         self.shards = shards

@@ -1,7 +1,7 @@
 """Token ids on disk: `gptchat shards --config FILE [section.key=value ...]`.
 
-Each split (train, valid, test; with `weights` each entry of train: train-0, train-1 and so on) is
-written to files of the folder `data.shards`, all numbers little-endian:
+Each split (train or, with `weights`, train-0, train-1 and so on; valid; test) has files in the
+folder `data.shards`, all numbers little-endian:
 
     SPLIT-00000.bin       token ids, uint16, or uint32 for a vocabulary of more than 65,535 entries
     SPLIT-documents.bin   int64: 0, then the end of each document, in tokens (lm) or turns (chatlm)
@@ -245,7 +245,7 @@ class Shards:
         return sources
 
     def _section(self, first: int, counts: dict[str, int]) -> "Shards":
-        """The documents from number `first` on that have these counts."""
+        """Shards of the documents from number `first` on that have these counts."""
         section = copy.copy(self)
         section.n_tokens = counts["tokens"]
         section.n_bytes = counts["bytes"]
@@ -274,9 +274,9 @@ def _open_file(path: Path, state: FileState | None, dtype: str) -> np.ndarray:
 
 
 def why_outdated(config: Config, tokenizer: Tokenizer, splits: Sequence[str] = ()) -> str:
-    """Why the folder does not hold these splits as they would be written now; "" if it does.
+    """Why the folder does not hold these splits, or all, as they would be written now, or "".
 
-    Without `splits` all are meant. Splits whose source files are all gone are not out of date.
+    A split whose source files are all gone is not out of date.
     """
     manifest = read_manifest(config.shards_dir)
     if manifest is None or "splits" not in manifest:

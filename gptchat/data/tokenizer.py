@@ -155,7 +155,6 @@ class Tokenizer:
 
     @property
     def json(self) -> str:
-        """The content of `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
 
     @cached_property
@@ -166,7 +165,7 @@ class Tokenizer:
         return SortedTokens(pieces, ids, b"\xff".join(pieces), ends)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special tokens are added."""
+        """The ids of a text, without special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -242,7 +241,6 @@ def _entry_bytes(entry: str) -> bytes:
 
 
 def _byte_level(model: models.Model, pattern: str) -> tokenizers.Tokenizer:
-    """A library tokenizer around `model` that reads and writes the byte alphabet."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer(pattern)
     backend.decoder = decoders.ByteLevel()
@@ -277,8 +275,8 @@ def _read_gpt2_files(directory: Path) -> tokenizers.Tokenizer:
 def _find_end_token(directory: Path, backend: tokenizers.Tokenizer) -> str | None:
     """The token that ends a text in somebody else's directory, None if it names none.
 
-    It is the tokenizer's `eos_token`, or the `eos_token_id` of config.json. Each is `<|endoftext|>`
-    if nobody has changed it, so another one comes first. An id counts only if text cannot have it:
+    It is the tokenizer's `eos_token`, or the `eos_token_id` of config.json; one that is not
+    `<|endoftext|>`, the default of both, comes first. An id counts only if text cannot have it:
     many configs keep the id of GPT-2's vocabulary beside another vocabulary.
     """
     ids = _json_table(directory / "config.json").get("eos_token_id")
@@ -330,7 +328,7 @@ def start_directory(config: Config) -> str:
 
 
 def has_begun(run: str) -> bool:
-    """Whether there is a run in this folder that the same config would resume."""
+    """Whether this folder holds a run that would be resumed."""
     return Path(run, "checkpoint.safetensors").is_file()
 
 
@@ -436,7 +434,6 @@ def _train_and_save(config: Config) -> None:
 
 
 def _training_settings(config: Config) -> dict[str, Any]:
-    """The settings on which the vocabulary depends."""
     settings = asdict(config.tokenizer)
     del settings["dir"]
     return settings
