@@ -46,30 +46,28 @@ def test_our_cross_entropy_and_its_gradient_are_f_cross_entropys(
     )
 
 
-def test_logits_used_after_the_loss_make_the_backward_pass_raise() -> None:
+@pytest.mark.parametrize(
+    "is_before, reason",
+    [(True, "modified by an inplace operation"), (False, "used after their cross-entropy")],
+)
+def test_logits_used_besides_the_loss_make_the_backward_pass_raise(
+    is_before: bool, reason: str
+) -> None:
     logits = logits_of(random_hidden())
+    if is_before:
+        penalty = logits.logsumexp(-1).square().sum()
     loss = summed_cross_entropy(logits, TARGETS)
-    penalty = logits.logsumexp(-1).square().sum()
-    with pytest.raises(RuntimeError, match="logits were used after their cross-entropy"):
+    if not is_before:
+        penalty = logits.logsumexp(-1).square().sum()
+    with pytest.raises(RuntimeError, match=reason):
         (loss + 1e-4 * penalty).backward()
 
 
-def test_logits_used_before_the_loss_make_the_backward_pass_raise() -> None:
-    logits = logits_of(random_hidden())
-    penalty = logits.logsumexp(-1).square().sum()
-    loss = summed_cross_entropy(logits, TARGETS)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss + 1e-4 * penalty).backward()
-
-
-def test_second_backward_pass_raises() -> None:
+def test_second_backward_pass_and_second_derivative_raise() -> None:
     loss = summed_cross_entropy(logits_of(random_hidden()), TARGETS)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_second_derivative_raises() -> None:
     hidden = random_hidden()
     loss = summed_cross_entropy(logits_of(hidden), TARGETS)
     with pytest.raises(RuntimeError, match="has no second derivative"):

@@ -40,10 +40,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 IDS = torch.randint(6, 262, (2, 30), generator=torch.Generator().manual_seed(0))
 KINDS: list[dict[str, Any]] = [
     {},
-    {"activation_function": "gelu"},
-    {"activation_function": "relu", "layer_norm_epsilon": 1e-3},
+    {"activation_function": "gelu", "layer_norm_epsilon": 1e-3},
     {"activation_function": "quick_gelu", "n_inner": 50},
-    {"activation_function": "swish", "scale_attn_weights": False},
+    {"activation_function": "relu", "scale_attn_weights": False},
     {"activation_function": "tanh", "reorder_and_upcast_attn": True},
 ]
 
@@ -89,11 +88,8 @@ def test_directory_written_here_loads_here_and_there(tmp_path: Path, task: str) 
     assert torch.equal(our_logits(ours), our_logits(written))
     assert close(their_logits(theirs), our_logits(written), 1e-5)
     assert tokenizer.hash == byte_tokenizer().hash
-    assert [theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.pad_token_id] == [
-        2,
-        3,
-        0,
-    ]
+    special = theirs.config
+    assert (special.bos_token_id, special.eos_token_id, special.pad_token_id) == (2, 3, 0)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata().keys() == {"format", "gptchat_blake2b"}
         assert file.metadata()["format"] == "pt" and "lm_head.weight" not in file.keys()
@@ -109,15 +105,11 @@ def test_generation_config_stops_at_the_task_s_end_and_suppresses_what_is_no_tex
     our_directory(tmp_path, task)
     generation = GenerationConfig.from_pretrained(tmp_path)
     assert generation.eos_token_id == stop and generation.suppress_tokens == never
-    assert never_generated(GPT2Config(vocab_size=300), byte_tokenizer(), task) == never + [
-        *range(262, 300)
-    ]
+    larger = GPT2Config(vocab_size=300)
+    assert never_generated(larger, byte_tokenizer(), task) == [*never, *range(262, 300)]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (
-        tokenizer.model_max_length == 32
-        and tokenizer.cls_token_id == 4
-        and tokenizer.sep_token == "[SEP]"
-    )
+    assert tokenizer.model_max_length == 32
+    assert (tokenizer.cls_token_id, tokenizer.sep_token) == (4, "[SEP]")
 
 
 def test_sampling_defaults_travel_with_the_model_and_transformers_uses_them(tmp_path: Path) -> None:
@@ -174,52 +166,31 @@ def as_bin(directory: Path, theirs: GPT2LMHeadModel) -> None:
 
 
 def as_bin_of_the_old_file_format(directory: Path, theirs: GPT2LMHeadModel) -> None:
-    torch.save(
-        old_tensors(directory, ""),
-        directory / "pytorch_model.bin",
-        _use_new_zipfile_serialization=False,
-    )
-
-
-def as_sharded_bin(directory: Path, theirs: GPT2LMHeadModel) -> None:
-    tensors = old_tensors(directory, "transformer.")
-    index = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
-    for file in set(index.values()):
-        torch.save(
-            {name: value for name, value in tensors.items() if index[name] == file},
-            directory / file,
-        )
-    (directory / "pytorch_model.bin.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index})
-    )
+    path = directory / "pytorch_model.bin"
+    torch.save(old_tensors(directory, ""), path, _use_new_zipfile_serialization=False)
 
 
 def as_safetensors_without_prefix(directory: Path, theirs: GPT2LMHeadModel) -> None:
-    save_file(
-        old_tensors(directory, ""), directory / "model.safetensors", metadata={"format": "pt"}
-    )
+    tensors = old_tensors(directory, "")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 FORMATS: list[Callable[[Path, GPT2LMHeadModel], None]] = [
-    lambda directory, theirs: None,
     as_sharded,
     as_bin,
     as_bin_of_the_old_file_format,
-    as_sharded_bin,
     as_safetensors_without_prefix,
 ]
-NAMES = ["safetensors", "sharded", "bin", "old bin", "sharded bin", "no prefix"]
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=NAMES)
+@pytest.mark.parametrize("form", FORMATS)
 def test_each_format_of_weights_loads(
     tmp_path: Path, form: Callable[[Path, GPT2LMHeadModel], None]
 ) -> None:
     theirs = random_gpt2(4)
     form(write(theirs, tmp_path), theirs)
-    assert close(
-        our_logits(load_model(tmp_path, dtype=torch.float64)[0]), their_logits(theirs), 1e-9
-    )
+    ours, _, _ = load_model(tmp_path, dtype=torch.float64)
+    assert close(our_logits(ours), their_logits(theirs), 1e-9)
 
 
 def test_missing_config_keys_have_the_defaults_of_transformers(tmp_path: Path) -> None:
@@ -250,16 +221,12 @@ def test_half_precision_weights_load_as_float32_and_the_random_state_is_left_alo
 # What is refused
 
 
-def edit_json(name: str, **changes: Any) -> Callable[[Path], object]:
+def config(**changes: Any) -> Callable[[Path], object]:
     def edit(directory: Path) -> None:
-        path = directory / name
+        path = directory / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return edit
-
-
-def config(**changes: Any) -> Callable[[Path], object]:
-    return edit_json("config.json", **changes)
 
 
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
@@ -294,34 +261,19 @@ class Code:
         return pytest.fail, ("code of a .bin file ran",)
 
 
-def lost_shard(directory: Path) -> None:
-    as_sharded(directory, random_gpt2())
-    sorted(directory.glob("model-*.safetensors"))[0].unlink()
-
-
 def shard_elsewhere(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory.parent / "other.safetensors")
     index = {"weight_map": {"wte.weight": "../other.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def git_lfs_pointer(name: str) -> Callable[[Path], object]:
-    def edit(directory: Path) -> None:
-        (directory / "model.safetensors").unlink()
-        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:24868\nsize 548105171\n"
-        (directory / name).write_text(pointer)
-
-    return edit
+def git_lfs_pointer(directory: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:24868\nsize 548105171\n"
+    (directory / "model.safetensors").write_text(pointer)
 
 
-def folder_in_place_of(name: str) -> Callable[[Path], object]:
-    """An OSError for whoever reads it, even for root."""
-
-    def edit(directory: Path) -> None:
-        (directory / name).unlink()
-        (directory / name).mkdir()
-
-    return edit
+def unlink(name: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).unlink()
 
 
 C_FC = "transformer.h.1.mlp.c_fc.weight"
@@ -330,12 +282,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "other model": (config(model_type="llama"), ["config.json", "model_type is 'llama'", "gpt2"]),
     "activation": (config(activation_function="mish"), ["config.json", "mish", "gelu_new"]),
     "wrong type": (config(n_layer="3"), ["config.json: n_layer: found '3'; wanted an integer"]),
-    "out of range": (config(n_layer=10**9), ["config.json: n_layer: found 1000000000"]),
-    "NaN": (config(layer_norm_epsilon=float("nan")), ["layer_norm_epsilon: found nan"]),
     "heads": (config(n_head=5), ["config.json", "n_embd 24", "n_head 5"]),
     "type rows": (config(gptchat={"type_rows": [0, 300]}), ["type_rows is [0, 300]", "below 300"]),
     "other task": (config(gptchat={"task": "sing"}), ["config.json", "task is 'sing'"]),
-    "our table a list": (config(gptchat=[1]), ["config.json", "gptchat is [1]"]),
     "large vocabulary": (config(vocab_size=2**24), [WTE, "[300, 24]", "[16777216, 24]"]),
     "a layer more": (config(n_layer=4), ["lack h.3.ln_1.weight"]),
     "a layer less": (config(n_layer=2), ["model.safetensors", "h.2."]),
@@ -351,24 +300,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "untied, no head": (config(tie_word_embeddings=False), ["lack lm_head.weight"]),
     "other head": (edit_weights(lambda t: t.update({HEAD: t[WTE] + 1})), [HEAD, "differs"]),
     "cut safetensors": (cut("model.safetensors"), ["model.safetensors", "not a whole file"]),
-    "cut bin": (
-        lambda directory: (
-            pickled({"a": torch.ones(99)})(directory),
-            cut("pytorch_model.bin")(directory),
-        ),
-        ["pytorch_model.bin", "not a whole file"],
-    ),
     "code in bin": (pickled({"wte.weight": Code()}), ["pytorch_model.bin", "not a whole file"]),
-    "other bin": (pickled({"a": 1}), ["pytorch_model.bin", "no dictionary of tensors"]),
-    "LFS pointer": (git_lfs_pointer("model.safetensors"), ["model.safetensors", "git lfs pull"]),
-    "LFS pointer as bin": (git_lfs_pointer("pytorch_model.bin"), ["bin", "git lfs pull"]),
-    "lost shard": (lost_shard, ["index.json: names model-00001-of", "no file beside it"]),
+    "LFS pointer": (git_lfs_pointer, ["model.safetensors", "git lfs pull"]),
     "shard elsewhere": (shard_elsewhere, ["index.json: names other", "no file beside it"]),
-    "no weights": (folder_in_place_of("model.safetensors"), ["found no weights"]),
-    "unreadable": (folder_in_place_of("config.json"), ["config.json: cannot be read: Is a"]),
-    "no config": (lambda directory: (directory / "config.json").unlink(), ["found no config.json"]),
+    "no weights": (unlink("model.safetensors"), ["found no weights"]),
+    "no config": (unlink("config.json"), ["found no config.json"]),
     "broken config": (cut("config.json"), ["config.json", "JSON"]),
-    "no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), ["tokenizer.json"]),
+    "no tokenizer": (unlink("tokenizer.json"), ["tokenizer.json"]),
     "nothing there": (shutil.rmtree, ["no such directory"]),
 }
 
@@ -406,9 +344,7 @@ def test_tokenizer_with_more_words_than_the_model_is_refused(tmp_path: Path) -> 
 
 # Adapting
 
-FOREIGN = (
-    "<|endoftext|>",
-)  # a vocabulary of 257 entries in which the end of text is all that is special
+FOREIGN = ("<|endoftext|>",)  # all that is special in a vocabulary of 257 entries
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300], ids=["full", "rows in reserve"])
@@ -420,28 +356,18 @@ def test_adapt_appends_tokens_and_type_rows_and_keeps_the_rest(
     model, tokenizer, _ = load_model(tmp_path, dtype=torch.float64)
     assert model.config.type_rows == (-1, -1)
     added = adapt(model, tokenizer, seed=1)
-    assert added == {
-        "[PAD]": 257,
-        "[UNK]": 258,
-        "[BOS]": 259,
-        "[CLS]": 260,
-        "[SEP]": 261,
-        "type 0": 262,
-        "type 1": 263,
-    }
+    names = ("[PAD]", "[UNK]", "[BOS]", "[CLS]", "[SEP]", "type 0", "type 1")
+    assert added == dict(zip(names, range(257, 264), strict=True))
     assert model.config.type_rows == (262, 263) and model.type_rows.tolist() == [262, 263]
-    assert (
-        model.config.vocab_size == max(264, vocab_size)
-        and model.config.n_positions == SMALL["n_positions"]
-    )
+    assert model.config.vocab_size == max(264, vocab_size)
+    assert model.config.n_positions == SMALL["n_positions"]
     assert (tokenizer.eos_id, tokenizer.cls_id, tokenizer.vocab_size) == (0, 260, 262)
     ids = IDS % 257
     assert close(our_logits(model, ids)[..., :257], their_logits(theirs, ids)[..., :257], 1e-12)
     assert model.lm_head.weight is model.wte.weight and model.wte.weight.requires_grad
     old, new = model.wte.weight[:257], model.wte.weight[257:264]
-    assert ((new - old.mean(0)).abs() < 0.6 * old.std(0)).all() and new.std(
-        0
-    ).min() > 0.01 * old.std(0).min()
+    assert ((new - old.mean(0)).abs() < 0.6 * old.std(0)).all()
+    assert new.std(0).min() > 0.01 * old.std(0).min()
     assert never_generated(model.config, tokenizer, "lm") == [*range(257, model.config.vocab_size)]
 
 
@@ -456,11 +382,8 @@ def test_adapted_rows_follow_the_seed_and_adapting_again_adds_nothing(tmp_path: 
     save_static(tmp_path / "ours", model.config, tokenizer, "chatlm")
     save_weights(tmp_path / "ours", model)
     again, tokenizer, task = load_model(tmp_path / "ours")
-    assert (
-        task == "chatlm"
-        and adapt(again, tokenizer, 9) == {}
-        and torch.equal(again.wte.weight, rows[2])
-    )
+    assert task == "chatlm" and adapt(again, tokenizer, 9) == {}
+    assert torch.equal(again.wte.weight, rows[2])
 
 
 def test_convert_adapts_says_what_it_appended_and_overwrites_nothing(
@@ -614,31 +537,20 @@ def test_canonical_vocabulary_encodes_equal_ids_here_and_in_transformers(
     ]
     for text in [*TEXTS, *random_texts(300)]:
         wanted = theirs.encode(text)
-        special = any(
-            name in text for name in SPECIAL
-        )  # appended tokens: in transformers such text becomes the token
-        for encode in readers[:3] if special else readers:
+        # In transformers the text of an appended token becomes the token.
+        has_special = any(name in text for name in SPECIAL)
+        for encode in readers[:3] if has_special else readers:
             assert encode(text) == wanted, text
         assert ours.decode(wanted) == text
-    assert (ours.eos_id, adapted.eos_id, adapted.cls_id, adapted.vocab_size) == (
-        50256,
-        50256,
-        50260,
-        50262,
-    )
+    assert ours.eos_id == adapted.eos_id == 50256
+    assert (adapted.cls_id, adapted.vocab_size) == (50260, 50262)
 
 
 def random_texts(n: int) -> list[str]:
     """Characters of all planes, those of a few blocks and spaces more often, without surrogates."""
     draw = random.Random(0)
-    blocks = [
-        (0, 0x7F),
-        (0, 0x24F),
-        (0x20, 0x21),
-        (0x300, 0x36F),
-        (0x3040, 0x30FF),
-        (0xE000, 0x10FFFF),
-    ]
+    ranges = [(0, 0x7F), (0, 0x24F), (0x20, 0x21), (0x300, 0x36F), (0x3040, 0x30FF)]
+    blocks = [*ranges, (0xE000, 0x10FFFF)]
     return [
         "".join(chr(draw.randint(*draw.choice(blocks))) for _ in range(draw.randint(1, 60)))
         for _ in range(n)
@@ -646,30 +558,13 @@ def random_texts(n: int) -> list[str]:
 
 
 # What Hugging Face's config.json of openai-community/gpt2 holds
-OPENAI_CONFIG = {
-    "activation_function": "gelu_new",
-    "architectures": ["GPT2LMHeadModel"],
-    "attn_pdrop": 0.1,
-    "bos_token_id": 50256,
-    "embd_pdrop": 0.1,
-    "eos_token_id": 50256,
-    "initializer_range": 0.02,
-    "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2",
-    "n_ctx": 1024,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_layer": 12,
-    "n_positions": 1024,
-    "resid_pdrop": 0.1,
-    "summary_activation": None,
-    "summary_first_dropout": 0.1,
-    "summary_proj_to_labels": True,
-    "summary_type": "cls_index",
-    "summary_use_proj": True,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-    "vocab_size": 50257,
-}
+OPENAI_CONFIG = json.loads("""{"activation_function": "gelu_new",
+"architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1,
+"eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
+"n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1,
+"summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
+"summary_type": "cls_index", "summary_use_proj": true, "task_specific_params":
+{"text-generation": {"do_sample": true, "max_length": 50}}, "vocab_size": 50257}""")
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """Cross-entropy that overwrites its logits with their gradient, to save time and memory.
 
-`summed_cross_entropy(logits, targets)` DESTROYS the logits it is given: they may not be read again,
-and the loss may be differentiated only once. Autograd is told so: a backward pass through logits
-that were used before or after, a second one, or a second derivative raises RuntimeError. (What
-reads the logits without a gradient, as `logits.argmax()`, is not noticed and reads the gradient.)
-The loss is a sum over target tokens; the caller divides it by their number.
+`summed_cross_entropy(logits, targets)` destroys the logits: they may not be read afterwards, and
+the loss may be differentiated only once. RuntimeError is raised by a backward pass through logits
+that were used before or after, by a second backward pass, and by a second derivative. Whatever
+reads the logits afterwards without a gradient, such as `logits.argmax()`, reads the gradient
+unnoticed.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU_ROWS = 32  # rows of logits that become their gradient together without leaving the CPU's cache
+CPU_ROWS = 32  # rows whose logits stay in the CPU's cache while they become their gradient
 GPU_ROWS = 1024
 IGNORED = -100  # the target of a row that does not count, as for F.cross_entropy
 
@@ -24,9 +24,9 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy of targets (N,) under logits (N, V): a scalar, at least float32.
 
-    OVERWRITES `logits`. Targets of -100 do not count, whatever their logits are. Raises ValueError
-    for another target that is no id. On other devices than the CPU that is an assertion of the
-    device's gather kernel, since looking at a value would wait for the device at every step.
+    Overwrites `logits`. Targets of -100 do not count, whatever their logits are. Raises ValueError
+    for another target that is no id; on a GPU, where looking at a value would wait for the device,
+    the gather kernel asserts it.
     """
     if targets.is_cpu:
         check_targets(targets, logits.shape[1])
@@ -35,7 +35,6 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Raise ValueError if a target (N,) is neither -100 nor an id."""
     is_wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= vocab_size)
     if is_wrong.any():
         found = int(targets[is_wrong][0])
@@ -43,25 +42,22 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Returns the loss, and the logits, which hold their gradient by then and may not be used.
+    """Returns the loss, and the logits, which hold their gradient by then.
 
-    Autograd requires that an input which is changed in place is also an output. A use of the logits
-    afterwards becomes a use of that output, whose gradient `backward` refuses.
+    Autograd requires that an input which is changed in place is also an output. A later use of the
+    logits is a use of that output, whose gradient `backward` refuses.
 
-    The gradient is made some rows at a time: F.cross_entropy takes twice the time, and holds three
-    more tensors of the logits' size, 0.45 GB for 1,024 targets and 50,257 vocabulary entries.
+    F.cross_entropy takes twice the time and holds three more tensors of the logits' size.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         dtype = at_least_float32(logits.dtype)
         total = torch.zeros((), dtype=dtype, device=logits.device)
-        n_rows = GPU_ROWS
-        if logits.device.type == "cpu":
-            n_rows = CPU_ROWS
+        n_rows = CPU_ROWS if logits.device.type == "cpu" else GPU_ROWS
         ids = targets[:, None]  # (N, 1)
         ignored = ids == IGNORED
-        # A GPU would be waited for to look whether there are any.
+        # Looking whether there are any would wait for a GPU.
         any_ignored = not targets.is_cpu or bool(ignored.any())
         if any_ignored:
             ids = ids.masked_fill(ignored, 0)
@@ -80,7 +76,7 @@ class CrossEntropy(torch.autograd.Function):
             chunk.copy_(gradient)
         ctx.mark_dirty(logits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits)  # which hold their gradient by now
+        ctx.save_for_backward(logits)
         return total, logits
 
     @staticmethod
