@@ -163,15 +163,6 @@ def test_float16_with_its_scaler_learns_as_float32_does(
     assert found == pytest.approx(wanted, rel=0.02)
 
 
-def test_a_compiled_run_learns_as_an_eager_one(
-    small: Path, tmp_path: Path, device: torch.device
-) -> None:
-    for compiled in ("false", "true"):
-        settings = ["model.dropout=0", f"train.compile={compiled}"]
-        train(make_run(small, "chatlm", tmp_path / compiled, device, *settings))
-    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
-
-
 def test_one_process_of_torchrun_trains_as_one_without(
     small: Path, tmp_path: Path, device: torch.device
 ) -> None:
