@@ -36,15 +36,13 @@ SIZES = {"desktop": (1100, 760), "phone": (375, 700)}
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     # An answer without a token would be no turn.
-    large = {"n_embd": 256, "n_layer": 6, "n_positions": 256, "ends": False}
+    settings = {"n_positions": 256, "ends": False}
     picks = AnswerDefaults(TRAINED_HERE.sampling, candidates=8, pick="mmi")
     server = Server(
         folder / "run",
         {
-            "chatlm": tiny_model(folder / "chatlm", "chatlm", **large),
-            "second": tiny_model(
-                folder / "second", "chatlm", n_positions=256, ends=False, defaults=picks
-            ),
+            "chatlm": tiny_model(folder / "chatlm", "chatlm", **settings),
+            "second": tiny_model(folder / "second", "chatlm", **settings, defaults=picks),
         },
         f"--configs={configs(folder / 'configs')}",
     )
@@ -54,7 +52,7 @@ def server(tmp_path_factory):
 
 
 class Proxy(ThreadingHTTPServer):
-    """Stands before the server, as nginx does: asks for a key, refuses, breaks off."""
+    """Stands before the server, as nginx does: asks for a key, refuses, breaks off, takes time."""
 
     daemon_threads = True
 
@@ -65,6 +63,7 @@ class Proxy(ThreadingHTTPServer):
         self.key = ""  # that a POST must bring
         self.refusal = None  # (status, headers) of the next POST
         self.breaks_off = False  # the next POST's answer
+        self.delay = 0.0  # seconds before each piece of an answer
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -100,7 +99,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.send_header("content-type", response.headers["content-type"])
         self.end_headers()
         with suppress(ConnectionError):  # the browser has left
-            while chunk := response.read1(65536):
+            while chunk := response.read1(1000):
+                if body:
+                    time.sleep(proxy.delay)
                 self.wfile.write(chunk)
                 if body and proxy.breaks_off:
                     proxy.breaks_off = False
@@ -113,6 +114,14 @@ def proxy(server):
     proxy = Proxy(server)
     yield proxy
     proxy.shutdown()
+
+
+@pytest.fixture
+def slow(proxy):
+    """The server with answers that take seconds to arrive."""
+    proxy.delay = 0.1
+    yield proxy
+    proxy.delay = 0.0
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +279,8 @@ def test_several_turns_by_keyboard(browser, server, size, dark):
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def test_answer_streams_and_can_be_stopped_and_tried_again(browser, server):
-    show(browser, server)
+def test_answer_streams_and_can_be_stopped_and_tried_again(browser, slow):
+    show(browser, slow)
     choose(browser, max_new_tokens=200, temperature=2, n=2)
     say(browser, "hello", wait=False)
     for _ in range(3):  # it grows
@@ -386,13 +395,14 @@ def test_reload_keeps_the_conversation_and_the_settings(browser, server):
     assert find(browser, "#setting-temperature").get_attribute("value") == ""
 
 
-def test_reload_keeps_what_was_typed_and_what_was_not_answered(browser, server):
-    show(browser, server)
+def test_reload_keeps_what_was_typed_and_what_was_not_answered(browser, slow):
+    show(browser, slow)
     choose(browser, max_new_tokens=60, temperature=2)
     say(browser, "hello", wait=False)
     eventually(lambda: find(browser, "#send").text == "Stop")
     browser.refresh()
     assert turns(browser) == ["hello"] and "No answer yet" in find(browser, ".note").text
+    slow.delay = 0.0
     press(browser, "Try again")
     wait_for_the_answer(browser)
     assert len(turns(browser)) == 2
