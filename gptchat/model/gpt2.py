@@ -125,7 +125,10 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: flo
         scores = (k @ q.mT).mT  # (B, H, 1, S), faster than the same as q @ k.mT
     else:
         scores = q @ k.mT  # (B, H, T, S)
-    return F.dropout(torch.softmax(scores + mask, -1), dropout) @ v
+    weights = torch.softmax(scores + mask, -1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return weights @ v
 
 
 class Attention(nn.Module):
@@ -278,7 +281,8 @@ class GPT2(nn.Module):
         x = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, C)
         if token_type_ids is not None:
             x = x + self.wte(self.type_rows[token_type_ids])
-        x = self.dropout(x)
+        if self.training:
+            x = self.dropout(x)
         mask = self._mask(x, segments, cache)
         for block in self.h:
             x = block(x, mask, cache)
@@ -291,7 +295,7 @@ class GPT2(nn.Module):
         cache is a single query that sees everything.
         """
         if cache is not None:
-            return None if cache.unseen is None else additive_mask(cache.unseen, cache.kv.dtype)
+            return None if cache.unseen is None else additive_mask(cache.unseen, cache.dtype)
         length, device, dtype = x.shape[1], x.device, x.dtype
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
