@@ -134,7 +134,6 @@ def test_int8_keeps_a_row_of_zeros_and_the_shape():
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 def test_without_onednn_the_linear_layers_are_plain(monkeypatch, capsys):
     monkeypatch.setattr(linear_module, "onednn_supports", lambda dtype: False)
     linear, x = nn.Linear(64, 32), torch.randn(4, 64)
@@ -277,7 +276,6 @@ def test_an_unknown_dtype_is_refused():
     "engines, bfloat16, kernel",
     [
         (["onednn", "fbgemm"], True, Int8Linear),
-        (["onednn", "fbgemm"], False, Int8Linear),
         (["onednn"], True, torch.bfloat16),
         (["onednn"], False, torch.float32),
     ],

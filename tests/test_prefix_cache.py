@@ -40,10 +40,11 @@ class Watched(Engine):
         super().__init__(*arguments, **settings)
         self.passes = []
 
-    def _tensors(self, ids, types, start):
-        assert max(start) + max(map(len, ids)) <= self.length
-        self.passes.append([len(row) for row in ids])
-        return super()._tensors(ids, types, start)
+    def _admit(self):
+        group = super()._admit()
+        if group:
+            self.passes.append([len(one.next_chunk(self.prefill_chunk)[0]) for one in group])
+        return group
 
     def answer(self, request):
         self.passes.clear()

@@ -1,17 +1,15 @@
 """Logits (B, V) -> next ids, each row with its own settings (`sampling.py`) and its own noise.
 
-`distribution` says plainly what is drawn from; `Draw` does it fast for many rows. There are two
-stages. Before the cut scores change, ids are banned, and the lightest ids may be left out: logit
-bias; repetition, frequency and presence penalty; filtered words, and stop ids before `min_tokens`;
-then, unless greedy, temperature and top-k. The cut leaves out what is not in top-p or below min-p.
+`distribution` says plainly what is drawn from; `Draw` does it fast for many rows. First scores
+change and ids are banned: logit bias, penalties, filtered words, stop ids before `min_tokens`. Then
+temperature and top-k apply, and the cut leaves out what is outside top-p or below min-p.
 
-Invariant of the cut: a rule that leaves ids out by their weight leaves out the lightest ones, so
-everything heavier than a drawn id is still there. That is how top-p is known without sorting a row:
-an id is outside if what is heavier has all of top-p already.
+Invariant of the cut: every id that is heavier than a drawn one is still there. So top-p needs no
+sorted row: an id is outside if the heavier ones together have all of top-p.
 
-Given its logits, a row's id does not depend on the other rows. Its noise is one number in [0, 1), a
-hash of (seed, candidate, position), which becomes an id by inverting the cumulative distribution.
-(Where ids tie at the cut, top-k keeps k of them, top-p all whose float32 weights are equal.)
+A row's id does not depend on the other rows. Its noise, a hash of (seed, candidate, position) in
+[0, 1), becomes an id by the inverse of the cumulative distribution. If ids tie at the cut, top-k
+keeps k of them, top-p all.
 """
 
 from collections import Counter
@@ -33,10 +31,7 @@ from gptchat.inference.text import BROKEN, CharacterFilter
 
 @dataclass
 class Row:
-    """What a draw needs to know of a sequence: its settings, and its ids so far, one or more.
-
-    The answer begins after `n_prompt` ids. A stop id would end it.
-    """
+    """A sequence: its settings and its ids so far; the answer begins after `n_prompt` of them."""
 
     sampling: Sampling
     candidate: int  # its number among those of its request
@@ -45,7 +40,7 @@ class Row:
     stop_ids: Sequence[int] = ()
 
     def banned(self) -> list[int]:
-        """What may not come next: words that are filtered, and stop ids before `min_tokens`."""
+        """What must not come next: filtered words, and stop ids before `min_tokens`."""
         banned = []
         if self.sampling.word_filter:
             banned += self.sampling.word_filter.banned(self.ids)
@@ -55,10 +50,10 @@ class Row:
 
 
 class Scored(NamedTuple):
-    """An id, the model's log-probability of it (before any setting), and the k best ids.
+    """An id, the model's log-probability of it (before any setting), and the k best of all ids.
 
-    `top` has each of these with its log-probability, best first. `logprob` is None for the first
-    token of a prompt, and where log-probabilities were not asked for.
+    `top` holds (id, log-probability), best first. `logprob` is None for the first token of a
+    prompt, and if log-probabilities were not requested.
     """
 
     token: int
@@ -67,9 +62,9 @@ class Scored(NamedTuple):
 
 
 def distribution(logits: Tensor, row: Row, suppress: Sequence[int] = ()) -> Tensor:
-    """The probabilities (V,) with which each id comes next in a row with these logits (V,).
+    """The probabilities (V,) of the next id, by every setting but `whole_characters`.
 
-    Every setting is here but `whole_characters`. `Draw` is tested against this.
+    `Draw` is tested against this.
     """
     settings = row.sampling
     scores = logits.to(torch.float64, copy=True)
@@ -96,11 +91,11 @@ def distribution(logits: Tensor, row: Row, suppress: Sequence[int] = ()) -> Tens
 
 
 def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
-    """The log-probability of ids (N,) under logits (N, V), and the k best of each row."""
+    """The log-probabilities of ids (N,) under logits (N, V), and the k best of each row."""
     logprobs = logits.float().log_softmax(-1)  # (N, V)
     top_logprobs, top_ids = logprobs.topk(min(k, logits.shape[1]))  # (N, k)
     of_ids = logprobs.gather(1, ids[:, None])  # (N, 1)
-    # One table, because a GPU is waited for once for each copy. float64 holds every id.
+    # One table, so that a GPU is waited for once
     columns = (ids[:, None], of_ids, top_ids, top_logprobs)
     table = torch.cat([column.double() for column in columns], dim=1).tolist()
     scored = []
@@ -112,10 +107,9 @@ def score(logits: Tensor, ids: Tensor, k: int) -> list[Scored]:
 
 
 class Draw:
-    """Draws the next ids of some rows, step after step, while their `ids` grow.
+    """Draws the next ids of the same rows, step after step, while their `ids` grow.
 
-    What the settings say is read once. `suppress` (S,) are ids that are never drawn, on the device
-    of the logits. Without `characters`, `whole_characters` has no effect.
+    `suppress` (S,) are never drawn. `whole_characters` needs `characters`.
     """
 
     def __init__(
@@ -137,23 +131,22 @@ class Draw:
         self.penalizes = bool(self.counted) or any(s.repetition_penalty != 1 for s in settings)
         penalties = [s.repetition_penalty for s in settings]
         self.repetition_penalty = column(penalties, self.device).float()
-        self.biases: list[tuple[int, Tensor, Tensor]] = []  # of a row: ids and what they get
+        self.biases: list[tuple[int, Tensor, Tensor]] = []  # row, ids, what is added
+        by_top_k: dict[int | None, list[int]] = {}  # None: greedy rows
         for i, s in enumerate(settings):
             if s.logit_bias:
                 ids = torch.tensor([*s.logit_bias], device=self.device)
-                biases = torch.tensor([*s.logit_bias.values()], dtype=torch.float32)
-                self.biases.append((i, ids, biases.to(self.device)))
-        by_top_k: dict[int | None, list[int]] = {}  # None: greedy rows
-        for i, s in enumerate(settings):
+                biases = torch.tensor([*s.logit_bias.values()], device=self.device)
+                self.biases.append((i, ids, biases.float()))
             by_top_k.setdefault(s.top_k if s.temperature else None, []).append(i)
         self.groups = [Group(rows, numbers, self.device) for numbers in by_top_k.values()]
 
     def __call__(self, logits: Tensor) -> tuple[list[Scored], Tensor]:
-        """What is drawn for each row, and its ids (B, 1); -1 where nothing is left to draw.
+        """What is drawn for each row, and the ids (B, 1); -1 if nothing is left to draw.
 
         OVERWRITES float32 logits (B, V).
         """
-        untouched = logits[self.scored] if self.scored else logits  # a copy of what is needed
+        untouched = logits[self.scored] if self.scored else logits  # a copy if needed
         scores = logits.float()  # a copy only if they are not float32
         self.change(scores)
         if len(self.groups) == 1:
@@ -171,7 +164,7 @@ class Draw:
         return drawn, ids
 
     def change(self, scores: Tensor) -> None:
-        """In place: biases, penalties and bans (-inf) of each row of scores (B, V)."""
+        """In place: biases, penalties and bans (-inf) on scores (B, V)."""
         for i, ids, biases in self.biases:
             scores[i, ids] += biases
         if self.penalizes:
@@ -183,17 +176,17 @@ class Draw:
             self.keep_characters_whole(scores, self.characters)
 
     def penalize(self, scores: Tensor) -> None:
-        """In place: scores (B, V) of ids that a row has.
+        """In place: penalties on scores (B, V) of ids that a row already has.
 
         Positive scores are divided by the repetition penalty, others multiplied (Keskar et al.,
-        "CTRL", 2019). An id that the answer has c times loses c * frequency + presence penalty, the
-        formula of OpenAI's API reference.
+        "CTRL", 2019). An id that the answer has c times loses c * frequency + presence penalty
+        (OpenAI's API reference).
         """
         width = max(len(row.ids) for row in self.rows)
         ids = np.empty((len(self.rows), width), np.int64)
         for i, row in enumerate(self.rows):
             ids[i, : len(row.ids)] = row.ids
-            ids[i, len(row.ids) :] = row.ids[0]  # a duplicate gets the same score
+            ids[i, len(row.ids) :] = row.ids[0]  # duplicates get the same score
         index = torch.from_numpy(ids).to(self.device)  # (B, T)
         old = scores.gather(1, index)
         new = torch.where(old < 0, old * self.repetition_penalty, old / self.repetition_penalty)
@@ -209,19 +202,19 @@ class Draw:
         scores.scatter_(1, index, new)
 
     def keep_characters_whole(self, scores: Tensor, characters: CharacterFilter) -> None:
-        """In place: -inf for ids that would break a character, in rows that want none broken."""
+        """In place: -inf for ids that would break a character, in rows with `whole_characters`."""
         states = [
             characters.state(row.ids) if row.sampling.whole_characters else BROKEN
             for row in self.rows
         ]
-        if not any(states):  # as a rule all are between characters: a tenth of the time
+        if not any(states):  # the usual case, in a tenth of the mask's time
             scores.index_fill_(1, characters.forbidden_between, -inf)
         else:
             scores.masked_fill_(characters.forbidden[states], -inf)
 
 
 def column(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers, one a row, as float64 (R, 1)."""
+    """One number per row, as float64 (R, 1)."""
     return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
 
 
@@ -232,10 +225,7 @@ def noise(rows: Sequence[Row], device: torch.device, attempt: int = 0) -> Tensor
 
 
 def uniform(seed: int, candidate: int, position: int, attempt: int = 0) -> float:
-    """A number in [0, 1) of 52 bits, by BLAKE2b.
-
-    It is a pure function of the seed, the token's place, and how often that was drawn before.
-    """
+    """A number in [0, 1) of 52 bits, by BLAKE2b. `attempt` counts redraws of the same token."""
     key = f"{seed} {candidate} {position}"
     if attempt:
         key += f" {attempt}"
@@ -259,24 +249,21 @@ class Group:
         self.min_p = column([s.min_p for s in settings], device).float()
 
     def draw(self, scores: Tensor) -> Tensor:
-        """An id (R, 1) for each row; -1 where no score is finite. OVERWRITES `scores` (R, V)."""
-        ids = None
+        """An id (R, 1) for each row; -1 if no score is finite. OVERWRITES `scores` (R, V)."""
         if self.is_greedy:
             places = best(scores)
             highest = scores.gather(1, places)
         elif self.top_k:
             scores, ids = scores.topk(min(self.top_k, scores.shape[1]))  # (R, K)
             highest = scores[:, :1].clone()
-            places = self.draw_sorted(weigh(scores, highest, self.scale))
+            places = ids.gather(1, self.draw_sorted(weigh(scores, highest, self.scale)))
         else:
             highest = scores.amax(-1, keepdim=True)
             places = self.draw_unsorted(weigh(scores, highest, self.scale))
-        if ids is not None:
-            places = ids.gather(1, places)
         return places.masked_fill_(~(highest.abs() < inf), -1)  # NaN is not below
 
     def draw_sorted(self, weights: Tensor) -> Tensor:
-        """A place (R, 1) in each row of descending weights (R, K), cut where top-p ends."""
+        """A place (R, 1) in each row of descending weights (R, K), none outside top-p or min-p."""
         shares = (weights * ONE).long()  # integers add up exactly, in any order
         bound = self.min_p
         if self.cuts:
@@ -292,7 +279,7 @@ class Group:
         sums = block_sums(weights)
         limit = self.top_p * sums.sum(-1, keepdim=True)  # of all weights, before min-p
         if self.has_min_p:
-            # Numbers, not bools, are kept apart: a third of the time that a mask takes.
+            # Multiplying by 0.0 and 1.0 takes a third of a mask's time.
             weights.mul_(torch.ge(weights, self.min_p, out=torch.empty_like(weights)))
             sums = block_sums(weights)
         places = draw_place(weights, sums, noise(self.rows, weights.device))
@@ -302,11 +289,10 @@ class Group:
 
 
 def weigh(scores: Tensor, highest: Tensor, scale: Tensor) -> Tensor:
-    """In place: scores (R, K) become probabilities at a temperature of 1 / `scale`, times a number.
+    """In place: scores (R, K) become weights, exp(scale * (score - highest)), at most 1.
 
-    The best score of each row, `highest` (R, 1), becomes 1. Where it is infinite or a NaN, the row
-    gets NaNs. (A softmax would take longer. `exp2` of the same number differs in its last bit
-    between the middle of a tensor and its end, on a CPU.)
+    A row whose best score `highest` (R, 1) is infinite or NaN gets NaNs. (A softmax takes longer;
+    `exp2` gives equal numbers different last bits.)
     """
     return scores.sub_(highest).mul_(scale).exp_()
 
@@ -314,12 +300,10 @@ def weigh(scores: Tensor, highest: Tensor, scale: Tensor) -> Tensor:
 def draw_outsiders_again(
     places: Tensor, weights: Tensor, limit: Tensor, rows: Sequence[Row]
 ) -> None:
-    """In place: another of `places` (R, 1), drawn from weights (R, K), for each outside of top-p.
+    """In place: redraws each of `places` (R, 1) that is outside top-p of weights (R, K).
 
-    `limit` (R, 1) is the sum of top-p, as `block_sums` counts. If a draw missed top-p, everything
-    in top-p is heavier, so the next draw is among what is heavier: no row is sorted (FlashInfer,
-    arXiv 2501.01005). At a top-p of 0.95 about a twentieth of the draws is repeated; at 0, which
-    leaves the best id alone, all of 32 flat rows of 50,257 had it after 19 rounds.
+    `limit` (R, 1) is the weight of top-p in the unit of `block_sums`. If a draw missed top-p, all
+    of top-p is heavier, so the redraw is among the heavier ids (FlashInfer, arXiv 2501.01005).
     """
     pending = list(range(len(rows)))
     for attempt in count(1):
@@ -333,11 +317,9 @@ def draw_outsiders_again(
 
 
 def heavier(weights: Tensor, places: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights (R, K) that are above that of the place (R, 1) of each row, 0 for the others.
+    """The weights (R, K) above that of each row's place (R, 1), else 0; their block sums.
 
-    With them come their block sums, and whether (R, 1) the sum of these reaches `limit` (R, 1):
-    then the place is not among the likeliest that have so much together. A row's heaviest always
-    are.
+    And whether (R, 1) their total reaches `limit` (R, 1): then the place is outside top-p.
     """
     above = torch.gt(weights, weights.gather(1, places), out=torch.empty_like(weights))
     above.mul_(weights)

@@ -1,32 +1,26 @@
 """Generation for many requests at once: token ids in, token ids out.
 
-A step decodes, then prefills. Decoding gives every live sequence its next token, in one pass over
-all of them. Prefill takes prompts from the queue, first come first served: several short ones
-together, at most `prefill_chunk` tokens with their padding, or the next `prefill_chunk` tokens of a
-long one. A complete prompt draws its first token. The candidates of a request share its prefill and
-start together; a request whose candidates do not all find slots waits, and so do those behind it.
+A step decodes, then prefills. Decoding draws the next token of every live sequence in one pass.
+Prefill takes prompts from the queue in order: several short ones, at most `prefill_chunk` tokens
+with padding, or the next chunk of a long one. A complete prompt draws its first token. The
+candidates of a request share its prefill and wait until there are slots for all of them.
 
 A slot of the KV cache holds one sequence from position 0 on. Invariants between steps:
 
-- Live sequences occupy the slots 0..len(running)-1, in the order of `running`, so a pass works on a
-  view of the cache. When one leaves, the last one takes its slot.
-- At most one prompt is partially prefilled. It is first in the queue, in the slot after the live
-  sequences; slots for all its candidates are reserved.
+- Live sequences are in the slots 0..len(running)-1, in the order of `running`, so that a pass works
+  on a view of the cache. When one leaves, the last one takes its slot.
+- At most one prompt is partially prefilled: the first in the queue, in the slot after the live
+  sequences. Slots for all its candidates are reserved.
 - All ids of a live sequence but the last are in the cache.
-- The slots after these are free. With `prefix_cache` a prompt starts where what they hold of it
-  ends (`prefix_cache.py`), without it at 0.
 
-Row i of a pass works on slot `first_slot` + i, from its own position `start` on. Rows are padded
-at their end to the longest one. Padding is written to the row's own slot, at positions that are
-overwritten before anything attends to them; so max(start) + width <= length limits what is
-prefilled together. A partially prefilled prompt is alone in its pass.
+Row i of a pass works on slot `first_slot` + i, from its own start position. Rows are padded at
+their end; padding goes to positions that are overwritten before anything attends to them. So
+max(start) + width <= length limits what is prefilled together.
 
-An answer does not depend on the other requests, except for rounding: padding, `slots`,
-`prefill_chunk` and `prefix_cache` change the order in which attention sums, and so the last bit of
-its float32 results. With float32 that moves log-probabilities by 3e-6. In bfloat16 and int8 the
-next operation rounds to 8 bits, so a last-bit difference can flip a rounding: log-probabilities
-moved by up to 0.08, and up to 7 % of answers (8 of 120, of 24 tokens each) took another token
-somewhere. Replaying the same requests at the same steps on a fresh engine reproduces the answers.
+An answer does not depend on the other requests, except for rounding: batches change the order in
+which attention sums. In float32 that moves log-probabilities by 3e-6. bfloat16 and int8 round to 8
+bits next, so there it is up to 0.08, and 8 of 120 answers took another token somewhere. Replaying
+the same requests at the same steps on a fresh engine reproduces the answers.
 
 Only one thread may use an engine at a time.
 """
@@ -57,9 +51,9 @@ SCORED_AT_ONCE = 32  # prompt positions whose logits (x V) are in memory togethe
 
 
 class Batch:
-    """What a decoding step reads of the running candidates; the same until one joins or leaves.
+    """What a decoding step reads of the running candidates, until one joins or leaves.
 
-    `input_ids` and `types` (n, 1) are each one's last token, `starts` (n,) its position.
+    `input_ids` and `types` (n, 1) hold each one's last token, `starts` (n,) its position.
     """
 
     def __init__(self, running: list[Candidate], draw: Draw):
@@ -73,12 +67,10 @@ class Batch:
 class Engine:
     """Generates with a model in `slots` slots of `length` positions.
 
-    `dtype`, one of `linear.DTYPES` or "auto", packs the layers for speed; None takes them as they
-    are. The engine has its own copy of the model, which shares parameters; packing leaves the
-    original as it was. `suppress` are ids that are never drawn; `characters` is what the setting
-    `whole_characters` needs. A step prefills at most `prefill_chunk` prompt tokens, so that long
-    prompts do not stall the live sequences. `prefix_cache` uses keys and values of ended sequences
-    again, at the price that answers depend on earlier requests, by rounding.
+    `dtype`, one of `linear.DTYPES` or "auto", packs the layers of a copy of the model; None takes
+    them as they are. `suppress` are ids that are never drawn; the setting `whole_characters` needs
+    `characters`. Chunks keep long prompts from stalling live sequences. With `prefix_cache`,
+    rounding also depends on earlier requests.
     """
 
     def __init__(
@@ -107,9 +99,9 @@ class Engine:
         self.prefix_cache = PrefixCache(self.cache, slots, prefix_cache)
         self.waiting: deque[QueuedRequest] = deque()
         self.running: list[Candidate] = []  # in the order of their slots
-        self.batch: Batch | None = None  # of these; None since one joined or left
-        self.submitted = 0  # requests so far, and the id of the last one
-        self.typed: bool | None = None  # whether requests have token types; None: no request yet
+        self.batch: Batch | None = None  # of these; None after one joined or left
+        self.submitted = 0  # requests so far, which is also the id of the last one
+        self.typed: bool | None = None  # whether requests have token types; None before the first
 
     @property
     def live(self) -> int:
@@ -128,11 +120,11 @@ class Engine:
 
     @property
     def _n_partial(self) -> int:
-        """Tokens in the slot of the partially prefilled prompt; 0 where there is none."""
+        """Tokens of the partially prefilled prompt in its slot; 0 if there is none."""
         return self.waiting[0].n_prefilled if self.waiting else 0
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. Raises ValueError if it could never be served."""
+        """Queue a request and return its id. Raises ValueError if it can never be served."""
         check_request(request, self.slots, self.length, self.model.config)
         typed = request.token_type_ids is not None
         if self.typed not in (None, typed):
@@ -158,7 +150,7 @@ class Engine:
         return self.submitted
 
     def cancel(self, request_id: int, candidate: int | None = None) -> None:
-        """Forget one candidate of a request, or all, and free its slots, if it has not ended."""
+        """Forget one candidate of a request, or all, and free the slots of those not ended."""
 
         def cancelled(one: Candidate) -> bool:
             return one.request_id == request_id and candidate in (None, one.candidate)
@@ -176,7 +168,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Decode and prefill once. Returns at most one output for each candidate."""
+        """Decode and prefill once. Returns at most one output per candidate."""
         with without_torch_function():
             return self._decode() + self._prefill()
 
@@ -185,7 +177,7 @@ class Engine:
         if not self.running:
             return []
         batch = self.batch or Batch(self.running, self._drawer(self.running))
-        self.batch = batch  # until `_draw` finds that one has ended
+        self.batch = batch  # `_draw` resets it if a sequence ends
         length = max(len(candidate.ids) for candidate in self.running)
         hidden = self._run(batch.input_ids, batch.types, batch.starts, length, first_slot=0)
         outputs, batch.input_ids = self._draw(batch.draw, 0, self.model.logits(hidden[:, -1]))
@@ -202,25 +194,23 @@ class Engine:
             return []
         chunks = [queued.next_chunk(self.prefill_chunk) for queued in group]
         start = [queued.n_prefilled for queued in group]
-        inputs = self._tensors([ids for ids, _ in chunks], [types for _, types in chunks], start)
-        length = max(start) + inputs[0].shape[1]
-        hidden = self._run(*inputs, length, first_slot=len(self.running))  # (n, T, C)
+        width = max(len(ids) for ids, _ in chunks)
+        padded = [[_pad(row, width) for row in rows] for rows in zip(*chunks, strict=True)]
+        input_ids, types = torch.tensor(padded, device=self.device)  # (n, T) each
+        starts = torch.tensor(start, device=self.device)
+        hidden = self._run(input_ids, types, starts, max(start) + width, len(self.running))
         for queued, (ids, _), states in zip(group, chunks, hidden, strict=True):
             if queued.request.score_prompt:
                 queued.prompt_logprobs += self._score(queued, states)  # before n_prefilled grows
             queued.n_prefilled += len(ids)
-        if not group[0].is_prefilled:  # longer than the chunk, so it is the whole group
+        if not group[0].is_prefilled:  # longer than the chunk, so alone in its group
             self.waiting.appendleft(group[0])
             return []
         last = [len(ids) - 1 for ids, _ in chunks]
         return self._start(group, hidden[range(len(group)), last])
 
     def _admit(self) -> list[QueuedRequest]:
-        """Take from the queue what is prefilled now: as many as slots and one chunk allow.
-
-        Each gets its slot, the next one after the live sequences and the group so far, and in it
-        what is cached of its prompt.
-        """
+        """Take requests from the queue, as many as slots and one chunk allow, into their slots."""
         if self._n_partial:
             return [self.waiting.popleft()]
         group: list[QueuedRequest] = []
@@ -228,10 +218,13 @@ class Engine:
         start = width = 0  # of a pass over the group: the farthest start, the longest row
         while self.waiting and len(self.waiting[0].candidates) <= free:
             queued = self.waiting[0]
+            request = queued.request
             slot = len(self.running) + len(group)
-            prefix = self._find_prefix(queued, slot)
+            prefix = Prefix(slot, 0)
+            if not request.score_prompt:  # which wants the hidden state of every position
+                prefix = self.prefix_cache.find(slot, request.input_ids, request.types)
             start = max(start, prefix.length)
-            width = max(width, len(queued.request.input_ids) - prefix.length)
+            width = max(width, len(request.input_ids) - prefix.length)
             padded = width * (len(group) + 1)  # tokens of the pass with this prompt
             if group and (padded > self.prefill_chunk or start + width > self.length):
                 break
@@ -241,24 +234,6 @@ class Engine:
             group.append(self.waiting.popleft())
         return group
 
-    def _find_prefix(self, queued: QueuedRequest, first_free: int) -> Prefix:
-        """What is cached of a prompt; nothing of one that is to be scored at every position."""
-        request = queued.request
-        if request.score_prompt:
-            return Prefix(first_free, 0)
-        return self.prefix_cache.find(first_free, request.input_ids, request.types)
-
-    def _tensors(
-        self, ids: list[Ids], types: list[Ids], start: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and types (n, T) of n rows, padded to the longest, and the positions (n,) they begin
-        at.
-        """
-        width = max(map(len, ids))
-        padded = [[_pad(row, width) for row in ids], [_pad(row, width) for row in types]]
-        input_ids, token_type_ids = torch.tensor(padded).to(self.device)
-        return input_ids, token_type_ids, torch.tensor(start, device=self.device)
-
     def _run(
         self,
         input_ids: Tensor,
@@ -267,9 +242,9 @@ class Engine:
         length: int,
         first_slot: int,
     ) -> Tensor:
-        """Hidden states (n, T, C) of n rows of new tokens, in the n slots from `first_slot` on.
+        """Hidden states (n, T, C) of new tokens in the n slots from `first_slot` on.
 
-        They begin at `starts`; `length` is where the last one ends.
+        They begin at `starts` (n,); `length` is where the last row ends.
         """
         assert length <= self.length
         view = self.cache.view(first_slot, starts, input_ids.shape[1], length)
@@ -278,7 +253,7 @@ class Engine:
     def _score(self, queued: QueuedRequest, hidden: Tensor) -> list[Scored]:
         """The prompt tokens scored by the hidden states (T, C) of a chunk.
 
-        Each state predicts the token after it; no state predicts the first token of all.
+        Each state predicts the token after it; none predicts the prompt's first token.
         """
         prompt = queued.request.input_ids
         first = queued.n_prefilled + 1
@@ -296,7 +271,7 @@ class Engine:
     def _start(self, group: list[QueuedRequest], last: Tensor) -> list[Output]:
         """Make prefilled requests live, and draw their first tokens from `last` (group, C).
 
-        The prompts are in the slots after the live sequences; further candidates get copies.
+        The first candidate of each takes the prompt's slot; the others get copies of it.
         """
         first = len(self.running)
         prompt_of = list(range(len(group)))  # index into the group of each new sequence
@@ -319,10 +294,7 @@ class Engine:
         return outputs
 
     def _draw(self, draw: Draw, first_slot: int, logits: Tensor) -> tuple[list[Output], Tensor]:
-        """Draw a token for the live sequences from `first_slot` on; those that end leave.
-
-        Returns their outputs and the drawn ids (n, 1).
-        """
+        """The outputs of the live sequences from `first_slot` on, and the drawn ids (n, 1)."""
         candidates = self.running[first_slot:]
         drawn, ids = draw(logits)
         outputs = [one.take(scored) for one, scored in zip(candidates, drawn, strict=True)]
@@ -334,9 +306,8 @@ class Engine:
     def _free(self, slot: int, is_broken: bool = False) -> None:
         """Take a sequence out of its slot.
 
-        The last live sequence takes the slot, and the partial prompt the one that becomes free. A
-        broken sequence, whose logits left nothing to draw, may have keys and values that are NaN;
-        they are zeroed, since a mask, which is added, could not hide them.
+        The last live sequence takes the slot, and a partial prompt the one that this frees. A
+        broken sequence, whose logits left nothing to draw, may have left NaN, which is zeroed.
         """
         self.batch = None
         cache = self.prefix_cache
@@ -366,7 +337,7 @@ class Completion(list[Output]):
 
 
 def generate(engine: Engine, requests: Iterable[Request]) -> list[list[Completion]]:
-    """Serve the requests together. Returns each one's candidates, in order."""
+    """The candidates of each request, served together."""
     completions: dict[int, list[Completion]] = {}
     for request in requests:
         completions[engine.submit(request)] = [Completion() for _ in range(request.n)]

@@ -1,22 +1,17 @@
-"""From a model directory to text: what the terminal chat, the evaluation and the server share.
+"""From a model directory to text, for terminal chat, evaluation and server.
 
-`load_generator` reads a directory and starts an engine over its model. A `TextGenerator` turns
-encoded dialogues into requests (`request`) and runs requests to text: in pieces (`stream`), as
-whole answers (`complete`), or with fixed seeds (`sample_answers`). Where a request has several
-candidates, all are completed before `rank` chooses one. The server has a decoding loop of its own,
-and uses `CandidateText`, `prompt_room` and `rank`.
+A `TextGenerator` turns encoded dialogues into requests (`request`) and runs them to text: in pieces
+(`stream`), as whole answers (`complete`) or with fixed seeds (`sample_answers`). The server has a
+decoding loop of its own, and uses `CandidateText`, `prompt_room` and `rank`.
 
-- Ids that are no text (special tokens, type rows, rows without a token) are never generated, except
-  the one that ends a text: [CLS] for a ChatLM, [EOS] for an LM.
-- A prompt leaves room for the answer (`prompt_room`): an LM's text that is longer is refused, a
-  ChatLM's dialogue loses its oldest turns and is refused only if its last turn is too long.
-- Text holds whole characters and no stop string. What may become either is held back; an incomplete
-  character at the end of an answer, which its length has cut, is left out.
-- No U+FFFD for a broken character is in an answer, unless its setting `whole_characters` is 0 or
-  its prompt is ids that end inside a character.
-- An answer depends on its prompt, settings and seed, not on the requests that run beside it, nor
-  (with `prefix_cache`) on earlier ones, except for the rounding that `engine` describes.
-- A TextGenerator is for one thread, and for one stream at a time.
+- Ids without text are never generated, except the one that ends an answer: [CLS] for a ChatLM,
+  [EOS] for an LM.
+- A prompt leaves room for the answer (`prompt_room`). A longer LM text is refused. A ChatLM's
+  dialogue loses its oldest turns, and is refused if its last turn is too long.
+- Text holds whole characters and no stop string. What may become either is held back.
+- An answer depends on its prompt, settings and seed only, except for the rounding that `engine`
+  describes.
+- A TextGenerator serves one thread, and one stream at a time.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -39,26 +34,22 @@ from gptchat.runtime import default_device
 
 SLOTS = 16  # default number of sequences that are decoded at once
 NEW_TOKENS = 100  # default length of an answer, but for the server's
-CHAT_SAMPLING = Sampling(**TRAINED_HERE.sampling, max_new_tokens=NEW_TOKENS)
 
 
 def prompt_room(n_ctx: int, max_new_tokens: int) -> int:
-    """How many of `n_ctx` tokens a prompt may take: all but the answer's, and at least half."""
+    """How many of `n_ctx` tokens a prompt may take: all but the answer's, but at least half."""
     return n_ctx - min(max_new_tokens, n_ctx // 2)
 
 
 class CandidateText:
     """The text of one candidate as its tokens arrive, up to a stop string or the candidate's end.
 
-    `text` is everything so far. It starts with `echo`, a prompt to be repeated, in which stop
-    strings do not count; then comes the text of `beginning`, ids of the answer that were given with
-    the prompt, in which they do. `n_decoded` is the number of characters decoded so far, with those
-    that are held back: where the text of the next token begins.
+    `text` starts with `echo`, a prompt to repeat, where stop strings do not count. The text of
+    `beginning` follows, ids of the answer given with the prompt, where they do.
 
-    `drawn` is what the engine drew, with the id that ended the answer; `n_tokens` are the tokens
-    among it. `finish_reason` is "" until the candidate has ended, then "stop" (also for a stop
-    string) or "length". `must_cancel` is true if a stop string ended the candidate while the
-    engine, which knows no text, goes on with it: the caller cancels it.
+    `drawn` is what the engine drew, with the id that ended the answer; `n_tokens` leaves that out.
+    `finish_reason` is "" until the candidate has ended, then "stop" or "length". `must_cancel`: a
+    stop string ended the candidate, and the caller must cancel it in the engine.
     """
 
     def __init__(
@@ -79,10 +70,11 @@ class CandidateText:
 
     @property
     def n_decoded(self) -> int:
+        """Characters so far, with those held back: where the text of the next token begins."""
         return len(self.text) + len(self._decoder.held)
 
     def take(self, output: Output) -> str:
-        """Add the engine's next output. Returns the piece of text that is certain now."""
+        """Add the engine's next output. Returns the text that has become certain."""
         if self.finish_reason:
             return ""
         piece = ""
@@ -114,14 +106,11 @@ class Piece:
 class TextGenerator:
     """A model, its tokenizer and its task ("lm" or "chatlm"), with an engine that runs the model.
 
-    `slots` is how many sequences are decoded at once, at least as many as the model wants
-    candidates. `dtype` (of `linear.DTYPES`) is how the engine packs a copy of the layers; with None
-    it uses the model's own weights, which may then be trained further. With `prefix_cache` (the
-    engine's) a conversation's next turn starts sooner.
+    `slots` (at least the default number of candidates), `dtype` and `prefix_cache` are the
+    engine's. With a `dtype` of None the model may be trained further.
 
-    `defaults` say how the model answers where nobody says otherwise: `sampling`, the number of
-    `candidates` and the rule `default_pick` come from there. Raises UserError for wrong ones, and
-    for a ChatLM whose tokenizer lacks a special token, or whose model lacks rows of token types.
+    `defaults` are the model's sampling settings, number of candidates and pick. Raises UserError
+    for wrong ones, and for a ChatLM without special tokens or rows of token types.
     """
 
     def __init__(
@@ -174,10 +163,10 @@ class TextGenerator:
     ) -> Request:
         """The request for `n` candidates of the answer to encoded turns.
 
-        The answer starts with the ids in `beginning`, which are part of the prompt. An LM continues
-        all turns and the beginning as one text, an empty one from [EOS]. A ChatLM drops the oldest
-        turns until the rest fits into `prompt_room`. Raises UserError if the LM's text, or the
-        ChatLM's last turn with the beginning, does not fit, and for an empty text without [EOS].
+        The answer starts with the ids in `beginning`, which count as prompt. An LM continues all of
+        it as one text, an empty one from [EOS]. A ChatLM drops its oldest turns until the rest fits
+        into `prompt_room`. Raises UserError for what does not fit, and for an empty text without
+        [EOS].
         """
         room = prompt_room(self.n_ctx, sampling.max_new_tokens)
         if self.task == "chatlm":
@@ -191,10 +180,9 @@ class TextGenerator:
         return Request(text or [*self.stop_ids], None, sampling, n=n, stop_ids=self.stop_ids)
 
     def cut_to_fit(self, turns: Sequence[Turn], max_new_tokens: int) -> tuple[list[Turn], bool]:
-        """(turns that `request` takes, whether text was cut): the last turn without its front.
+        """(turns that `request` takes, whether the front of the last one was cut).
 
-        An LM's turns are joined to one. A ChatLM's older turns are left to `request`, which drops
-        them.
+        An LM's turns are joined to one. A ChatLM's older turns are left to `request`.
         """
         longest = prompt_room(self.n_ctx, max_new_tokens)
         if self.task == "lm":
@@ -206,7 +194,7 @@ class TextGenerator:
 
     @staticmethod
     def check_pick(pick: str, task: str) -> None:
-        """Raise ValueError for a rule that is not one of PICKS, or that an LM cannot have."""
+        """Raise ValueError for a rule that is not one of PICKS, or that an LM cannot use."""
         if pick not in PICKS:
             raise ValueError(f"pick: found {pick!r}; wanted one of {', '.join(PICKS)}")
         if pick == "mmi" and task != "chatlm":
@@ -217,11 +205,10 @@ class TextGenerator:
     ) -> Generator[Piece]:
         """Run all requests at once, and yield the pieces of their answers as they come.
 
-        A piece may be empty: a step of the engine yields one for every live candidate. A request
-        for several candidates has empty pieces until all of them have ended; its last piece is the
-        text of the one that is picked. Closing the generator cancels the unfinished requests.
-        Raises ValueError if the engine can never serve a request (see `Engine.submit`), for a pick
-        that the task cannot have, and for "mmi" without `logprobs`.
+        A step of the engine yields a piece, maybe an empty one, for every live candidate. A request
+        for several candidates has only empty pieces before the last, the text of the one picked.
+        Closing the generator cancels unfinished requests. Raises ValueError for a request that the
+        engine can never serve, and for a pick that the task or its sampling cannot have.
         """
         self.check_pick(pick, self.task)
         if pick == "mmi" and any(r.n > 1 and r.sampling.logprobs is None for r in requests):
@@ -254,14 +241,14 @@ class TextGenerator:
                 self.engine.cancel(request_id)
 
     def rank(self, rule: str, request: Request, candidates: Sequence[CandidateText]) -> list[int]:
-        """The numbers of the completed candidates of a request, best first by a rule of PICKS.
+        """The numbers of a request's completed candidates, best first by a rule of PICKS.
 
-        "mmi" runs the model, and needs log-probabilities. Candidates without text come last there.
+        "mmi" runs the model and needs log-probabilities; it puts candidates without text last.
         """
         numbers = list(range(len(candidates)))
-        texts = [candidate.text for candidate in candidates]
         if rule == "first" or len(candidates) == 1:
             return numbers
+        texts = [candidate.text for candidate in candidates]
         if rule == "median":
             return nearest_to_median(texts)
         drawn = [candidate.drawn for candidate in candidates]
@@ -287,8 +274,7 @@ class TextGenerator:
     def sample_answers(self, dialogues: Iterable[Sequence[Turn]]) -> list[str]:
         """One answer to each encoded dialogue (an LM's continuation), the same at every call.
 
-        The settings are the model's, dialogue number i has the seed i. What is too long is cut by
-        `cut_to_fit`.
+        Dialogue number i has seed i, and `cut_to_fit` cuts it.
         """
         requests = []
         for number, turns in enumerate(dialogues):
@@ -304,10 +290,9 @@ def load_generator(
     device: str = "",
     prefix_cache: bool = False,
 ) -> TextGenerator:
-    """Read a model directory and start an engine over its model.
+    """Read a model directory and start an engine. Raises UserError if it cannot be read.
 
-    `dtype` is one of `linear.DTYPES`, or "auto": int8 or bfloat16 where that is fast. The device is
-    that of `default_device` if none is given. Raises UserError for a directory that cannot be read.
+    `dtype` is one of `linear.DTYPES` or "auto". `device` "" means `default_device()`.
     """
     model, tokenizer, task = pretrained.load_model(directory, device or default_device())
     defaults = pretrained.answer_defaults(directory)

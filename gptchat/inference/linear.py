@@ -1,21 +1,16 @@
 """Fast linear layers for inference, and the only home of private torch APIs.
 
-`prepare_for_inference` casts a model's parameters and, on a CPU, replaces its nn.Linear modules, in
-place. A decoding step reads every weight once, so its speed depends on memory bandwidth and the
-layout of the weights. float32 and bfloat16 are packed into oneDNN's blocked layout, int8 into
-FBGEMM's (one row through all layers of GPT-2 124M on two cores: 10, 5.1 and 3.6 ms). Everything
-else on a CPU is float32, except the token embedding, which is bfloat16 with bfloat16 and int8. The
-KV cache is float32 too: with a single query SDPA reads a bfloat16 cache nine times slower.
+A decoding step reads every weight once, so its speed depends on memory bandwidth and the layout of
+the weights: oneDNN's for float32 and bfloat16, FBGEMM's for int8. (One row through all layers of
+GPT-2 124M takes 10, 5.1 and 3.6 ms on two cores.)
 
 The kernels are private parts of torch, which may change with any release. So each is compared with
-F.linear on a small layer, once per process, before layers are packed. Where it is missing, raises
-or disagrees, F.linear takes its place and one line on stderr says so. (A CPU for which oneDNN has
-no such kernel uses F.linear without a message.)
+F.linear on a small layer, once per process. If it is missing, raises or disagrees, F.linear takes
+its place and one line on stderr says so.
 
-Invariants: a layer's output row does not depend on what the other rows hold, and the parameters
-that the model had are never written to: other models may share them. With int8, whose sums are of
-integers, nor does it depend on the number of rows; oneDNN chooses its order of summation by that
-number, which moves float32 by 1e-6 of the largest output and bfloat16 by its own rounding.
+Invariants: an output row does not depend on the contents of other rows, with int8 not on their
+number either (oneDNN chooses its order of summation by it). The parameters that the model had are
+never written to, since other models may share them.
 """
 
 import sys
@@ -32,30 +27,21 @@ from gptchat.model.gpt2 import GPT2
 from gptchat.runtime import multiplies_bfloat16
 
 DTYPES = ("float32", "bfloat16", "int8")
-# What F.linear computes in, where it replaces the kernel of a dtype
+# What F.linear computes in when it replaces the kernel of a dtype
 PLAIN_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 # How far an output row may be from F.linear's in the self-test: relative, in the 2-norm
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.05}
-# A context in which torch looks for no `__torch_function__` of arguments: 7 us a packed weight.
+# A context in which torch looks for no `__torch_function__` of arguments: 7 us a packed weight
 without_torch_function = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
 
 
-def cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if bias is None:
-        return None
-    return bias.detach().to(dtype)
-
-
 class PlainLinear:
-    """y = x W^T + b of float32 rows, by F.linear in `dtype`. Returns float32.
-
-    The kernels are compared with this layer, and it replaces those that cannot be used.
-    """
+    """y = x W^T + b of float32 rows, by F.linear in `dtype`. Returns float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.dtype = dtype
         self.weight = weight.to(dtype)  # (out, in)
-        self.bias = cast_bias(bias, dtype)  # (out,)
+        self.bias = None if bias is None else bias.detach().to(dtype)  # (out,)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.dtype), self.weight, self.bias).float()
@@ -70,17 +56,15 @@ class PackedLinear(PlainLinear):
         self.kernel = torch.ops.mkldnn._linear_pointwise.default._op
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return self.kernel(x, self.weight, self.bias, "none", [], "").float()
+        return self.kernel(x.to(self.dtype), self.weight, self.bias, "none", [], "").float()
 
 
 class Int8Linear:
     """y = x W^T + b of float32 rows, by FBGEMM in 8 bits: W has a scale per output, x one per row.
 
-    FBGEMM's kernel quantizes x itself, but with one scale for all rows. So each row is divided by
-    its largest absolute value first, and x in [-1, 1] becomes an integer in [-127, 127]. W has one
-    bit less on a CPU without VNNI, whose instructions add two products, with x in [1, 255], in 16
-    bits. (One bit less for x instead would be three times as inexact: x has larger outliers.)
+    FBGEMM's kernel quantizes x with one scale for all rows. So each row is divided by its largest
+    absolute value first, and x in [-1, 1] becomes an integer in [-127, 127]. W has one bit less on
+    a CPU without VNNI, whose instructions add two products, with x in [1, 255], in 16 bits.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -97,13 +81,12 @@ class Int8Linear:
         self.weight = torch.ops.quantized.linear_prepack(quantized, None)
         # `_op` skips the operator's search for arguments that override it: 2 us a call
         self.kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
-        self.bias = cast_bias(bias, torch.float32)  # (out,)
+        self.bias = None if bias is None else bias.detach().float()  # (out,)
 
     def __call__(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
-        # The kernel's input is unsigned: after x come its scale and zero point. A row of zeros
-        # gives 0 / 0 = NaN, which the kernel turns into some integer; times `largest` = 0 it is 0
-        # again.
+        # After x come its scale and zero point, for the kernel's unsigned input. A row of zeros is
+        # 0 / 0 = NaN, which becomes some integer; times `largest` it is 0 again.
         y = self.kernel(x / largest, 1 / 127, 128, self.weight)
         if self.bias is None:
             return y.mul_(largest)
@@ -114,9 +97,9 @@ FastLinear = PlainLinear | Int8Linear
 
 
 def fast_linear(linear: nn.Linear, dtype: str) -> FastLinear:
-    """A layer for float32 rows on a CPU: `linear` in `dtype`.
+    """`linear` in `dtype`, for float32 rows on a CPU.
 
-    Where the kernel does not work it is a PlainLinear, which computes int8 in float32.
+    If the kernel does not work it is a PlainLinear, which computes int8 in float32.
     """
     weight = linear.weight.detach()
     if kernel_works(dtype):
@@ -132,10 +115,9 @@ def _kernel_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> FastLinea
 
 @cache
 def kernel_works(dtype: str) -> bool:
-    """Whether the kernel gives what F.linear gives. It is tried once per process, on a small layer.
+    """Whether the kernel agrees with F.linear on a small layer. A failure is reported on stderr.
 
-    A failure is reported on stderr. That oneDNN has no kernel of this dtype for the machine is not
-    a failure.
+    A CPU for which oneDNN has no kernel of this dtype is not a failure.
     """
     try:
         if dtype != "int8" and not onednn_supports(PLAIN_DTYPE[dtype]):
@@ -168,25 +150,12 @@ def onednn_supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _best_dtype(device: torch.device) -> str:
-    """What is fastest on the device: int8 or bfloat16 if it multiplies that, else float32."""
-    if device.type == "cpu" and _has_fbgemm():
-        return "int8"
-    if multiplies_bfloat16(device):
-        return "bfloat16"
-    return "float32"
-
-
-def _has_fbgemm() -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def pack_layers(model: GPT2, dtype: str) -> None:
-    """Replace every nn.Linear by a fast layer."""
+def _pack_layers(model: GPT2, dtype: str) -> None:
+    """Replace every nn.Linear by a fast layer, which is no module: calling one takes 3 us more."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                delattr(module, name)  # calling what is no module takes 3 us less
+                delattr(module, name)
                 setattr(module, name, fast_linear(child, dtype))
 
 
@@ -194,32 +163,26 @@ def pack_layers(model: GPT2, dtype: str) -> None:
 def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
     """Make the model fast to generate with, in place. Returns the dtype for its KV cache.
 
-    `dtype` is one of `DTYPES`, or "auto": int8 on an x86 CPU, else bfloat16 where the device
-    multiplies it (a GPU since Ampere), else float32. The modules get new parameters: another model
-    that shares the old ones is not changed.
-
-    On a CPU the linear layers are packed, the token embedding becomes bfloat16 if the dtype is
-    bfloat16 or int8, and all else float32. So each weight is in memory once, except the table that
-    embedding and head share: rows cannot be read out of the packed layout. On other devices
-    everything becomes float32 or bfloat16.
-
-    Raises UserError for another dtype, and for int8 where there is no FBGEMM (not an x86 CPU).
+    `dtype` is one of `DTYPES`, or "auto": int8 on an x86 CPU, else bfloat16 if the device
+    multiplies it, else float32. On a CPU it packs the linear layers. The token embedding is
+    bfloat16 or float32 there, the rest float32, also the KV cache: SDPA reads a bfloat16 cache nine
+    times slower. Raises UserError for another dtype, and for int8 on another CPU.
     """
     device = model.wte.weight.device
     on_cpu = device.type == "cpu"
+    has_int8 = on_cpu and "fbgemm" in torch.backends.quantized.supported_engines
     if dtype == "auto":
-        dtype = _best_dtype(device)
+        dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        if has_int8:
+            dtype = "int8"
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; wanted auto, {', '.join(DTYPES)}")
-    if dtype == "int8" and not (on_cpu and _has_fbgemm()):
+    if dtype == "int8" and not has_int8:
         raise UserError("dtype is 'int8', which needs an x86 CPU; wanted float32 or bfloat16")
-    if on_cpu:
-        pack_layers(model, dtype)
-    embedding = torch.bfloat16
-    if dtype == "float32":
-        embedding = torch.float32
+    embedding = torch.float32 if dtype == "float32" else torch.bfloat16
     activations = embedding
     if on_cpu:
+        _pack_layers(model, dtype)
         activations = torch.float32
     _cast_parameters(model, embedding, activations)
     return activations
@@ -227,12 +190,11 @@ def prepare_for_inference(model: GPT2, dtype: str = "float32") -> torch.dtype:
 
 def _cast_parameters(model: GPT2, embedding: torch.dtype, others: torch.dtype) -> None:
     """Give the modules new parameters: the token embedding as `embedding`, the rest as `others`."""
-    # id of an old parameter -> the new one, so that what is tied stays tied
-    cast: dict[int, nn.Parameter] = {}
+    cast: dict[Tensor, nn.Parameter] = {}  # so that what is tied stays tied
     for module in model.modules():
         dtype = embedding if module is model.wte else others
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in cast:
+            if parameter not in cast:
                 values = parameter.detach().to(dtype)
-                cast[id(parameter)] = nn.Parameter(values, requires_grad=False)
-            setattr(module, name, cast[id(parameter)])
+                cast[parameter] = nn.Parameter(values, requires_grad=False)
+            setattr(module, name, cast[parameter])

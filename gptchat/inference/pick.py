@@ -1,17 +1,16 @@
 """Which of several complete answers is given.
 
 first: the first one. median: the one of median length, as in the original program. mmi: the one
-with the highest mutual information with the context that it answers. A likely answer fits many
-contexts; mmi looks for one that is likelier after this context than after none, and that makes the
-context likely in turn:
+with the highest mutual information with its context. A likely answer fits many contexts; mmi looks
+for one that is likelier after this context than after none, and that makes the context likely:
 
     (log p(answer | context) - 0.7 log p(answer)) / (tokens + 5) + 0.1 log p(context | answer)
 
-These are the two objectives of Li et al., "A Diversity-Promoting Objective Function for Neural
-Conversation Models" (2016), with weights chosen for the default model. p(answer) is the probability
-of the answer as the reply to an empty turn, p(context | answer) that of the context's last turn as
-the reply to the answer. The latter needs a ChatLM that has learned the turns of both speakers
-(`targets = "turns"` or "all"), or both of whom speak alike.
+Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016), has
+both objectives; the weights were chosen for the default model. p(answer) is the probability of the
+answer as the reply to an empty turn, p(context | answer) that of the context's last turn as the
+reply to the answer. The latter needs a ChatLM that has learned the turns of both speakers, or
+speakers who talk alike.
 """
 
 from collections.abc import Sequence
@@ -23,19 +22,16 @@ from gptchat.inference.request import Ids
 from gptchat.model.gpt2 import GPT2
 
 PICKS = ("first", "median", "mmi")
-CANDIDATES = 5  # where one is picked and the model does not say among how many; the original's
+CANDIDATES = 5  # the original's default, if the model gives none
 PRIOR_WEIGHT = 0.7
 CONTEXT_WEIGHT = 0.1
 LENGTH_OFFSET = 5  # tokens
-TOKENS_AT_ONCE = 512  # of padded rows in one pass
-LOGITS_AT_ONCE = 256  # rows of the vocabulary's size that are in memory together
+TOKENS_AT_ONCE = 512  # of a pass, with padding
+LOGITS_AT_ONCE = 256  # positions whose logits (x V) are in memory together
 
 
 def nearest_to_median(texts: Sequence[str]) -> list[int]:
-    """The numbers of the texts, the one of median length (in characters) first.
-
-    Of two in the middle the longer one is the median.
-    """
+    """The numbers of the texts, the median length (the longer of two) first, and outwards."""
     by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     middle = len(texts) // 2
     places = sorted(range(len(texts)), key=lambda place: abs(place - middle))
@@ -43,7 +39,7 @@ def nearest_to_median(texts: Sequence[str]) -> list[int]:
 
 
 def last_turn(prompt: Ids, sep_id: int) -> Ids:
-    """The turn that a ChatLM's prompt asks an answer to: the one before its last [SEP]."""
+    """The turn that a ChatLM's prompt wants answered: the one before its last [SEP]."""
     end = len(prompt) - 1 - list(reversed(prompt)).index(sep_id)
     start = end
     while start > 0 and prompt[start - 1] != sep_id:
@@ -54,10 +50,10 @@ def last_turn(prompt: Ids, sep_id: int) -> Ids:
 def mutual_information(
     model: GPT2, sep_id: int, context: Ids, answers: Sequence[Ids], logprobs: Sequence[float]
 ) -> list[float]:
-    """The score of each answer: the higher, the better.
+    """The score of each answer; higher is better.
 
-    `answers` are ids with the one that ended the answer, `logprobs` their log-probabilities after
-    the context.
+    `answers` include the id that ended them; `logprobs` are their log-probabilities after the
+    context.
     """
     n = len(answers)
     turns = [*[()] * n, *answers]
@@ -74,9 +70,9 @@ def mutual_information(
 def reply_logprobs(
     model: GPT2, sep_id: int, turns: Sequence[Ids], replies: Sequence[Ids]
 ) -> list[float]:
-    """log p(reply | turn) of each pair, where the turn [SEP] reply fits into the model's context.
+    """log p(reply | turn) of each pair. `turn [SEP] reply` must fit into the model's context.
 
-    Pairs of similar length are computed together, as rows that are padded at their end.
+    Pairs of similar length share a pass, as rows padded at their end.
     """
     lengths = [len(turn) + 1 + len(reply) for turn, reply in zip(turns, replies, strict=True)]
     by_length = sorted(range(len(lengths)), key=lambda pair: lengths[pair])

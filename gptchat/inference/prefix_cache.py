@@ -1,13 +1,12 @@
 """What the free slots of a KV cache still hold, so that a prompt's beginning is not computed again.
 
 A sequence that ends leaves its keys and values in its slot until the slot is needed. A prompt that
-begins with the same ids and token types, such as the next turn of a conversation, starts from
-there. If a conversation has lost its oldest turns, nothing is shared: what follows is at other
-positions.
+begins with the same ids and types, such as a conversation's next turn, starts from there. (If the
+conversation has lost its oldest turns, nothing is shared: the rest is at other positions.)
 
-A prompt gets the slot with the longest common prefix, if it goes on where that ends. Otherwise it
-gets the slot used least recently, into which the common prefix is copied: a conversation's other
-branches are not lost. If the target slot holds cached data, it moves to the evicted slot.
+A prompt gets the slot with the longest common prefix if it continues all that the slot holds.
+Otherwise the prefix is copied into the slot used least recently, so that other branches of the
+conversation are kept.
 
 Invariants: `contents[slot]` describes positions that are right in the cache. Slots in use have
 none. When not `enabled`, no slot has any, and `move` is a plain copy.
@@ -22,10 +21,9 @@ from gptchat.model.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class Contents:
-    """Ids whose keys and values are in a slot from position 0 on.
+    """Ids whose keys and values are in a slot from position 0 on, and their types, if any.
 
-    `types` are as many, or () where the engine's requests have no token types. `last_used` orders
-    the slots by time; 0 is that of an empty one.
+    `last_used` orders the slots by time; 0 is an empty one.
     """
 
     ids: Ids = ()
@@ -33,7 +31,7 @@ class Contents:
     last_used: int = 0
 
     def n_common(self, ids: Ids, types: Ids) -> int:
-        """How many tokens at the beginning are also those of a prompt."""
+        """The length of the prefix shared with a prompt."""
         n_ids = n_equal(self.ids, ids)
         return min(n_ids, n_equal(self.types, types)) if self.types else n_ids
 
@@ -49,7 +47,7 @@ class Prefix(NamedTuple):
 
 
 class PrefixCache:
-    """The slots of a KV cache; the caller says which of them are in use: those before a number."""
+    """The slots of a KV cache. The caller knows which are in use: those before a number."""
 
     def __init__(self, cache: KVCache, slots: int, enabled: bool):
         self.cache = cache
@@ -58,15 +56,15 @@ class PrefixCache:
         self.clock = 0  # sequences remembered so far
 
     def remember(self, slot: int, ids: Ids, types: Ids) -> None:
-        """A sequence has ended; the slot holds the keys and values of `ids`."""
+        """Note that a sequence has ended, whose slot holds the keys and values of `ids`."""
         if self.enabled and ids:
             self.clock += 1
             self.contents[slot] = Contents(list(ids), list(types), self.clock)
 
     def find(self, first_free: int, ids: Ids, types: Ids) -> Prefix:
-        """The longest beginning of a prompt in a free slot, at most all of it but its last id.
+        """The longest prefix of a prompt in a free slot.
 
-        The last id is computed in any case, since the first new token follows from it.
+        It leaves out the last id, whose hidden state predicts the first new token.
         """
         longest = Prefix(first_free, 0)
         for slot in range(first_free, len(self.contents)):
@@ -76,22 +74,22 @@ class PrefixCache:
         return longest
 
     def take(self, slot: int, prefix: Prefix) -> None:
-        """Begin to use a slot, the first free one, for a prompt that begins with `prefix`."""
+        """Use `slot`, the first free one, for a prompt that begins with `prefix`."""
         spare = prefix.slot
         if prefix.length < len(self.contents[prefix.slot].ids):
             spare = self.least_recently_used(slot)
         self.move(prefix.slot, slot, prefix.length, spare)
 
     def least_recently_used(self, first_free: int) -> int:
-        """The free slot to give up: an empty one if there is one."""
+        """The free slot to give up, an empty one if possible."""
         free = range(first_free, len(self.contents))
         return min(free, key=lambda slot: self.contents[slot].last_used)
 
     def move(self, source: int, target: int, length: int, spare: int) -> None:
-        """Copy `length` positions into another slot, which is in use from then on.
+        """Copy `length` positions into `target`, which is in use from then on.
 
-        What `target` held moves to `spare`, which may be `source`, and replaces what is there; if
-        `spare` is `target`, it is forgotten.
+        What `target` held moves to `spare`, which may be `source`; if `spare` is `target`, it is
+        forgotten.
         """
         kv = self.cache.kv
         kept = self.contents[target]

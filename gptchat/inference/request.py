@@ -1,6 +1,6 @@
-"""A request of token ids on its way: asked for, queued, decoded, put out.
+"""A request of token ids on its way: requested, queued, decoded, answered.
 
-`check_request` is the home of the rule which requests can be served at all.
+`check_request` decides which requests can be served at all.
 """
 
 from array import array
@@ -16,10 +16,10 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to answer it. Tokens that are drawn have the type of the prompt's last one.
+    """A prompt and how to answer it. Drawn tokens have the type of the prompt's last one.
 
-    `token_type_ids` is as long as `input_ids`; None adds no types, which is not type 0. Drawing one
-    of `stop_ids` ends the answer; it is no part of it. `score_prompt` asks for `prompt_logprobs`.
+    `token_type_ids` is as long as `input_ids`; None adds no types, which is not type 0. One of
+    `stop_ids` ends the answer and is no part of it. `score_prompt` asks for `prompt_logprobs`.
     """
 
     input_ids: Ids
@@ -31,18 +31,17 @@ class Request:
 
     @property
     def types(self) -> Ids:
-        """`token_type_ids`, () where there are none."""
+        """`token_type_ids`, or () for None."""
         return self.token_type_ids or ()
 
 
 @dataclass
 class Output:
-    """What a step gives a candidate: what was drawn, or the reason why it has ended, or both.
+    """What a step gives a candidate: what was drawn, the reason why it has ended, or both.
 
-    `finish_reason` is "stop" (a stop id, or nothing left to draw), "length", or None: not the last.
-    With the first output of a request come `prompt_logprobs`, if it asked for them: an entry per
-    token, the first one without a log-probability; and `n_cached`: how many of the prompt's tokens
-    were found in the cache.
+    `finish_reason` is "stop" (a stop id, or nothing left to draw), "length", or None if it goes on.
+    A request's first output has `n_cached`, the number of prompt tokens found in the cache, and
+    `prompt_logprobs` if requested: one entry per token, the first without a log-probability.
     """
 
     request_id: int
@@ -54,7 +53,7 @@ class Output:
 
     @property
     def token(self) -> int | None:
-        """The next id of the answer; None if it has ended before."""
+        """The next id of the answer, or None if it has already ended."""
         if self.scored is None or self.finish_reason == "stop":
             return None
         return self.scored.token
@@ -62,7 +61,7 @@ class Output:
 
 @dataclass(kw_only=True)
 class Candidate(Row):
-    """One candidate of a request while it is decoded. `ids` are its prompt and what was drawn."""
+    """One candidate of a request while it is decoded. `ids` are its prompt and answer so far."""
 
     ids: array  # of int64, which numpy reads without a copy
     request_id: int
@@ -71,13 +70,13 @@ class Candidate(Row):
 
     @property
     def cached(self) -> tuple[Ids, Ids]:
-        """Ids and types of what is in the cache; no types where the request has none."""
+        """Ids and types of what is in the cache; types are [] if the request has none."""
         ids, types = self.ids[:-1].tolist(), list(self.request.types)
         types += types[-1:] * (len(ids) - len(types))  # of the drawn ids
         return ids, types[: len(ids)]
 
     def take(self, drawn: Scored) -> Output:
-        """Append the drawn token, unless the candidate ends before it."""
+        """The output for a drawn token, which is appended unless the candidate ends before it."""
         output = Output(self.request_id, self.candidate)
         if len(self.ids) < self.max_length:  # false if max_new_tokens is 0
             if drawn.token >= 0:
@@ -93,12 +92,12 @@ class Candidate(Row):
 
 @dataclass
 class QueuedRequest:
-    """A request in the queue, and the candidates that it will become, which share a prefill."""
+    """A request in the queue, and its candidates, which share a prefill."""
 
     request: Request
     candidates: list[Candidate]
     n_prefilled: int = 0  # tokens of its prompt in the cache
-    n_cached: int = 0  # of these, the ones that were there before it
+    n_cached: int = 0  # of these, found in the cache
     prompt_logprobs: list[Scored] = field(default_factory=list)
 
     @property
@@ -106,7 +105,7 @@ class QueuedRequest:
         return self.n_prefilled == len(self.request.input_ids)
 
     def next_chunk(self, size: int) -> tuple[Ids, Ids]:
-        """Ids and types of the next prompt tokens, at most `size`; () for no types."""
+        """Ids and types of at most `size` next prompt tokens; () for no types."""
         chunk = slice(self.n_prefilled, self.n_prefilled + size)
         return self.request.input_ids[chunk], self.request.types[chunk]
 

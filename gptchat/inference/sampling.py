@@ -1,7 +1,7 @@
-"""How a request draws its tokens: the settings, declared once with default, range and help.
+"""How a request draws its tokens: settings, declared once with default, range and help.
 
-They mean what they mean in transformers' `generate` and OpenAI's API; `draw.py` applies them. The
-terminal, the server and the page take names, defaults, ranges and help from `SETTINGS`.
+Their meaning is that of transformers' `generate` and OpenAI's API; `draw.py` applies them.
+Terminal, server and page take names, defaults, ranges and help from `SETTINGS`.
 """
 
 import secrets
@@ -11,16 +11,15 @@ from dataclasses import dataclass, field, replace
 from gptchat.inference.text import WordFilter
 from gptchat.settings import Setting, check_all, declared, setting
 
-LARGEST_BIAS = 100  # as in OpenAI's API; more than that lies between no two logits that matter
+LARGEST_BIAS = 100  # as in OpenAI's API
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How one request draws its tokens. Raises ValueError for a setting of another type or range.
 
-    `word_filter` forbids what may come next. `logit_bias` maps an id to what is added to its logit,
-    -100 to 100; it does not revive a suppressed id. The same `seed` gives the same answer, up to
-    the rounding that `engine` describes.
+    `logit_bias` maps an id to what is added to its logit; it does not revive a suppressed id. The
+    same `seed` gives the same answer, up to the rounding that `engine` describes.
     """
 
     temperature: float = setting(1.0, "0 takes the likeliest token", min=0, max=100)
@@ -64,15 +63,15 @@ class Sampling:
                 raise ValueError(f"logit_bias of {id!r}: {error}") from None
 
     def for_item(self, number: int) -> "Sampling":
-        """The settings for item `number` of a list, which draws noise of its own: seed + number."""
+        """The settings for item `number` of a list, with noise of its own: seed + number."""
         return replace(self, seed=self.seed + number)
 
 
-ANOTHER_SEED = -1  # as people write it: another one each time
+ANOTHER_SEED = -1  # as people write it: a new one each time
 
 
 def chosen_seed(given: int) -> int:
-    """The seed that a person asks for, or a random one for ANOTHER_SEED."""
+    """The given seed, or a random one for ANOTHER_SEED."""
     return secrets.randbits(31) if given == ANOTHER_SEED else given
 
 

@@ -1,9 +1,7 @@
 """Text and token ids while an answer grows: streaming decode, stop strings, forbidden ids.
 
-Token boundaries fall anywhere, also inside a character, so all classes work on the tokens' bytes.
-`StreamDecoder` turns the ids of one answer into text, and gives out only what later ids cannot
-change. `CharacterFilter` and `WordFilter` say which ids must not come next, lest a character be
-broken or a forbidden word completed; both have no state between calls.
+A token may end inside a character, so everything works on the tokens' bytes. `StreamDecoder` gives
+out only text that later ids cannot change. `CharacterFilter` and `WordFilter` have no state.
 """
 
 import codecs
@@ -18,8 +16,8 @@ from torch import Tensor
 from gptchat.data.tokenizer import Tokenizer
 
 CONTINUATION = range(0x80, 0xC0)  # bytes of a UTF-8 character after its first one
-# The states of a reader of UTF-8 (Unicode 17.0, table 3-7): the bytes that may follow, and the
-# state behind them. Between characters it is in state 0; the last state is that of broken text.
+# The states of a reader of UTF-8 (Unicode 17.0, table 3-7): which bytes may follow, and the state
+# after them. State 0 is between characters, the last one is broken text.
 UTF8_STATES: tuple[dict[range, int], ...] = (
     {
         range(0x00, 0x80): 0,
@@ -60,13 +58,11 @@ FOLLOWING = _following()
 
 
 class StreamDecoder:
-    """The text of a growing list of ids, in pieces.
+    """The text of a growing list of ids, in pieces of whole characters.
 
-    A piece holds no half character and no part of a stop string. The joined pieces are the decoded
-    text up to the stop string that is complete first (the longest, if several end there); `stopped`
-    is then true. The end of the text is held back as long as it may become a stop string. A
-    character that is unfinished when the stream ends is left out. `held` is the text held back.
-    Raises ValueError for an empty stop string.
+    The joined pieces are the text up to the stop string that is complete first (the longest, if
+    several end there); `stopped` is then true. `held` is an end that may become a stop string. An
+    unfinished last character is left out. Raises ValueError for an empty stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -79,17 +75,17 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """The text that is certain once `id` is known, often empty; nothing after a stop string."""
+        """The text that becomes certain with `id`, often none; always none after a stop string."""
         return self._release(self._decoder.decode(self._token_bytes[id]))
 
     def finish(self) -> str:
-        """The text that was held back, now that the stream has ended."""
+        """The text held back, when the stream has ended."""
         text = self.held
         self.held = ""
         return text
 
     def _release(self, new: str) -> str:
-        """Add `new` to the text; return what is certain of it."""
+        """Add `new` to the text; return what has become certain."""
         text = self.held + new
         if self.stopped or not text:
             return ""
@@ -103,7 +99,7 @@ class StreamDecoder:
         return text[:certain]
 
     def _first_stop(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first; of two that end there the longer."""
+        """The start of the stop string that ends first, of several the longest."""
         places = []  # (end, start)
         for stop in self.stop:
             start = text.find(stop)
@@ -115,7 +111,7 @@ class StreamDecoder:
         return start
 
     def _begun_stop(self, text: str) -> int:
-        """How many characters at the end of the text may be the beginning of a stop string."""
+        """How many characters at the end of the text may begin a stop string."""
         longest = 0
         for stop in self.stop:
             for n in range(longest + 1, len(stop)):
@@ -125,12 +121,11 @@ class StreamDecoder:
 
 
 class CharacterFilter:
-    """Which ids must not come next if the text of an answer shall be valid UTF-8.
+    """Which ids must not come next if an answer is to be valid UTF-8.
 
-    `forbidden[state]` (V,), bool, says it for each state of `UTF8_STATES`; `forbidden[BROKEN]`
-    forbids nothing. While a character is unfinished, special tokens are forbidden, too, and rows of
-    a model without a token. There is always an id that goes on, since the vocabulary has an
-    entry for each byte. V is the model's `vocab_size`, which need not be the tokenizer's.
+    `forbidden` (states, V), bool, has a row for each of `UTF8_STATES`; that of BROKEN forbids
+    nothing. Inside a character, ids without text are forbidden, too. Some id is always allowed,
+    since the vocabulary has every byte. V is the model's `vocab_size`.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, device: torch.device | str = "cpu"):
@@ -144,7 +139,7 @@ class CharacterFilter:
         self.forbidden_between = self.forbidden[0].nonzero()[:, 0]  # the ids that state 0 forbids
 
     def state(self, ids: Sequence[int]) -> int:
-        """The state after the text of `ids`, of which only the last three bytes are read."""
+        """The state after the text of `ids`. Only its last three bytes are read."""
         tail = _tail(self._token_bytes, ids, 3)
         for n in range(1, len(tail) + 1):
             if tail[-n] not in CONTINUATION:  # the first byte of the last character
@@ -156,7 +151,7 @@ class CharacterFilter:
 
 
 def _end_states(token_bytes: Sequence[bytes]) -> np.ndarray:
-    """The state (states, V) after each token's bytes, from each of `UTF8_STATES` before them."""
+    """The state (states, V) after each token's bytes, from each state before them."""
     following = np.array([list(row) for row in FOLLOWING], np.uint8)  # (states, 256)
     lengths = np.array([len(data) for data in token_bytes])
     starts = np.cumsum(lengths) - lengths
@@ -171,11 +166,11 @@ def _end_states(token_bytes: Sequence[bytes]) -> np.ndarray:
 
 
 class WordFilter:
-    """The ids that must not come next if none of `words` may ever be completed.
+    """The ids that must not come next if none of `words` may be completed.
 
-    A word is forbidden as exact bytes, also inside of longer words. A token may contain a word, or
-    complete one that the text has begun: both are looked up in tables made once. A special token
-    ends the text, so no word reaches across turns. Raises ValueError for an empty word.
+    A word is forbidden as exact bytes, also inside longer words, but not across special tokens. A
+    token may contain a word, or complete one that the text has begun; tables of both are made once.
+    Raises ValueError for an empty word.
     """
 
     def __init__(self, tokenizer: Tokenizer, words: Sequence[str]):
@@ -183,11 +178,11 @@ class WordFilter:
             raise ValueError("a forbidden word must not be empty")
         self._token_bytes = tokenizer.token_bytes
         pieces, ids, joined, ends = tokenizer.pieces  # all tokens, sorted by their bytes
-        after_all = b"\xff" * (max(map(len, pieces)) + 1)  # sorts behind whatever may follow
+        after_all = b"\xff" * (max(map(len, pieces)) + 1)  # sorts after any continuation
         self._containing: set[int] = set()  # the ids of tokens that contain a word
-        # Beginning of a word -> for each such word, the ids of tokens that begin with its rest.
+        # Beginning of a word -> for each such word, the ids of tokens that start with its rest
         self._completing: dict[bytes, list[list[int]]] = {}
-        beginning_with: dict[bytes, list[int]] = {}  # end of a word -> ids that begin with it
+        beginning_with: dict[bytes, list[int]] = {}  # end of a word -> ids that start with it
         for word in {text.encode() for text in words}:
             for match in re.finditer(re.escape(word), joined):
                 self._containing.add(ids[bisect_right(ends, match.start())])
@@ -201,7 +196,7 @@ class WordFilter:
         self._lengths = sorted({len(beginning) for beginning in self._completing})
 
     def banned(self, ids: Sequence[int]) -> list[int]:
-        """The ids that would complete a word after `ids`; only the end of their text is read."""
+        """The ids that would complete a word after `ids`."""
         tail = _tail(self._token_bytes, ids, self._lengths[-1] if self._lengths else 0)
         banned = set(self._containing)
         for n in self._lengths:
@@ -213,9 +208,9 @@ class WordFilter:
 
 
 def _tail(token_bytes: Sequence[bytes], ids: Sequence[int], length: int) -> bytes:
-    """The last bytes of the text of `ids`, at least `length` if there are as many.
+    """The last bytes of the text of `ids`, at least `length` if it has as many.
 
-    A special token, which has no text, ends the text before it, and so does an id without a token.
+    The text starts after the last id without bytes: a special token, or one beyond the tokenizer.
     """
     tail = b""
     for id in reversed(ids):

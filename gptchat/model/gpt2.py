@@ -1,11 +1,11 @@
 """GPT-2 with token types: causal, packed and cached attention.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): pre-LayerNorm blocks,
-learned positions, the tanh form of GELU, and an output head that shares the token embedding's
-weights. A token of type t also gets the embedding's row `type_rows[t]`.
+learned positions, GELU's tanh form, and an output head that shares the token embedding's weights. A
+token of type t also gets the embedding's row `type_rows[t]`.
 
-Training calls the model, which returns the summed loss of its targets: DDP and torch.compile wrap
-this. Inference calls `hidden`, then `logits` for the positions it needs.
+Training calls the model, which returns the summed loss of its targets, so that DDP and
+torch.compile can wrap it. Inference calls `hidden`, then `logits` for the positions it needs.
 
 Parameter names are those of Hugging Face's GPT2LMHeadModel without the `transformer.` prefix. Our
 linear weights are (out, in), theirs (in, out); `weights.py` transposes them.
@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Activation] = {  # by the names of Hugging Face's configs
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-MASK_ALIGNMENT = 8  # elements: SDPA's GPU kernels copy a mask whose rows begin elsewhere
+MASK_ALIGNMENT = 8  # elements; SDPA's GPU kernels copy a mask whose rows are not aligned
 NO_TYPE_ROWS = (-1, -1)  # of a foreign model, before `convert.adapt`
 OURS = {"ours": True}  # metadata of a config's field
 
@@ -57,9 +57,8 @@ OURS = {"ours": True}  # metadata of a config's field
 class GPT2Config:
     """The keys of Hugging Face's GPT2Config that change what is computed, with its defaults.
 
-    A field marked OURS is unknown to transformers and is written under the key `gptchat` of
-    config.json. Token type t adds the row `wte[type_rows[t]]` to the embedding; a model with
-    NO_TYPE_ROWS takes no types.
+    A field marked OURS is unknown to transformers; config.json has it under the key `gptchat`. A
+    model with NO_TYPE_ROWS takes no token types.
     """
 
     vocab_size: int = setting(50257, "rows of the token embedding", min=1, max=2**24)
@@ -79,7 +78,7 @@ class GPT2Config:
 
     @classmethod
     def of(cls, size: ModelConfig, vocab_size: int) -> "GPT2Config":
-        """A new model of the size that the section [model] of a config gives."""
+        """The config of a new model with the sizes of a config file's section [model]."""
         return cls(
             vocab_size=vocab_size,
             n_positions=size.n_ctx,
@@ -93,7 +92,7 @@ class GPT2Config:
 
 
 def additive_mask(unseen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores: minus infinity where `unseen` (..., T, S), else 0."""
+    """What is added to attention scores: -inf where `unseen` (..., T, S) is true, else 0."""
     length = unseen.shape[-1]
     padded = length + -length % MASK_ALIGNMENT
     mask = torch.zeros(*unseen.shape[:-1], padded, dtype=dtype, device=unseen.device)
@@ -109,10 +108,10 @@ def packed_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def use_manual_attention(device: torch.device, dtype: torch.dtype, length: int) -> bool:
-    """Whether attention written out is faster than SDPA with a mask: on CPUs, in two cases.
+    """Whether `manual_attention` is faster than SDPA with a mask.
 
-    bfloat16 rows of 256 take a third of SDPA's time (above 512 the scores would take much memory).
-    Single queries of many sequences take three quarters of SDPA's time.
+    On CPUs single queries take 3/4 of SDPA's time, bfloat16 rows of 256 a third. (Above 512 the
+    scores would take much memory.)
     """
     if device.type != "cpu":
         return False
@@ -154,7 +153,6 @@ class Attention(nn.Module):
         if mask is not None and use_manual_attention(q.device, q.dtype, T):
             y = manual_attention(q * self.scale, k, v, mask, dropout)
         else:
-            # With a cache and no mask there is one query, which sees everything.
             causal = mask is None and cache is None
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=self.scale
@@ -192,12 +190,12 @@ class Block(nn.Module):
 
 
 def uninitialized_embedding(rows: int, n_embd: int) -> nn.Embedding:
-    """An nn.Embedding that has not drawn random weights, which `initialize` would overwrite."""
+    """An nn.Embedding without random weights, which `initialize` would overwrite."""
     return nn.Embedding.from_pretrained(torch.empty(rows, n_embd), freeze=False)
 
 
 def model_on_meta(config: GPT2Config) -> "GPT2":
-    """The model without memory for its weights: names and shapes of its parameters."""
+    """A model without memory for its weights: only their names and shapes."""
     with torch.device("meta"):
         return GPT2(config)
 
@@ -248,8 +246,8 @@ class GPT2(nn.Module):
     ) -> Tensor:
         """The summed cross-entropy of `targets`, a scalar of float32 or wider.
 
-        `targets` (N,) are the ids to be predicted at `target_positions` (N,), indices into the
-        flattened B * T positions; None is all of these. The rest is as in `hidden`.
+        `targets` (N,) are the ids to predict at `target_positions` (N,), indices into the flattened
+        B * T positions; None means all of these. The rest is as in `hidden`.
         """
         hidden = self.hidden(input_ids, token_type_ids, position_ids, segments)
         hidden = hidden.flatten(0, 1)  # (B * T, C)
@@ -267,11 +265,10 @@ class GPT2(nn.Module):
     ) -> Tensor:
         """The hidden states (B, T, C) of `input_ids` (B, T).
 
-        `token_type_ids` (B, T) are 0 or 1. None is not type 0: nothing is added to the embedding.
+        `token_type_ids` (B, T) are 0 or 1; None adds nothing, which is not type 0.
         `position_ids` (B, T) or (T,) are 0..T-1 by default.
-        `segments` (B, T) numbers the documents packed into a row: a token attends only to equal
-        numbers. None is one document a row. `cache` holds the tokens of earlier passes; positions
-        follow on from those, and `position_ids` and `segments` are ignored.
+        `segments` (B, T) number the documents packed into a row: a token attends only to its own.
+        `cache` holds earlier tokens; it gives the positions, and `segments` is ignored.
         """
         length = input_ids.shape[1]
         if cache is not None:
@@ -291,8 +288,7 @@ class GPT2(nn.Module):
     def _mask(self, x: Tensor, segments: Tensor | None, cache: CacheView | None) -> Tensor | None:
         """The additive mask (1 or B, 1, T, S) for `x` (B, T, C), in the dtype of attention.
 
-        None without a cache is causal attention, which SDPA does best without a mask; None with a
-        cache is a single query that sees everything.
+        None means causal attention by SDPA; with a cache, a single query that sees everything.
         """
         if cache is not None:
             return None if cache.unseen is None else additive_mask(cache.unseen, cache.dtype)
@@ -313,8 +309,8 @@ class GPT2(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The summed cross-entropy of `targets` (N,) given `hidden` (N, C); -100 does not count.
 
-        F.cross_entropy is used under torch.compile, which fuses it, and for float16: ours computes
-        the gradient of the logits before a GradScaler scales it, and float16 would round it to 0.
+        torch.compile fuses F.cross_entropy. float16 needs it, too: ours computes the gradient of
+        the logits before a GradScaler scales it, so float16 would round it to 0.
         """
         logits = self.logits(hidden)  # (N, V)
         if torch.compiler.is_compiling() or logits.dtype == torch.float16:
