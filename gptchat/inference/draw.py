@@ -1,8 +1,8 @@
 """Logits (B, V) -> next ids, each row with its own settings (`sampling.py`) and its own noise.
 
 `distribution` says plainly what is drawn from; `Draw` does it fast for many rows. First scores
-change and ids are banned: logit bias, penalties, filtered words, stop ids before `min_tokens`. Then
-temperature and top-k apply, and the cut leaves out what is outside top-p or below min-p.
+change and ids are banned (logit bias, penalties, filtered words, stop ids before `min_tokens`).
+Then come temperature and top-k, then the cut by top-p and min-p.
 
 Invariant of the cut: every id that is heavier than a drawn one is still there. So top-p needs no
 sorted row: an id is outside if the heavier ones together have all of top-p.
@@ -50,10 +50,9 @@ class Row:
 
 
 class Scored(NamedTuple):
-    """An id, the model's log-probability of it (before any setting), and the k best of all ids.
+    """An id with the model's log-probability (before any setting), and those of the best ids.
 
-    `top` holds (id, log-probability), best first. `logprob` is None for the first token of a
-    prompt, and if log-probabilities were not requested.
+    `logprob` is None for a prompt's first token, and if it was not requested.
     """
 
     token: int
@@ -178,9 +177,8 @@ class Draw:
     def penalize(self, scores: Tensor) -> None:
         """In place: penalties on scores (B, V) of ids that a row already has.
 
-        Positive scores are divided by the repetition penalty, others multiplied (Keskar et al.,
-        "CTRL", 2019). An id that the answer has c times loses c * frequency + presence penalty
-        (OpenAI's API reference).
+        Repetition penalty: Keskar et al., "CTRL", 2019. An id that the answer has c times loses
+        c * frequency + presence penalty (OpenAI's API reference).
         """
         width = max(len(row.ids) for row in self.rows)
         ids = np.empty((len(self.rows), width), np.int64)
@@ -263,7 +261,7 @@ class Group:
         return places.masked_fill_(~(highest.abs() < inf), -1)  # NaN is not below
 
     def draw_sorted(self, weights: Tensor) -> Tensor:
-        """A place (R, 1) in each row of descending weights (R, K), none outside top-p or min-p."""
+        """A place (R, 1) in each row of descending weights (R, K)."""
         shares = (weights * ONE).long()  # integers add up exactly, in any order
         bound = self.min_p
         if self.cuts:

@@ -1,26 +1,25 @@
 """Generation for many requests at once: token ids in, token ids out.
 
 A step decodes, then prefills. Decoding draws the next token of every live sequence in one pass.
-Prefill takes prompts from the queue in order: several short ones, at most `prefill_chunk` tokens
-with padding, or the next chunk of a long one. A complete prompt draws its first token. The
-candidates of a request share its prefill and wait until there are slots for all of them.
+Prefill takes prompts from the queue in order: several short ones together, or the next
+`prefill_chunk` tokens of a long one. The candidates of a request share its prefill, and start
+together when there are slots for all of them.
 
-A slot of the KV cache holds one sequence from position 0 on. Invariants between steps:
+Invariants between steps:
 
-- Live sequences are in the slots 0..len(running)-1, in the order of `running`, so that a pass works
-  on a view of the cache. When one leaves, the last one takes its slot.
+- Live sequences are in the slots 0..len(running)-1 of the KV cache, in the order of `running`. When
+  one leaves, the last one takes its slot.
 - At most one prompt is partially prefilled: the first in the queue, in the slot after the live
   sequences. Slots for all its candidates are reserved.
 - All ids of a live sequence but the last are in the cache.
 
-Row i of a pass works on slot `first_slot` + i, from its own start position. Rows are padded at
-their end; padding goes to positions that are overwritten before anything attends to them. So
-max(start) + width <= length limits what is prefilled together.
+Row i of a pass works on slot `first_slot` + i, from its own start position. Its padding goes to
+positions that are overwritten before anything attends to them, so max(start) + width <= length.
 
-An answer does not depend on the other requests, except for rounding: batches change the order in
-which attention sums. In float32 that moves log-probabilities by 3e-6. bfloat16 and int8 round to 8
-bits next, so there it is up to 0.08, and 8 of 120 answers took another token somewhere. Replaying
-the same requests at the same steps on a fresh engine reproduces the answers.
+An answer depends on other requests only by rounding: a batch changes the order in which attention
+sums. In float32 that moves log-probabilities by 3e-6. bfloat16 and int8 round to 8 bits next, so
+there it is up to 0.08, and 8 of 120 answers took another token somewhere. Replaying the same
+requests at the same steps on a fresh engine reproduces the answers.
 
 Only one thread may use an engine at a time.
 """
@@ -307,7 +306,7 @@ class Engine:
         """Take a sequence out of its slot.
 
         The last live sequence takes the slot, and a partial prompt the one that this frees. A
-        broken sequence, whose logits left nothing to draw, may have left NaN, which is zeroed.
+        sequence `is_broken` if nothing was left to draw; the NaN that it may have left is zeroed.
         """
         self.batch = None
         cache = self.prefix_cache

@@ -6,10 +6,9 @@ decoding loop of its own, and uses `CandidateText`, `prompt_room` and `rank`.
 
 - Ids without text are never generated, except the one that ends an answer: [CLS] for a ChatLM,
   [EOS] for an LM.
-- A prompt leaves room for the answer (`prompt_room`). A longer LM text is refused. A ChatLM's
-  dialogue loses its oldest turns, and is refused if its last turn is too long.
+- A prompt leaves room for the answer (`prompt_room`).
 - Text holds whole characters and no stop string. What may become either is held back.
-- An answer depends on its prompt, settings and seed only, except for the rounding that `engine`
+- An answer depends only on its prompt, settings and seed, up to the rounding that `engine`
   describes.
 - A TextGenerator serves one thread, and one stream at a time.
 """
@@ -42,7 +41,7 @@ def prompt_room(n_ctx: int, max_new_tokens: int) -> int:
 
 
 class CandidateText:
-    """The text of one candidate as its tokens arrive, up to a stop string or the candidate's end.
+    """The text of one candidate as its tokens arrive, up to a stop string or its end.
 
     `text` starts with `echo`, a prompt to repeat, where stop strings do not count. The text of
     `beginning` follows, ids of the answer given with the prompt, where they do.
@@ -292,7 +291,7 @@ def load_generator(
 ) -> TextGenerator:
     """Read a model directory and start an engine. Raises UserError if it cannot be read.
 
-    `dtype` is one of `linear.DTYPES` or "auto". `device` "" means `default_device()`.
+    A `device` of "" means `default_device()`.
     """
     model, tokenizer, task = pretrained.load_model(directory, device or default_device())
     defaults = pretrained.answer_defaults(directory)

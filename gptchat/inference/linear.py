@@ -62,9 +62,9 @@ class PackedLinear(PlainLinear):
 class Int8Linear:
     """y = x W^T + b of float32 rows, by FBGEMM in 8 bits: W has a scale per output, x one per row.
 
-    FBGEMM's kernel quantizes x with one scale for all rows. So each row is divided by its largest
-    absolute value first, and x in [-1, 1] becomes an integer in [-127, 127]. W has one bit less on
-    a CPU without VNNI, whose instructions add two products, with x in [1, 255], in 16 bits.
+    FBGEMM's kernel quantizes x with one scale for all rows, so each row is first divided by its
+    largest absolute value. W has one bit less on a CPU without VNNI, whose instructions add two
+    products, with x in [1, 255], in 16 bits.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -85,8 +85,8 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
-        # After x come its scale and zero point, for the kernel's unsigned input. A row of zeros is
-        # 0 / 0 = NaN, which becomes some integer; times `largest` it is 0 again.
+        # After x come its scale and zero point. A row of zeros is 0 / 0 = NaN, which becomes some
+        # integer; times `largest` it is 0 again.
         y = self.kernel(x / largest, 1 / 127, 128, self.weight)
         if self.bias is None:
             return y.mul_(largest)
@@ -97,10 +97,7 @@ FastLinear = PlainLinear | Int8Linear
 
 
 def fast_linear(linear: nn.Linear, dtype: str) -> FastLinear:
-    """`linear` in `dtype`, for float32 rows on a CPU.
-
-    If the kernel does not work it is a PlainLinear, which computes int8 in float32.
-    """
+    """`linear` in `dtype` for float32 rows on a CPU; a PlainLinear if the kernel does not work."""
     weight = linear.weight.detach()
     if kernel_works(dtype):
         return _kernel_linear(weight, linear.bias, dtype)

@@ -72,7 +72,7 @@ def reply_logprobs(
 ) -> list[float]:
     """log p(reply | turn) of each pair. `turn [SEP] reply` must fit into the model's context.
 
-    Pairs of similar length share a pass, as rows padded at their end.
+    Pairs of similar length share a pass.
     """
     lengths = [len(turn) + 1 + len(reply) for turn, reply in zip(turns, replies, strict=True)]
     by_length = sorted(range(len(lengths)), key=lambda pair: lengths[pair])

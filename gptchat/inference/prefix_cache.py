@@ -1,8 +1,7 @@
 """What the free slots of a KV cache still hold, so that a prompt's beginning is not computed again.
 
 A sequence that ends leaves its keys and values in its slot until the slot is needed. A prompt that
-begins with the same ids and types, such as a conversation's next turn, starts from there. (If the
-conversation has lost its oldest turns, nothing is shared: the rest is at other positions.)
+begins with the same ids and types, such as a conversation's next turn, starts from there.
 
 A prompt gets the slot with the longest common prefix if it continues all that the slot holds.
 Otherwise the prefix is copied into the slot used least recently, so that other branches of the

@@ -208,10 +208,7 @@ class WordFilter:
 
 
 def _tail(token_bytes: Sequence[bytes], ids: Sequence[int], length: int) -> bytes:
-    """The last bytes of the text of `ids`, at least `length` if it has as many.
-
-    The text starts after the last id without bytes: a special token, or one beyond the tokenizer.
-    """
+    """The last bytes of the text of `ids`, `length` or more; an id without text begins it anew."""
     tail = b""
     for id in reversed(ids):
         if len(tail) >= length or id >= len(token_bytes) or not token_bytes[id]:

@@ -4,8 +4,8 @@ Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): pr
 learned positions, GELU's tanh form, and an output head that shares the token embedding's weights. A
 token of type t also gets the embedding's row `type_rows[t]`.
 
-Training calls the model, which returns the summed loss of its targets, so that DDP and
-torch.compile can wrap it. Inference calls `hidden`, then `logits` for the positions it needs.
+Training calls the model, which returns a summed loss, so that DDP and torch.compile can wrap it.
+Inference calls `hidden`, then `logits` for the positions it needs.
 
 Parameter names are those of Hugging Face's GPT2LMHeadModel without the `transformer.` prefix. Our
 linear weights are (out, in), theirs (in, out); `weights.py` transposes them.
