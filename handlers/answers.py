@@ -1,12 +1,10 @@
 """From the engine's outputs to what a client reads: one JSON object at the end, or events.
 
-An `Answer` is one HTTP request from its arrival to its last chunk. It has a `page` (the ready
-answer to a GET), a `generation` or an `error`, which may also end a generation. Each API is a
-subclass of `Generation`: its request, its answer and its events.
+An `Answer` is one HTTP request from arrival to last chunk. It has a `page` (the ready answer to a
+GET), a `generation` or an `error`, which may also end a generation. Each API is a `Generation`.
 
 Invariants: the pieces of a stream, joined, are the whole text. The last event of each choice
-carries its finish reason. A streamed error is an event, any other error the body, in OpenAI's
-shape.
+carries its finish reason. An error has OpenAI's shape, as an event of a stream or as the body.
 """
 
 import json
@@ -96,11 +94,11 @@ class Choice(CandidateText):
 class Generation:
     """What is generated for one request: n choices for each prompt, out of `plan.best_of`.
 
-    If a choice is to be made, all candidates of a prompt are completed before `rank` runs on the
-    decode thread; a stream then sends each chosen text at once.
+    If a choice is to be made, `rank` runs on the decode thread once all candidates of a prompt have
+    ended; a stream then sends each chosen text at once.
 
-    A subclass is an API. `declare` is its request's declaration; its constructor turns a checked
-    body (`asked`) into requests for the engine, and raises Refusal.
+    A subclass is an API. `declare` gives its request's declaration; its constructor turns a checked
+    body (`asked`) into requests for the engine, or raises Refusal.
     """
 
     kind: ClassVar[str]  # of the metrics
@@ -150,12 +148,10 @@ class Generation:
 
     @classmethod
     def declare(cls, model: ServedModel) -> type[Struct]:
-        """The declaration of a request's body, with this model's limits and defaults."""
         raise NotImplementedError
 
     @property
     def choices(self) -> list[Choice]:
-        """What the client gets, as far as it is known."""
         return [choice for choices in self.given for choice in choices]
 
     @property
@@ -172,12 +168,11 @@ class Generation:
 
     @property
     def n_drawn_tokens(self) -> int:
-        """Of all candidates."""
         return sum(choice.n_tokens for drawn in self.candidates for choice in drawn)
 
     def take(self, prompt: int, output: Output) -> bool:
-        """Add an output for prompt number `prompt`. True if a stop string has just ended the
-        candidate, which the engine then has to be told."""
+        """Add an output. True if a stop string, of which the engine knows nothing, has just ended
+        the candidate."""
         self.n_cached += output.n_cached
         if output.prompt_logprobs:
             self._take_prompt_scores(prompt, output.prompt_logprobs)
@@ -196,12 +191,12 @@ class Generation:
             offset += len(decoder.push(scored.token))
 
     def is_to_rank(self, prompt: int) -> bool:
-        """Whether a prompt's candidates have all ended, and one is to be chosen."""
+        """Whether a choice is to be made, and all candidates have ended."""
         drawn = self.candidates[prompt]
         return self.ranks and all(choice.finish_reason for choice in drawn)
 
     def rank(self, prompt: int) -> list[int]:
-        """The numbers of a prompt's candidates, best first. It may run the model."""
+        """The numbers of a prompt's candidates, best first. May run the model."""
         generator = self.model.generator
         return generator.rank(self.pick, self.requests[prompt], self.candidates[prompt])
 
@@ -217,7 +212,6 @@ class Generation:
             self.given[prompt].append(drawn[number])
 
     def events(self) -> list[Struct]:
-        """What a stream sends now."""
         events = []
         for choice in self.choices:
             if choice.has_news:
@@ -228,7 +222,6 @@ class Generation:
         return events
 
     def event(self, choice: Choice) -> Struct:
-        """What a choice has not sent yet, as an event."""
         raise NotImplementedError
 
     def last_events(self) -> list[Struct]:
@@ -236,20 +229,17 @@ class Generation:
         raise NotImplementedError
 
     def whole(self) -> Struct:
-        """The answer that is not streamed."""
         raise NotImplementedError
 
 
 class Page(NamedTuple):
-    """The ready answer to a GET."""
-
     content_type: str
     text: str
 
 
 class Answer:
-    """One HTTP request. Page, generation or error is set before the first `drain`, which settles
-    status and content type: they go out with the first chunk."""
+    """One HTTP request. The first `drain` settles status and content type, which are sent with the
+    first chunk; page, generation or error must be set by then."""
 
     def __init__(self, id: str):
         self.id = id

@@ -45,10 +45,9 @@ def parse(body: Any) -> dict[str, Any]:
 
 
 def check(declared: type[msgspec.Struct], body: dict[str, Any]) -> Any:
-    """The body as its declaration has it; a synonym's value is under the setting's own name.
+    """The body as declared; a synonym's value is under the setting's own name.
 
-    Raises Refusal with the field, what was found and what is wanted. Unknown fields are left out,
-    or refused if the declaration forbids them.
+    Unknown fields are left out, or refused if the declaration forbids them.
     """
     is_strict = declared.__struct_config__.forbid_unknown_fields
     given = [name for name in declared.__struct_fields__ if name in body]

@@ -62,7 +62,6 @@ class GptchatHandler:
         return [chunk.text for chunk in chunks]
 
     def record(self, kind: str, name: str, value: float, labels: list[str]) -> None:
-        """Pass a figure on to TorchServe's metrics, which metrics.yaml declares."""
         self.metrics.get_metric(name, MetricTypes(kind)).add_or_update(value, labels)
 
 

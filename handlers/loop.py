@@ -4,11 +4,10 @@ The handler's thread puts requests, cancellations and the beginning of a round i
 the decode thread reads between two steps. At the end of a round all outputs since the last one go
 into the outbox, as one batch. Only the decode thread writes `failure` and `load`.
 
-Handing over a batch costs a millisecond or more, in which a small model makes several steps, so a
-round lasts ROUND_SECONDS. It ends early for the first token of a stream, for the end of an answer,
-and if the next step would overrun it.
+A round costs as much as several steps of a small model, so it lasts ROUND_SECONDS. It ends early
+for the first token of a stream, for the end of an answer, and if the next step would overrun it.
 
-TorchServe reports that a client has left only in a round, and begins none while nobody asks. So the
+TorchServe reports only in a round that a client has left, and begins none while nobody asks. So the
 decode thread makes at most MAX_STEPS_AHEAD steps between two rounds.
 """
 
@@ -33,8 +32,8 @@ class Ticket:
 
     request: Request
     stream: bool  # its first token ends a round
-    owner: Any = None  # whose it is, and
-    prompt: int = 0  # the number of the prompt there; both are not used here
+    owner: Any = None  # the caller's, as the next one
+    prompt: int = 0  # number of the prompt in its request
     engine_id: int = 0
     has_token: bool = False
 
@@ -44,10 +43,10 @@ Result = tuple[Ticket, Any]
 
 
 class DecodeLoop(threading.Thread):
-    """Runs `engine.step()` while there is work. A step that raises ends the thread.
+    """Runs `engine.step()` while there is work.
 
-    `failure` is the exception that ended it. `load` is the number of slots in use and of waiting
-    requests, at the end of the last round.
+    `failure` is what a step raised, which ends the thread. `load` is (slots in use, requests that
+    wait for one) at the end of the last round.
     """
 
     def __init__(self, engine: Engine):
@@ -65,14 +64,10 @@ class DecodeLoop(threading.Thread):
         self.steps_ahead = 0  # since the last round ended
 
     def submit(self, ticket: Ticket) -> None:
-        """Have a request answered."""
         self.inbox.put(partial(self._submit, ticket))
 
     def cancel(self, ticket: Ticket, candidate: int | None = None) -> None:
-        """Have the engine forget one candidate, or the whole request, whether it has ended or not.
-
-        Outputs of it may still come.
-        """
+        """Have the engine forget one candidate or the whole request. Outputs may still come."""
         self.inbox.put(partial(self._cancel, ticket, candidate))
 
     def call(self, ticket: Ticket, function: Callable[[], Any]) -> None:
@@ -80,10 +75,7 @@ class DecodeLoop(threading.Thread):
         self.inbox.put(partial(self._call, ticket, function))
 
     def collect(self, hurry: bool) -> list[Result]:
-        """Make a round and return its batch. In a hurry it ends with the step under way.
-
-        If a step never ends, TorchServe kills the worker after its `responseTimeout`.
-        """
+        """Make a round and return its batch. In a hurry it ends with the step under way."""
         if self.failure:
             return []
         self.inbox.put(partial(self._begin_round, hurry))
@@ -142,7 +134,6 @@ class DecodeLoop(threading.Thread):
         self.due = self.due or hurry
 
     def _end_step(self, outputs: list[Output], seconds: float) -> None:
-        """Take in the outputs of a step that took so many seconds."""
         self.steps_ahead += 1
         for output in outputs:
             ticket = self.tickets[output.request_id]
@@ -154,7 +145,6 @@ class DecodeLoop(threading.Thread):
             self.due = True
 
     def _end_round(self) -> None:
-        """Hand over the batch."""
         self.load = (self.engine.live, self.engine.queued)
         self.outbox.put(self.batch)
         self.batch = []

@@ -185,8 +185,6 @@ class ChatChunk(Frame, kw_only=True):
 
 
 class OpenAIGeneration(Generation):
-    """What both routes share."""
-
     id_prefix: ClassVar[str]
 
     def shape(self, choice: Choice, text: str, tokens: list[ScoredToken], is_whole: bool) -> Struct:
@@ -355,7 +353,6 @@ def text_logprobs(tokenizer: Tokenizer, tokens: list[ScoredToken]) -> TextLogpro
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[ScoredToken]) -> ChatLogprobs:
-    """The log-probabilities of tokens, each with the best ones."""
     content = []
     for _, (drawn, logprob, top) in tokens:
         best = [

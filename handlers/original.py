@@ -124,5 +124,4 @@ class Original(Generation):
 
 
 def given(body: dict[str, Any], setting: str) -> bool:
-    """Whether a setting is given under one of its names."""
     return any(name in body for name in SYNONYMS[setting])

@@ -216,6 +216,5 @@ def describe(model: ServedModel) -> dict[str, Any]:
 
 
 def _response(description: str, schemas: dict[str, Any]) -> dict[str, Any]:
-    """A response of the description, by content type."""
     content = {kind: {"schema": schema} for kind, schema in schemas.items()}
     return {"description": description, "content": content}

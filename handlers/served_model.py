@@ -22,8 +22,7 @@ from handlers.body import Refusal
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model under the name that clients use for it. Its methods raise Refusal for a prompt that
-    cannot be answered."""
+    """A model under the name that clients use. Refusal is raised for an impossible prompt."""
 
     name: str
     generator: TextGenerator
@@ -52,8 +51,7 @@ class ServedModel:
         return self.n_ctx * max(map(len, self.generator.tokenizer.token_bytes))
 
     def too_long(self, found: str) -> Refusal:
-        """Clients know this mistake by its code or its words: litellm by the first ones, langchain
-        by "prompt is too long"."""
+        """litellm knows this mistake by its first words, langchain by "prompt is too long"."""
         length = f"This model's maximum context length is {self.n_ctx} tokens"
         message = f"{length} and the prompt is too long: {found}"
         return Refusal(message, code="context_length_exceeded")

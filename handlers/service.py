@@ -1,13 +1,11 @@
 """The server's logic, without TorchServe: HTTP requests in, chunks of answers out, by rounds.
 
 A round (`Service.round`) takes in new requests, drops those whose client has left, waits for the
-decode thread, and returns one chunk for every live request, often an empty one. One thread calls
-it.
+decode thread, and returns one chunk, often empty, for every live request.
 
-Invariants: `round` never raises, since TorchServe would end every live request; an error concerns
-only its own request. A finished request holds no slot of the engine. If the decode thread has died,
-the next round ends all requests with an error, and then the process, which TorchServe restarts.
-Metrics and log lines hold no text of a request.
+Invariants: `round` never raises, since TorchServe would end every live request; an error ends only
+its own request. If the decode thread has died, the next round ends all requests with an error, and
+then the process, which TorchServe restarts. Metrics and log hold no text of a request.
 """
 
 import logging
@@ -122,8 +120,7 @@ class Service:
         return chunks
 
     def _guarded(self, answer: Answer, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Do something for a request. If that fails, the request gets the error, and this returns
-        None."""
+        """Do something for a request. If that fails, it gets an error, and this returns None."""
         try:
             return action(answer, *arguments)
         except Refusal as refusal:
@@ -134,7 +131,6 @@ class Service:
         return None
 
     def open(self, answer: Answer, arrival: Arrival) -> None:
-        """Read a request. Raises Refusal."""
         path = str(arrival.headers.get("url_path", ""))
         check_host(arrival.header("host", "localhost"), self.hosts)
         if arrival.body in (b"", ""):
@@ -156,7 +152,6 @@ class Service:
         answer.generation = self.routes.post(path, arrival.body, answer.id, live)
 
     def submit(self, answer: Answer) -> None:
-        """Hand a request's prompts to the engine, if it has any."""
         if answer.generation is None or answer.error:
             return
         for prompt, request in enumerate(answer.generation.requests):
@@ -165,18 +160,13 @@ class Service:
             self.loop.submit(ticket)
 
     def _deliver(self, result: Result) -> None:
-        """Give an output to its answer, unless the request has ended meanwhile."""
         ticket, output = result
         answer: Answer = ticket.owner
         if self.live.get(answer.id) is answer:
             self._guarded(answer, self.take, ticket, output)
 
     def take(self, answer: Answer, ticket: Ticket, output: Any) -> None:
-        """Add an output, or a ranking of candidates, to its answer.
-
-        Has the engine forget a candidate that a stop string ended. Has candidates ranked once they
-        all have ended.
-        """
+        """Add an output or a ranking of candidates to its answer."""
         if isinstance(output, Exception):
             raise output
         generation = answer.generation
@@ -208,8 +198,8 @@ class Service:
         return Chunk(text, answer.status, answer.content_type, is_first, is_last)
 
     def finish(self, answer: Answer, result: str) -> None:
-        """Forget a request and free its slots. `result` is its status, "left", or "error" if it
-        failed after the status 200 had been sent."""
+        """Forget a request and free its slots. `result` is for the metrics: its status, "left", or
+        "error" after a status 200."""
         ended = time.monotonic()
         del self.live[answer.id]
         for ticket in answer.tickets:
@@ -241,7 +231,6 @@ class Service:
         self.record(kind, f"gptchat_{name}", value, [self.model.name, *labels])
 
     def _record_load(self) -> None:
-        """Record how much there is to do, if that has changed."""
         load = (len(self.live), *self.loop.load)
         if load != self.recorded_load:
             self.recorded_load = load

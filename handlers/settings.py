@@ -47,8 +47,7 @@ def with_settings(
 ) -> type[Struct]:
     """A request's declaration with the settings of all APIs beside its own fields.
 
-    The model's own settings are the defaults, but for the length (`new_tokens`, at most `longest`)
-    and for `n` (`candidates`).
+    Their defaults are the model's, except for the length (`new_tokens`) and `n` (`candidates`).
     """
     slots = model.generator.engine.slots
     most = min(MOST_CANDIDATES, slots)
@@ -85,7 +84,6 @@ def with_settings(
 
 
 def _number(name: str, low: float, high: float) -> Any:
-    """The type of a setting that `sampling.SETTINGS` declares, within a range."""
     declared = SETTINGS[name]
     return Annotated[declared.type, Meta(ge=low, le=high, description=declared.help)]
 
@@ -143,8 +141,7 @@ class Plan:
         }
 
     def sampling(self, room: int, number: int = 0) -> Sampling:
-        """For prompt `number`, which leaves `room` tokens of the context. Its seed is the request's
-        plus the number."""
+        """For a prompt that leaves `room` tokens of the context; `number` is added to the seed."""
         values = self.values | {"max_new_tokens": min(self.most_new_tokens, room)}
         return Sampling(**values).for_item(number)
 

@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def serve(archives: list[str], options: Options, stops: Sequence[int]) -> None:
-    """Run TorchServe until a stop is asked for, or something goes wrong."""
     server = TorchServe(options, stops)
     try:
         server.start(archives)

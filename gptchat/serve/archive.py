@@ -93,8 +93,7 @@ def archive(name: str, model: Path, options: Options) -> str:
 def chat_models(models: Mapping[str, Path]) -> list[str]:
     """The names of the ChatLMs among model directories, which have a chat page.
 
-    `pretrained` would import torch, which the launcher does without. A config that cannot be read
-    is passed over: the worker says what is wrong.
+    A config that cannot be read is passed over: the worker says what is wrong.
     """
     names = []
     for name, directory in models.items():
