@@ -229,7 +229,6 @@ def _compare(report: Report) -> None:
 
 
 def verdict(report: Report) -> str:
-    """The whole report in a line."""
     if report.refusals:
         more = f" (and {len(report.refusals) - 1} more)" if len(report.refusals) > 1 else ""
         return f"verdict: training would refuse this: {report.refusals[0]}{more}"

@@ -72,7 +72,6 @@ class Prompt(NamedTuple):
 
 
 def format_of(path: str | Path) -> Format:
-    """The format of a file of dialogues."""
     return JSON if is_json(path) else format_named(path) or TSV
 
 

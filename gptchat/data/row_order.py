@@ -100,7 +100,6 @@ class DialogueOrder:
         return int(self._rows_per_pool.sum())
 
     def row(self, number: int) -> list[Excerpt]:
-        """The excerpts of a row."""
         epoch, row = divmod(number, self.rows_per_epoch)
         pools, first_rows = self._epoch_pools(epoch)
         place = int(np.searchsorted(first_rows, row, side="right")) - 1
@@ -119,7 +118,6 @@ class DialogueOrder:
         return pools, np.cumsum(n_rows) - n_rows
 
     def _pack_pool(self, epoch: int, pool: int) -> list[list[Excerpt]]:
-        """A pool's rows in the order of an epoch."""
         key = draw_key(self.seed, epoch, pool)
         dialogues = self._dialogues_of_pool(pool)
         dialogues = dialogues[permute(np.arange(len(dialogues)), len(dialogues), key)]

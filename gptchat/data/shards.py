@@ -207,17 +207,18 @@ class Shards:
         self.documents: int = content["documents"]
         self.digest = json_digest(content["files"])
 
-        def open_file(name: str, dtype: str) -> np.ndarray:
-            path = folder / f"{split}-{name}.bin"
-            return _open_file(path, content["files"].get(path.name), dtype)
+        def open_file(name: str, dtype: str, length: int) -> np.ndarray:
+            file_name = f"{split}-{name}.bin"
+            digest = content["files"][file_name]["digest"]
+            return _open_file(folder / file_name, dtype, length, digest)
 
-        self.ids = open_file("00000", manifest["settings"]["dtype"])
-        self.starts = open_file("documents", "<i8")
+        self.ids = open_file("00000", manifest["settings"]["dtype"], self.n_tokens)
+        self.starts = open_file("documents", "<i8", self.documents + 1)
         self.turns = np.array([], np.int64)
         self.speakers = np.array([], np.uint8)
         if self.task == "chatlm":
-            self.turns = open_file("turns", "<i8")
-            self.speakers = open_file("speakers", "u1")
+            self.turns = open_file("turns", "<i8", content["turns"] + 1)
+            self.speakers = open_file("speakers", "u1", content["turns"])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return self.ids[start:stop]
@@ -262,13 +263,13 @@ class Shards:
         return section
 
 
-def _open_file(path: Path, state: FileState | None, dtype: str) -> np.ndarray:
-    expected = state["bytes"] if state else 0
+def _open_file(path: Path, dtype: str, length: int, digest: str) -> np.ndarray:
+    expected = length * np.dtype(dtype).itemsize
     size = path.stat().st_size if path.exists() else 0
-    if state is None or size != expected:
+    if size != expected:
         raise UserError(f"{path}: found {size:,} bytes; wanted {expected:,}; {REMEDY}")
     array = np.asarray(np.memmap(path, dtype, "r"))
-    if new_digest(array).hexdigest() != state["digest"]:
+    if new_digest(array).hexdigest() != digest:
         raise UserError(f"{path}: found other content than was written; {REMEDY}")
     return array
 
