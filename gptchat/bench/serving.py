@@ -1,9 +1,8 @@
 """`gptchat bench serve`: a running server, beside its engine alone and transformers behind a lock.
 
-In a round every client sends one request, all at the same time and with the same random prompt. The
-answers are sampled, streamed and equally long: the token that would end one is forbidden. The
-result is seconds per new token, all clients together. A server's key is read from the environment
-variable OPENAI_API_KEY.
+In a round all clients send one request at the same time, with the same random prompt. Answers are
+sampled, streamed and equally long: the token that would end one is forbidden. The result is seconds
+per new token, all clients together. The environment variable OPENAI_API_KEY holds a server's key.
 """
 
 import argparse
@@ -50,10 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(url: str, request: Request) -> tuple[list[float], int]:
-    """Stream the answer of the completions API to one request.
+    """Stream one answer: the seconds to the first chunk and between the others, and its tokens.
 
-    Returns the seconds to the first chunk and between the further ones, and the number of new
-    tokens. Raises UserError if there is no answer.
+    Raises UserError if there is no answer.
     """
     body: dict[str, Any] = {
         "prompt": request.input_ids,

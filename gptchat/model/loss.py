@@ -44,10 +44,9 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 class CrossEntropy(torch.autograd.Function):
     """Returns the loss, and the logits, which hold their gradient by then.
 
-    Autograd requires that an input which is changed in place is also an output. A later use of the
-    logits is a use of that output, whose gradient `backward` refuses.
-
-    F.cross_entropy takes twice the time and holds three more tensors of the logits' size.
+    Autograd wants an input that is changed in place to be an output, too. A later use of the logits
+    is a use of that output, whose gradient `backward` refuses. F.cross_entropy takes twice the time
+    and holds three more tensors of the logits' size.
     """
 
     @staticmethod

@@ -1,9 +1,8 @@
 """Model directories in Hugging Face layout, read and written.
 
 `load_model` reads a directory written here or anyone's GPT-2, and refuses what our model cannot
-compute exactly. `save_static` and `save_weights` write what transformers'
-GPT2LMHeadModel.from_pretrained and AutoTokenizer read, with the sampling defaults
-(`AnswerDefaults`). A foreign model lacks special tokens and token types: `convert.adapt` appends
+compute exactly. `save_static` and `save_weights` write what transformers reads as it is, with the
+defaults of sampling. A foreign model lacks special tokens and token types: `convert.adapt` appends
 them.
 """
 

@@ -85,10 +85,7 @@ def load_weights(
 
 
 def _stored_tensors(model: GPT2, directory: Path) -> dict[str, Tensor]:
-    """The tensors of a directory by our names, mapped from its files.
-
-    Raises UserError unless they are the model's, each once, and at most a head besides.
-    """
+    """The model's tensors, and a head if there is one, by our names, mapped from the files."""
     shapes = {name: [*conv1d_layout(name, value).shape] for name, value in model.named_parameters()}
     allowed = shapes | {HEAD: shapes["wte.weight"]}
     stored: dict[str, Tensor] = {}
@@ -136,10 +133,8 @@ def _weight_paths(directory: Path) -> list[Path]:
 
 
 def _map_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by the names in it, mapped into memory, not read.
-
-    A digest in the file is verified, which reads it. (A .bin file from before torch 1.6 cannot be
-    mapped.) Raises UserError for a file that is broken or damaged.
+    """The tensors of a file by the names in it. They are mapped into memory, unless a .bin is from
+    before torch 1.6. Raises UserError for a file that is broken, or damaged by its digest.
     """
     digest = None
     try:
@@ -190,10 +185,7 @@ def conv1d_layout(name: str, tensor: Tensor) -> Tensor:
 
 
 def hugging_face_state(model: GPT2) -> dict[str, Tensor]:
-    """The weights by GPT2LMHeadModel's names and in its layout, as views of ours.
-
-    The head, which shares the token embedding's weights, is not listed again.
-    """
+    """Views of the weights by GPT2LMHeadModel's names and in its layout, without the tied head."""
     return {
         PREFIX + name: conv1d_layout(name, parameter.detach())
         for name, parameter in model.named_parameters()
@@ -201,10 +193,7 @@ def hugging_face_state(model: GPT2) -> dict[str, Tensor]:
 
 
 def save_weights(directory: str | Path, model: GPT2) -> None:
-    """Replace `model.safetensors`, in the model's dtype.
-
-    Raises UserError if it cannot be written; the old file then stays.
-    """
+    """Replace `model.safetensors`; if it cannot be written the old one stays."""
     state = hugging_face_state(model)
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     metadata = {"format": "pt", DIGEST: _digest(contiguous)}

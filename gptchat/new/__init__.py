@@ -77,8 +77,8 @@ def sample(patterns: Sequence[str]) -> list[Dialogue]:
 def choose_targets(dialogues: Sequence[Dialogue], has_lm: bool) -> Choice:
     """[data] targets; `has_lm` says whether the ChatLM starts from an LM.
 
-    Rows that show one conversation at different turns, such as a program's log of all messages so
-    far, repeat turns. Of these only the last turn is learned, so that none is learned twice.
+    Rows that repeat turns show one conversation again and again, such as a program's log of all
+    messages so far. Of these only the last turn is learned, so that none is learned twice.
     """
     n_turns = sum(map(len, dialogues)) / max(1, len(dialogues))
     # First turns may repeat: many conversations begin with the same greeting or system message.
