@@ -118,8 +118,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 def lock_folder(folder: Path, busy: str) -> IO[str]:
     """Hold `folder` for this process until the returned file is closed.
 
-    Raises UserError if another process holds it, with `busy`, what that one does, or if it cannot
-    be written. A file system without locks gets a warning and no lock.
+    Raises UserError if it cannot be written or another process holds it; `busy` is what that one
+    does. A file system without locks gets a warning and no lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

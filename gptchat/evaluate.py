@@ -88,8 +88,8 @@ def open_split(config: Config, split: str) -> Iterator[shards.Shards]:
 def measure(config: Config, split: str, task: str = "") -> "dict[str, Figures]":
     """The figures of the model `config.init_from`: of each file of the split, or of all together.
 
-    Raises UserError for a model of another task than `task`, if that is given, and for a file that
-    cannot be read as text of the model's task, or that holds none.
+    Raises UserError for a model of another task than `task`, if that is given, and for a file
+    without text of the model's task.
     """
     from gptchat import figures  # torch takes seconds to import, and may not be needed
 

@@ -88,7 +88,7 @@ def make_optimizers(model: GPT2, config: TrainConfig) -> Optimizers:
 def lr_scale(step: int, total_steps: int, config: TrainConfig) -> float:
     """The share of the peak learning rate in `step`, counted from 0.
 
-    It grows linearly in the first `warmup_ratio` of all steps, then falls to `min_lr_ratio`.
+    It grows linearly in the first `warmup_ratio` of all steps, then follows the schedule.
     """
     warmup_steps = math.ceil(total_steps * config.warmup_ratio)
     if step < warmup_steps:
