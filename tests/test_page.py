@@ -98,14 +98,15 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.send_response(response.status)
         self.send_header("content-type", response.headers["content-type"])
         self.end_headers()
-        n_sent = 0
+        sent = b""
         with suppress(ConnectionError):  # the browser has left
             while chunk := response.read1(1000):
                 if body:
                     time.sleep(proxy.delay)
                 self.wfile.write(chunk)
-                n_sent += len(chunk)
-                if body and proxy.breaks_off and n_sent > 3000:  # some words are among them
+                sent += chunk
+                whole_events = sent[: sent.rfind(b"\n\n") + 1]
+                if proxy.breaks_off and re.search(rb'"content": ?"[^"\\]*[a-z]', whole_events):
                     proxy.breaks_off = False
                     break
         connection.close()
