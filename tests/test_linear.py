@@ -276,6 +276,7 @@ def test_an_unknown_dtype_is_refused():
     "engines, bfloat16, kernel",
     [
         (["onednn", "fbgemm"], True, Int8Linear),
+        (["onednn", "fbgemm"], False, Int8Linear),
         (["onednn"], True, torch.bfloat16),
         (["onednn"], False, torch.float32),
     ],

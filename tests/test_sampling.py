@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from gptchat.inference.blocks import ONE, best, block_sums, draw_place
-from gptchat.inference.draw import Draw, Row, distribution, heavier, uniform, weigh
+from gptchat.inference.draw import Draw, Row, distribution, heavier, score, uniform, weigh
 from gptchat.inference.sampling import Sampling
 from gptchat.settings import declared
 from tests.hf_models import BadWords
@@ -146,6 +146,17 @@ def test_drawn_tokens_follow_the_distribution(size, settings):
     assert abs(statistic - freedom) <= 4 * math.sqrt(2 * freedom), (statistic, freedom)
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_everything_heavier_than_an_id_that_may_be_drawn_may_be_drawn(settings):
+    """The invariant of the cut, which redraws among what is heavier."""
+    uncut = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    logits = some_logits(1, seed=4)[0]
+    if settings.get("temperature") != 0:
+        kept = distribution(logits, row(IDS, n_prompt=4, **settings)) > 0
+        weights = distribution(logits, row(IDS, n_prompt=4, **settings | uncut))
+        assert kept.all() or weights[kept].min() >= weights[~kept].max()
+
+
 @pytest.mark.parametrize("size", [V, 50_257])
 def test_a_draw_does_not_depend_on_the_other_rows(size):
     torch.set_num_threads(2)
@@ -249,6 +260,12 @@ def test_logprobs_are_the_models_before_any_setting(dtype):
     best = wanted[0].topk(3)
     assert [token for token, _ in drawn[0].top] == best.indices.tolist()
     assert [p for _, p in drawn[0].top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_score_lists_at_most_the_vocabulary():
+    scored = score(some_logits(2, size=4), torch.tensor([1, 2]), k=10)
+    assert [len(s.top) for s in scored] == [4, 4] and [s.token for s in scored] == [1, 2]
+    assert sum(math.exp(p) for _, p in scored[0].top) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
