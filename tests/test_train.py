@@ -54,12 +54,12 @@ def trained(small: Path, task: str, folder: Path, *overrides: str) -> Run:
 def start(
     small: Path, task: str, folder: Path, *overrides: str, processes: int = 1
 ) -> subprocess.Popen:
-    """`gptchat train` as a process, or several under torchrun."""
+    """`gptchat train` as a process, or several by `torchrun -m gptchat.train`."""
     arguments = command("train", "--config", small / f"{task}.toml", f"run={folder}", *overrides)
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--nproc-per-node", str(processes)]
-        arguments = [sys.executable, *torchrun, *arguments[1:]]
+        arguments = [sys.executable, *torchrun, "-m", "gptchat.train", *arguments[4:]]
     return start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
