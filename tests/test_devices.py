@@ -21,10 +21,11 @@ from gptchat.console import UserError
 from gptchat.data.batches import Batches
 from gptchat.data.shards import open_sources
 from gptchat.data.tokenizer import tokenizer_for
-from gptchat.inference import draw, linear
+from gptchat.inference import draw
 from gptchat.inference.engine import Engine, Request
 from gptchat.inference.sampling import Sampling
 from gptchat.model.gpt2 import GPT2, GPT2Config
+from gptchat.runtime import multiplies_bfloat16
 from gptchat.train import train_step
 from gptchat.training import optim, start
 from gptchat.training.distributed import World, usable_device, wrap_model
@@ -262,7 +263,7 @@ def test_auto_takes_no_bfloat16_that_a_gpu_emulates(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
-    assert linear._best_dtype(torch.device("cuda")) == "float32"
+    assert not multiplies_bfloat16(torch.device("cuda"))
     assert resolve_precision("auto", "cuda") == "fp32"
 
 
