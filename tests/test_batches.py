@@ -287,6 +287,7 @@ def test_sources_have_their_shares_of_the_rows_at_any_time(weights):
         for n, weight in zip(counts, weights, strict=True):
             share = max(weight / sum(weights), 1 / row_order.MIXTURE_ROWS)
             assert abs(n - share * (row + 1)) <= 2 + row // 500
+    assert min(counts) >= 2500 // row_order.MIXTURE_ROWS  # a row of every block at least
 
 
 def test_a_source_of_a_mixture_gives_the_rows_that_it_gives_alone(shards, monkeypatch):

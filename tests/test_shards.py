@@ -285,6 +285,11 @@ def test_shards_of_other_or_changed_files_are_refused(lm, tmp_path):
     write(config)
     refused(replace(config, data=replace(config.data, train=lm.data.train)), "prose.txt is new")
     path = tmp_path / "own.txt"
+    time = path.stat().st_mtime_ns
+    path.write_text("one two three")
+    os.utime(path, ns=(time, time))  # of another size
+    refused(config, "own.txt has changed")
+    path.write_text("one two")
     os.utime(path, ns=(1, 1))
     assert opened(config).documents == 1
     path.write_text("two one")  # of the same size
