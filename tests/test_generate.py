@@ -18,7 +18,7 @@ from gptchat.inference.generate import (
     load_generator,
     prompt_room,
 )
-from gptchat.inference.pick import last_turn, nearest_to_median, reply_logprobs
+from gptchat.inference.pick import nearest_to_median, reply_logprobs, turns_of
 from gptchat.inference.sampling import Sampling
 from gptchat.model import pretrained
 from gptchat.model.gpt2 import GPT2, GPT2Config
@@ -288,10 +288,29 @@ def test_replies_are_scored_alike_in_one_batch_and_in_several(monkeypatch):
         assert found == pytest.approx(wanted, abs=1e-4)
 
 
-def test_the_last_turn_of_a_prompt_is_found_before_a_begun_answer():
-    assert last_turn([1, 5, 2, 3, 5], sep_id=5) == [2, 3]
-    assert last_turn([1, 5, 2, 3, 5, 7, 8], sep_id=5) == [2, 3]
-    assert last_turn([5], sep_id=5) == []
+def test_mmi_does_not_say_again_what_a_turn_has_said():
+    generator = small_generator("chatlm")
+    sep_id = generator.tokenizer.sep_id
+    request = ask(generator, "Hello", n=4, logprobs=0)
+    candidates = [CandidateText(generator.tokenizer) for _ in range(4)]
+    for candidate, completion in zip(
+        candidates, generate(generator.engine, [request])[0], strict=True
+    ):
+        for output in completion:
+            candidate.take(output)
+    best, *others = generator.rank("mmi", request, candidates)
+    said = [scored.token for scored in candidates[best].drawn[: candidates[best].n_tokens]]
+    again = replace(request, input_ids=[*said, sep_id, *request.input_ids], token_type_ids=None)
+    assert generator.rank("mmi", again, candidates) == [*others, best]
+    # An answer that begins with what the request gave is compared as a whole.
+    begun = replace(again, input_ids=[*again.input_ids, 9])
+    assert generator.rank("mmi", begun, candidates) == [best, *others]
+
+
+def test_the_turns_of_a_prompt_end_with_the_beginning_of_its_answer():
+    assert turns_of([1, 5, 2, 3, 5], sep_id=5) == [[1], [2, 3], []]
+    assert turns_of([1, 5, 2, 3, 5, 7, 8], sep_id=5) == [[1], [2, 3], [7, 8]]
+    assert turns_of([5], sep_id=5) == [[], []]
 
 
 def test_a_pick_that_cannot_be_is_refused():

@@ -23,7 +23,7 @@ from gptchat.data.dialogue import Turn, encode_prompt
 from gptchat.data.tokenizer import Tokenizer
 from gptchat.inference.draw import Scored
 from gptchat.inference.engine import Engine, Output, Request
-from gptchat.inference.pick import PICKS, last_turn, mutual_information, nearest_to_median
+from gptchat.inference.pick import PICKS, mutual_information, nearest_to_median, turns_of
 from gptchat.inference.sampling import Sampling
 from gptchat.inference.text import CharacterFilter, StreamDecoder
 from gptchat.model import pretrained
@@ -242,24 +242,29 @@ class TextGenerator:
     def rank(self, rule: str, request: Request, candidates: Sequence[CandidateText]) -> list[int]:
         """The numbers of a request's completed candidates, best first by a rule of PICKS.
 
-        "mmi" runs the model and needs log-probabilities; it puts candidates without text last.
+        "mmi" runs the model and needs log-probabilities. It puts candidates last that have no text
+        or say again what a turn of the prompt has said.
         """
         numbers = list(range(len(candidates)))
         if rule == "first" or len(candidates) == 1:
             return numbers
-        texts = [candidate.text for candidate in candidates]
         if rule == "median":
-            return nearest_to_median(texts)
+            return nearest_to_median([candidate.text for candidate in candidates])
+        *turns, beginning = turns_of(request.input_ids, self.tokenizer.sep_id)
         drawn = [candidate.drawn for candidate in candidates]
+        answers = [[scored.token for scored in one] for one in drawn]
         scores = mutual_information(
             self.engine.model,
             self.tokenizer.sep_id,
-            context=last_turn(request.input_ids, self.tokenizer.sep_id),
-            answers=[[scored.token for scored in one] for one in drawn],
+            context=turns[-1],
+            answers=answers,
             logprobs=[sum(scored.logprob or 0.0 for scored in one) for one in drawn],
         )
-        has_text = [text != "" for text in texts]
-        return sorted(numbers, key=lambda number: (has_text[number], scores[number]), reverse=True)
+        says_more = [
+            candidate.text != "" and beginning + answer[: candidate.n_tokens] not in turns
+            for candidate, answer in zip(candidates, answers, strict=True)
+        ]
+        return sorted(numbers, key=lambda number: (says_more[number], scores[number]), reverse=True)
 
     def complete(
         self, requests: Sequence[Request], stop: Sequence[str] = (), pick: str = "median"

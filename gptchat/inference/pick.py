@@ -10,7 +10,7 @@ Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Mod
 both objectives; the weights were chosen for the default model. p(answer) is the probability of the
 answer as the reply to an empty turn, p(context | answer) that of the context's last turn as the
 reply to the answer. The latter needs a ChatLM that has learned the turns of both speakers, or
-speakers who talk alike.
+speakers who talk alike. An empty answer comes last, and so does one that an earlier turn has given.
 """
 
 from collections.abc import Sequence
@@ -38,13 +38,15 @@ def nearest_to_median(texts: Sequence[str]) -> list[int]:
     return [by_length[place] for place in places]
 
 
-def last_turn(prompt: Ids, sep_id: int) -> Ids:
-    """The turn that a ChatLM's prompt wants answered: the one before its last [SEP]."""
-    end = len(prompt) - 1 - list(reversed(prompt)).index(sep_id)
-    start = end
-    while start > 0 and prompt[start - 1] != sep_id:
-        start -= 1
-    return prompt[start:end]
+def turns_of(prompt: Ids, sep_id: int) -> list[list[int]]:
+    """The turns of a ChatLM's prompt; the last one is what the answer begins with, mostly []."""
+    turns: list[list[int]] = [[]]
+    for id in prompt:
+        if id == sep_id:
+            turns.append([])
+        else:
+            turns[-1].append(id)
+    return turns
 
 
 def mutual_information(
