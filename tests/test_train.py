@@ -178,6 +178,24 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole(
     assert_close(whole, mean, 1e-9)
 
 
+def test_dropout_differs_from_step_to_step_and_between_micro_batches(
+    small: Path, tmp_path: Path
+) -> None:
+    settings = ["model.dropout=0.5", "train.gradient_accumulation_steps=2", "train.seed=3"]
+    made = make_run(small, "lm", tmp_path, *settings)
+    batch = made.train_batches.micro_batch(0)
+    losses = []
+    for step in (0, 1, 0):
+        made.state.step = step
+        micro_batches = [batch, made.train_batches.empty()], [made.train_batches.empty(), batch]
+        for one in micro_batches:
+            set_learning_rate(made.optimizer, 0.0)
+            loss_sum, _ = loop.train_step(made, one)
+            losses.append(float(loss_sum))
+    assert len(set(losses[:4])) == 4
+    assert losses[4:] == losses[:2]  # a resumed run draws the same
+
+
 def test_a_micro_batch_without_targets_gives_zero() -> None:
     model = small_model()
     nothing = torch.zeros(0, dtype=torch.int64)
