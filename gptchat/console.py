@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -101,6 +101,13 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+
+    def parse_config_and_overrides(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The arguments of a command that takes a config: `config` and `overrides`."""
+        self.add_argument("--config", required=True, metavar="FILE", help="TOML file")
+        overrides_help = "used instead of the config's"
+        self.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides_help)
+        return self.parse_intermixed_args(argv)
 
     def print_help(self, file: Any = None) -> None:
         # argparse's own says nothing if this fails.

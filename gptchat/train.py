@@ -229,11 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Train an LM or a ChatLM. The same command goes on with a run that was stopped or killed.",
         "gptchat train --config configs/lm.toml train.learning_rate=1e-3 run=out/try",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="see configs/README.md")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="used instead of the config's"
-    )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_config_and_overrides(argv)
     run = train_config(load_run_config(arguments.config, arguments.overrides))
     if run.stopped and not run.done:
         handle_stop_signals(signal.SIG_IGN)  # the rest of a burst must not change the exit status

@@ -41,8 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     batches = [1, 8, 32]
     add("--model", metavar="DIR", help="model directory (default: GPT-2 124M with random weights)")
     add("--text", metavar="FILE", help="measure perplexity on this text; needs --model")
-    add("--dtypes", nargs="+", default=dtypes, choices=DTYPES, help="of our weights (%(default)s)")
-    add("--batches", nargs="+", type=positive, default=batches, help="sizes (%(default)s)")
+    dtypes_help = f"of our weights ({' '.join(dtypes)})"
+    add("--dtypes", nargs="+", default=dtypes, choices=DTYPES, help=dtypes_help)
+    batches_help = f"sizes ({' '.join(map(str, batches))})"
+    add("--batches", nargs="+", type=positive, default=batches, help=batches_help)
     add("--sampled", action="store_true", help="draw by the model's own settings, not greedily")
     add("--prompt", type=positive, default=32, help="tokens of a prompt (%(default)s)")
     add("--new", type=positive, default=64, help="new tokens per row (%(default)s)")

@@ -42,7 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     choices = ("auto", *DTYPES)  # the server's own setting is auto, too
     add("--model", metavar="DIR", required=True, help="directory of the model that is served")
     add("--url", default=DEFAULT_URL, help="the server's completions (%(default)s)")
-    add("--clients", nargs="+", type=positive, default=clients, help="at once (%(default)s)")
+    clients_help = f"at once ({' '.join(map(str, clients))})"
+    add("--clients", nargs="+", type=positive, default=clients, help=clients_help)
     add("--dtype", default="auto", choices=choices, help="of the engine alone (%(default)s)")
     add("--prompt", type=positive, default=32, help="tokens of the prompt (%(default)s)")
     add("--new", type=positive, default=64, help="new tokens of an answer (%(default)s)")

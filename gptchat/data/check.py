@@ -269,9 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "long rows, and what training would refuse.",
         "gptchat check --config configs/lm.toml",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_config_and_overrides(argv)
     report = check(load_run_config(arguments.config, arguments.overrides))
     print("\n".join(lines_of(report, arguments.config)))
     if report.refusals:

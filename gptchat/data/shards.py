@@ -335,9 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Encode the files of a config's [data] section into token ids on disk.",
         "gptchat shards --config configs/lm.toml data.shards=out/shards/try",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_config_and_overrides(argv)
     config = load_run_config(arguments.config, arguments.overrides)
     if not prepare(config):
         print(f"{config.shards_dir}: kept as it is; text and vocabulary are those it was made from")

@@ -458,7 +458,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Train a tokenizer as the [tokenizer] section of a config says, and save it.",
         "gptchat tokenizer --config configs/lm.toml tokenizer.vocab_size=4096",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_config_and_overrides(argv)
     prepare_vocabulary(load_config(arguments.config, arguments.overrides), asked=True)
