@@ -50,6 +50,7 @@ def test_an_override_is_a_toml_value_or_else_a_string(tmp_path: Path) -> None:
         ),
         ("[model]\nn_ctx = 8\n[train]\nnum_steps = 1\n", "init_from"),
         (f'run = "out/shards/lm"\n{GOOD}', "wanted three folders"),
+        (f'run = "out/./tokenizer/"\n{GOOD}', "wanted three folders"),
         (GOOD.replace("num_steps = 1", ""), "exactly one of num_epochs and num_steps"),
         (
             '[data]\ntrain = ["a", "b"]\nweights = [1]\n' + GOOD,

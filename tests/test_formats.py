@@ -163,6 +163,10 @@ OTHER = {
     "utf16": ("Hello.\n".encode("utf-16"), "found UTF-16; wanted UTF-8"),
     "utf16 without a mark": (("Hello." * 50).encode("utf-16-le"), "found NULs; wanted UTF-8"),
     "latin1": ("Caf\u00e9.\n".encode("latin-1"), "byte 3: found invalid UTF-8 in line 1; wanted"),
+    "latin1 and old line ends": (
+        b"a\rb\r\nCaf\xe9.",
+        "byte 8: found invalid UTF-8 in line 3; wanted",
+    ),
     "xz": (lzma.compress(b"Hello."), "found xz data; wanted text"),
     "gzip": (gzip.compress(b"Hello."), "found gzip data; wanted text, or a name that ends in .gz"),
 }
