@@ -109,7 +109,8 @@ def test_all_that_training_would_refuse_is_told_at_once(talks: Data) -> None:
         report.refusals,
         [
             "no/such.tsv: no such file, named by [data] test",
-            f"{name}:2: found one column; wanted turns divided by tabs, the response last (and 1",
+            f"{name}:2: found one column; wanted turns divided by tabs, the response last "
+            "(and 1 like it)",
             f"{name}:3: found no text in column 1",
             f"{name}:5: found a NUL character",
             f"{talks.folder}/train2.tsv.gz: found damaged gzip data",

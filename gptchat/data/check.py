@@ -82,7 +82,7 @@ class Report:
     def refusals(self) -> list[str]:
         """The first message of each kind, and how many more there are."""
         return [
-            f"{first} (and {count - 1:,} more)" if count > 1 else first
+            f"{first} (and {count - 1:,} like it)" if count > 1 else first
             for first, count in self.refused.values()
         ]
 
