@@ -28,6 +28,11 @@ class RunFailed(Exception):
     """Work that went wrong by itself. One line: where, what was found, what is kept, what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its kind if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def cli(main: Callable[[], None]) -> None:
     """Run a command's `main`.
 

@@ -33,6 +33,7 @@ from gptchat.artifacts import (
 from gptchat.config import Config, flatten, load_config
 from gptchat.console import CommandParser, UserError, cli
 from gptchat.data import shards
+from gptchat.data.reading import filled_lines
 from gptchat.data.splits import SPLITS, patterns_of
 from gptchat.data.tokenizer import tokenizer_for
 from gptchat.files import atomic_write, expand, matching_files
@@ -192,7 +193,7 @@ def answer(model: Path, prompts: str, answers: Path) -> None:
 
 def answer_lines(answers: Path) -> list[str]:
     lines = []
-    for line in answers.read_text(encoding="utf-8").splitlines():
+    for _, line in filled_lines(answers):
         message, reply = line.split("\t")[-2:]
         lines += [f"you> {message}", f"bot> {reply}"]
     return lines

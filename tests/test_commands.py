@@ -13,6 +13,7 @@ from serving import tiny_model
 
 import gptchat
 from gptchat.__main__ import COMMANDS
+from gptchat.console import first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ("decode", "train", "serve")
@@ -193,3 +194,8 @@ def test_a_file_that_no_module_could_open_is_named_in_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     message = "error: missing/file: No such file or directory\n"
     assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_an_exception_without_words_is_named_by_its_kind() -> None:
+    assert first_line(MemoryError()) == "MemoryError"
+    assert first_line(ValueError("not this\nnor that")) == "not this"

@@ -296,3 +296,15 @@ def test_repetition_is_four_words_in_a_row() -> None:
     assert not repeats_itself("a b c d e a b c e".split())
     assert repeats_context("so a b c d".split(), "a b c d e".split())
     assert not repeats_context("so a b c".split(), "a b c d e".split())
+
+
+def test_only_a_line_feed_ends_a_row_of_answers(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.tsv"
+    breaks = "a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g"  # at which str.splitlines would end a line
+    answers.write_text(f"Hi!\t{breaks}\nOne\ttwo\tthree\n", encoding="utf-8")
+    assert evaluate.answer_lines(answers) == [
+        "you> Hi!",
+        f"bot> {breaks}",
+        "you> two",
+        "bot> three",
+    ]

@@ -37,7 +37,7 @@ from gptchat.artifacts import (
     write_manifest,
 )
 from gptchat.config import Config, TokenizerConfig, load_config
-from gptchat.console import CommandParser, Progress, UserError
+from gptchat.console import CommandParser, Progress, UserError, first_line
 from gptchat.data.corpora import write_missing
 from gptchat.data.dialogue_files import texts_of
 from gptchat.data.reading import text_size
@@ -137,7 +137,7 @@ class Tokenizer:
                 backend = _read_gpt2_files(path.parent)
             end_token = _find_end_token(path.parent, backend)
         except Exception as error:  # the library raises nothing narrower
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{directory}: cannot be read as a tokenizer: {reason}") from None
         if end_token is not None:
             backend.add_special_tokens([end_token])  # marks one that is an ordinary entry

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptchat.console import UserError
+from gptchat.console import UserError, first_line
 from gptchat.files import atomic_write
 from gptchat.model.gpt2 import GPT2
 
@@ -74,7 +74,7 @@ def load_weights(
             )
         except RuntimeError as error:
             raise UserError(
-                f"{directory}: no memory for the model on {device}: {_first_line(error)}"
+                f"{directory}: no memory for the model on {device}: {first_line(error)}"
             ) from None
         if not own.sum(dtype=torch.float64).isfinite():
             raise UserError(f"{directory}: {name} holds NaN or infinity; wanted finite numbers")
@@ -152,7 +152,7 @@ def _map_file(path: Path) -> dict[str, Tensor]:
             if not all(isinstance(value, Tensor) for value in tensors.values()):
                 raise ValueError("no dictionary of tensors")
     except Exception as error:  # both libraries raise almost anything for a broken file
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{path}: not a whole file of weights: {reason:.200}") from None
     if digest is not None and digest != _digest(tensors):
         raise UserError(
@@ -160,10 +160,6 @@ def _map_file(path: Path) -> dict[str, Tensor]:
             "wanted the file as it was written"
         )
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gptchat.config import TrainConfig
-from gptchat.console import RunFailed, UserError
+from gptchat.console import RunFailed, UserError, first_line
 from gptchat.model.gpt2 import GPT2
 from gptchat.runtime import end_with_parent
 
@@ -103,9 +103,8 @@ def usable_device(name: str, local_rank: int | None = None) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"train.device: found {name!r}; wanted auto, cpu or cuda ({reason})"
+            f"train.device: found {name!r}; wanted auto, cpu or cuda ({first_line(error)})"
         ) from None
     return device
 
