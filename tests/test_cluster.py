@@ -32,7 +32,8 @@ STAND_INS = {
     echo $$ > srun.pid
     for id in 0 1; do SLURM_NODEID=$id SLURMD_NODENAME=n$((id + 1)) "$@"; done
     while [ -e wait ]; do sleep 0.05; done""",
-    "python": f'exec {sys.executable} -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@"',
+    "python": f"""
+    exec "{sys.executable}" -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@\"""",
 }
 
 

@@ -178,7 +178,7 @@ def test_output_that_cannot_be_written_is_no_traceback(words, status, message, b
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        ["sh", "-c", f"{buffering} {sys.executable} -m gptchat {words}"],
+        ["sh", "-c", f"{buffering} '{sys.executable}' -m gptchat {words}"],
         env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
         stdout=writer if pipe else None,
         stderr=subprocess.PIPE,

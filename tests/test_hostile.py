@@ -197,11 +197,18 @@ def test_delete_is_answered_as_get_and_deletes_nothing(server):
 
 
 def test_client_that_closes_its_sending_half_is_cut_off_and_disturbs_nobody(server):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
-        connection.sendall(ask("hello", 100))
-        connection.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
-            assert connection.recv(65536) == b""
+    workers = server.workers()
+    for worker in workers:  # so that no answer can come before
+        worker.suspend()
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(ask("hello", 100))
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(65536) == b""
+    finally:
+        for worker in workers:
+            worker.resume()
     assert server.post("chatlm", {"context": "hi", "n": 1, "max_tokens": 1})[0] == 200
 
 
