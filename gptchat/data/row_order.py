@@ -6,8 +6,9 @@ a key, so memory is nearly flat.
 - WindowOrder (lm): each epoch cuts the stream of tokens, as a circle, into windows of `n_ctx`
   tokens, from an offset of its own, and shuffles them. The last one repeats up to n_ctx - 1 tokens.
 - DialogueOrder (chatlm): dialogues are dealt at random into pools, the same in all epochs. Those of
-  a pool are packed whole into rows of `n_ctx` tokens, longest first, by best fit (99 % full with
-  the default corpora). Each epoch shuffles the pools and the rows of a pool.
+  a pool are packed into rows of `n_ctx` tokens, longest first, by best fit (99 % full with the
+  default corpora); one that is longer than a row is cut into excerpts. Each epoch shuffles the
+  pools, the dialogues in one before they are packed, and its rows.
 - Mixture: several sources give fixed shares of the rows, spread evenly.
 """
 
